@@ -1,0 +1,132 @@
+"""Which ranks share a node, and whether they were started as one job at all."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import cast
+
+from mpi4py import MPI
+
+from shardopt.errors import LauncherError, RankFailureError
+
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
+    ("PMI_SIZE", "MPICH's mpirun"),
+    ("SLURM_STEP_NUM_TASKS", "Slurm's srun"),
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a job as nodes and lanes; communicators are shardopt's own duplicates.
+
+    Attributes:
+        comm: All ranks.
+        node_comm: The ranks of this rank's node, in rank order.
+        places: For each rank of ``comm`` its (node, node_rank); nodes are counted from 0.
+    """
+
+    comm: MPI.Intracomm
+    node_comm: MPI.Intracomm
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def node(self) -> int:
+        """The number of this rank's node."""
+        return self.places[self.rank][0]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes in the job."""
+        return 1 + max(node for node, _ in self.places)
+
+    @property
+    def rank(self) -> int:
+        """This rank in ``comm``."""
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.comm.size
+
+    @property
+    def node_rank(self) -> int:
+        """This rank in ``node_comm``: the number of its lane."""
+        return self.node_comm.rank
+
+    @property
+    def node_size(self) -> int:
+        """Ranks on each node."""
+        return self.node_comm.size
+
+    def free(self) -> None:
+        """Release the communicators. Collective."""
+        self.node_comm.Free()
+        self.comm.Free()
+
+
+def make_topology(comm: MPI.Intracomm, share_node: bool, timeout_s: float) -> Topology:
+    """Split ``comm`` into nodes.
+
+    Nodes of unequal size cannot be cut into lanes: then, and without ``share_node``, every rank
+    counts as a node of its own, which is slower but gives the same result.
+
+    Collective: every rank of ``comm``.
+
+    Raises:
+        LauncherError: The launcher started several processes that the MPI library sees as jobs of
+            one.
+        RankFailureError: Some rank did not come within ``timeout_s``.
+    """
+    require_one_job()
+    _meet(comm, timeout_s)
+    comm = comm.Dup()
+    node_comm = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+    sizes = set(comm.allgather(node_comm.size))
+    if not share_node or len(sizes) > 1:
+        node_comm.Free()
+        node_comm = cast("MPI.Intracomm", comm.Split(color=comm.rank))
+    first_rank = node_comm.bcast(comm.rank)
+    members = comm.allgather((first_rank, node_comm.rank))
+    nodes = sorted({first for first, _ in members})
+    return Topology(comm, node_comm, tuple((nodes.index(first), rank) for first, rank in members))
+
+
+def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:
+    """Wait until all ranks build their optimizer: the calls that follow have no deadline."""
+    request, start = comm.Ibarrier(), time.monotonic()
+    while not request.Test():
+        if time.monotonic() - start > timeout_s:
+            raise RankFailureError(
+                f"every rank must build the optimizer; got only some of {comm.size} within "
+                f"{timeout_s} s. Build it on all ranks, or pass comm=... with those that do."
+            )
+        time.sleep(0.0001)
+
+
+def require_one_job() -> None:
+    """Refuse to train N copies of the same job of one rank.
+
+    Raises:
+        LauncherError: The launcher belongs to another MPI than the library in this process.
+    """
+    if MPI.COMM_WORLD.size > 1:
+        return
+    for variable, launcher in _LAUNCHERS:
+        launched = os.environ.get(variable, "1")
+        if launched.isdecimal() and int(launched) > 1:
+            library = " ".join(MPI.Get_library_version().split(",")[0].split())
+            raise LauncherError(
+                f"launcher and MPI library must belong together; got {launcher} with {launched} "
+                f"processes ({variable}={launched}) and the library {library!r}, which sees 1 "
+                "rank. Start the job with the mpirun of this library: python -c "
+                "'import sysconfig; print(sysconfig.get_path(\"scripts\"))' names its folder."
+            )
+
+
+def cores_per_rank(topology: Topology) -> int:
+    """This rank's share of the cores it may run on. Collective over the node."""
+    cores = frozenset(os.sched_getaffinity(0))
+    sharing = topology.node_comm.allgather(cores).count(cores)
+    return max(1, len(cores) // sharing)

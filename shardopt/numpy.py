@@ -1,0 +1,153 @@
+"""NAdam for models written in NumPy: ``from shardopt.numpy import NAdam, Parameter``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardopt.errors import PartitionError
+from shardopt.optimizer import ShardedNAdam
+from shardopt.policy import ShardPolicy
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from shardopt.kernels.base import FloatArray
+
+__all__ = ["NAdam", "Parameter"]
+
+
+class Parameter:
+    """An array to be trained.
+
+    Once an optimizer has it, ``data`` and ``grad`` are views of memory that the ranks of the
+    node share: read ``data`` where it is used, and write gradients into ``grad`` (``p.grad +=
+    ...``). Another array put in the place of either is copied in at the next step.
+
+    Args:
+        array: Initial value, [any shape], floating point.
+        name: For messages and checkpoints; None is named by position.
+
+    Attributes:
+        data: The value.
+        grad: The gradient, of the same shape and dtype, or None: then the next step leaves the
+            parameter alone, unless another rank has a gradient for it.
+        name: As given.
+    """
+
+    __slots__ = ("data", "grad", "name")
+
+    def __init__(self, array: Any, name: str | None = None) -> None:
+        self.data: Any = array
+        self.grad: Any = None
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name!r}, shape={np.shape(self.data)})"
+
+
+class NAdam(ShardedNAdam[Parameter]):
+    """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks.
+
+    Collective: construction and most methods; see ``ShardedNAdam`` for those and for the errors.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
+        lr: Learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the square root of the second moment.
+        weight_decay: Added to the gradient, or taken off the parameter when decoupled.
+        momentum_decay: psi of the momentum schedule.
+        decoupled_weight_decay: Decay weights as AdamW does.
+        variant: Whose NAdam: ``torch``, ``keras``, ``optax`` or ``lucid``.
+        maximize: Follow the gradient instead of descending it.
+        max_grad_norm: Clip the global norm of the averaged gradient to this.
+        comm: The ranks that train together; None is COMM_WORLD.
+        policy: How to shard.
+
+    Example:
+        >>> w = Parameter(np.ones(3, np.float32), "w")
+        >>> with NAdam([w], lr=0.1) as opt:
+        ...     w.grad += 2 * w.data
+        ...     opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "variant": variant,
+        }
+        super().__init__(
+            params,
+            face=_NumpyFace(),
+            defaults=defaults,
+            max_grad_norm=max_grad_norm,
+            comm=comm,
+            policy=policy or ShardPolicy(),
+        )
+
+
+class _NumpyFace:
+    """See ``Face``."""
+
+    def name(self, param: Parameter) -> str | None:
+        if not isinstance(param, Parameter):
+            raise PartitionError(
+                f"params must hold shardopt.numpy.Parameter; got {type(param).__name__}. "
+                "Wrap arrays: Parameter(array, name='...')."
+            )
+        return param.name
+
+    def data(self, param: Parameter, name: str) -> FloatArray:
+        return _dense("data", name, param.data)
+
+    def grad(self, param: Parameter, name: str) -> FloatArray | None:
+        return None if param.grad is None else _dense("grad", name, param.grad)
+
+    def bind_data(self, param: Parameter, array: FloatArray) -> None:
+        param.data = array
+
+    def bind_grad(self, param: Parameter, array: FloatArray | None) -> None:
+        param.grad = array
+
+
+def _dense(what: str, name: str, value: Any) -> FloatArray:
+    if type(value) is np.ndarray and value.dtype.kind == "f":  # the rule, and the fast way
+        return value
+    array, problem = None, None
+    if hasattr(value, "toarray"):
+        problem = f"dense; got {type(value).__name__}. Call .toarray() on it"
+    elif hasattr(value, "__cuda_array_interface__"):
+        problem = "in the CPU's memory; got an array on a GPU. Call .get() on it"
+    else:
+        try:
+            array = np.asarray(value)
+        except ValueError:  # nested lists of unequal length
+            problem = f"an array; got a {type(value).__name__}. Make it a NumPy array"
+    if array is not None and array.dtype.kind != "f":
+        problem = f"floating point; got dtype {array.dtype}. Convert it with .astype(np.float32)"
+    if array is None or problem is not None:
+        raise PartitionError(f"{what} of parameter {name!r} must be {problem}.")
+    return array

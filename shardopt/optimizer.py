@@ -1,0 +1,435 @@
+"""ShardedNAdam: the optimizer that every framework's face is made of."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from numbers import Real
+from operator import or_
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from shardopt._version import __version__
+from shardopt.bindings import Binding, Face, P
+from shardopt.comm.abort import install_abort_hook
+from shardopt.comm.agree import Agreement, digest_of
+from shardopt.comm.topology import cores_per_rank, make_topology
+from shardopt.comm.window import shortage
+from shardopt.errors import (
+    CheckpointError,
+    ClosedError,
+    HyperparamsError,
+    NonFiniteWarning,
+    PartitionError,
+    RankFailureError,
+    ShardoptError,
+)
+from shardopt.groups import Group, make_group, make_groups
+from shardopt.kernels.cpu import CpuKernel
+from shardopt.partition import Partition, plan_partition
+from shardopt.pipeline import Pipeline
+from shardopt.planner import MemoryReport, plan_memory
+from shardopt.policy import ShardPolicy
+from shardopt.registry import Addition, Registry, Survey, describe_addition, describe_hypers
+from shardopt.report import StepReport
+from shardopt.schedule import Schedule
+from shardopt.state import (
+    gather_state,
+    load_parsed,
+    local_state,
+    parse_state,
+    share_parsed,
+)
+from shardopt.storage import SectionStorage, window_nbytes
+
+_T = TypeVar("_T")
+
+_PHASES = ("agree", "reduce", "update", "finish")
+_POISONED = (
+    "parameter {!r} holds inf or NaN since step {}. Load an earlier state, and pass "
+    "ShardPolicy(check_finite=True) to skip such steps."
+)
+
+
+class ShardedNAdam(Generic[P]):
+    """NAdam whose moments and updates are sharded over MPI ranks.
+
+    Parameters live once on a node, in memory that all its ranks address; each rank writes
+    gradients of its own and updates its shard of the parameters. Gradients are averaged over
+    ranks. Rank 0's initial parameters win.
+
+    Collective: construction and every method that says so. An error found on one rank is raised on
+        all.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
+        face: How the framework's parameters are read and rebound.
+        defaults: Hyperparameters of groups that do not set their own; see ``Hyperparams``.
+        max_grad_norm: Clip the global L2 norm of the averaged gradient to this, as
+            ``torch.nn.utils.clip_grad_norm_`` does; None leaves it alone.
+        comm: The ranks that train together; None is COMM_WORLD.
+        policy: How to shard.
+
+    Raises:
+        PartitionError: The parameters cannot be laid out.
+        HyperparamsError: A hyperparameter is out of range.
+        RankMismatchError: Ranks were given different models or settings.
+        SharedMemoryError: The node's shared memory is too small.
+        LauncherError: The job was started with another MPI's launcher.
+
+    Attributes:
+        param_groups: Dicts as in torch; hyperparameters written there hold from the next step on.
+        last_step: What the last ``step()`` did.
+        comm: The communicator given.
+        policy: The policy given.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        face: Face[P],
+        defaults: Mapping[str, Any],
+        max_grad_norm: float | None,
+        comm: MPI.Intracomm | None,
+        policy: ShardPolicy,
+    ) -> None:
+        install_abort_hook()
+        self.comm = MPI.COMM_WORLD if comm is None else comm
+        self.policy = policy
+        self.max_grad_norm = max_grad_norm
+        self.defaults = dict(defaults)
+        self.last_step = StepReport()
+        self._closed = False
+        self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
+        self._agreement = Agreement(topology, policy.timeout_s)
+        self._kernel = CpuKernel(policy.threads or cores_per_rank(topology))
+        self._pipeline = Pipeline(self._agreement.rollcall, self._kernel)
+        layout = plan_partition((), topology.num_nodes, topology.node_size, policy.bucket_nbytes)
+        self._registry = Registry(face, layout)
+        self._schedule = Schedule(layout)
+        self.param_groups: list[Group] = self._registry.param_groups
+        try:
+            self._extend("NAdam()", lambda: make_groups(params, self.defaults))
+        except RankFailureError:
+            raise  # to release needs every rank
+        except ShardoptError:
+            self._release()
+            raise
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the gradients over ranks and update the parameters.
+
+        Afterwards gradients hold nothing of use: call ``zero_grad`` before the next backward.
+
+        Collective: every rank.
+
+        Args:
+            closure: Computes the loss and the gradients; called first.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            PartitionError: A parameter or gradient was replaced by one of another shape or dtype.
+            HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
+            RankMismatchError: Ranks have different hyperparameters or make different calls.
+            RankFailureError: A rank did not come within ``policy.timeout_s``.
+        """
+        loss = None if closure is None else closure()
+        number = self.last_step.step + 1
+        times = [time.perf_counter()]
+        survey = self._enter_step()
+        times.append(time.perf_counter())
+        grad_norm, clip_factor, skipped = self._pipeline.measure(
+            self.partition, number, self.max_grad_norm, self.policy.check_finite
+        )
+        times.append(time.perf_counter())
+        first_poisoned = None
+        if not skipped:
+            self._schedule.regroup(survey.present)
+            rows = self._schedule.advance(survey.hypers, clip_factor / self._topology.world_size)
+            first_poisoned = self._pipeline.update(
+                self._schedule, rows, reduced=grad_norm is not None
+            )
+        times.append(time.perf_counter())
+        poisoned = self._finish_step(first_poisoned)
+        times.append(time.perf_counter())
+        seconds = {name: times[i + 1] - times[i] for i, name in enumerate(_PHASES)}
+        report = StepReport(
+            number, grad_norm, clip_factor, skipped, seconds, survey.copied_nbytes
+        ).diagnosed(poisoned, self.last_step)
+        if report.poisoned_since == number and self._topology.rank == 0:
+            warnings.warn(_POISONED.format(report.poisoned_param, number), NonFiniteWarning, 2)
+        self.last_step = report
+        return loss
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zero this rank's gradients in place, or give the parameters none.
+
+        Args:
+            set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
+        """
+        self._require_open()
+        if set_to_none:
+            for binding in self._registry.bindings:
+                binding.drop_grad()
+            return
+        for storage in self._pipeline.storages:
+            storage.zero_grads()
+        for binding in self._registry.bindings:
+            binding.bind_grad()
+
+    # -- param groups ------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Add a group of parameters; those already there keep their state.
+
+        Collective: every rank.
+
+        Raises:
+            PartitionError: The parameters cannot be laid out, or one is in the optimizer already.
+            HyperparamsError: A hyperparameter is out of range.
+            RankMismatchError: Ranks were given different groups.
+        """
+        self._require_open()
+        self._extend("add_param_group()", lambda: [make_group(param_group, self.defaults)])
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy this rank's part of the state; no communication.
+
+        Returns:
+            ``state``: for each parameter's index ``step``, ``mu_product`` and the elements of
+            ``exp_avg`` and ``exp_avg_sq`` that this rank owns, [owned_numel], with ``slices``,
+            their runs of the flattened parameter. ``param_groups``: as torch has it.
+        """
+        self._require_open()
+        return local_state(
+            self.partition, self._pipeline.storages, self._schedule.clocks, self.param_groups
+        )
+
+    def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
+        """Bring the whole state to one rank, in the format of torch.optim.NAdam with NumPy arrays.
+
+        Collective: every rank.
+
+        Returns:
+            On ``root`` the state dict, with moments in the parameters' shapes; None elsewhere.
+
+        Raises:
+            CheckpointError: ``root`` is no rank.
+        """
+        self._require_open()
+        ranks, error = range(self._topology.world_size), None
+        if root not in ranks:
+            error = CheckpointError(
+                f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
+            )
+        self._enter_call("gather_state_dict()", {"root": root}, error)
+        return gather_state(
+            self.partition,
+            self._pipeline.storages,
+            self._schedule.clocks,
+            self.param_groups,
+            self._topology,
+            root,
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
+        """Take over a state; parameters themselves are not in it.
+
+        Collective: every rank.
+
+        Args:
+            state_dict: This rank's, as ``state_dict`` gave it on as many ranks; or a whole one, as
+                ``gather_state_dict`` or torch.optim.NAdam gave it. Ranks that have none pass
+                None and get that of the lowest rank that has a whole one.
+
+        Raises:
+            CheckpointError: It is of another model or another number of ranks. Nothing has changed
+                then.
+        """
+        self._require_open()
+        storages = self._pipeline.storages
+        parsed, error = _catch(
+            lambda: parse_state(state_dict, self.partition, storages, self.param_groups)
+        )
+        self._enter_call("load_state_dict()", {}, error)
+        state = share_parsed(parsed, self._topology)
+        steps = [clock.step for clock in state.clocks]
+        groups = {"the state's steps": steps, "the state's param_groups": state.groups}
+        self._enter_call("load_state_dict()", groups)
+        load_parsed(state, self.partition, storages)
+        self._schedule.set_clocks(state.clocks)
+        for group, values in zip(self.param_groups, state.groups, strict=True):
+            group.update(values)
+
+    # -- about it ----------------------------------------------------------------------------------
+
+    @property
+    def partition(self) -> Partition:
+        """Where every element lives."""
+        return self._registry.partition
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes that parameters, gradients and moments take, here and without sharding."""
+        return plan_memory(self.partition)
+
+    def close(self) -> None:
+        """Give parameters memory of their own again and release the windows. Collective."""
+        if self._closed:
+            return
+        self._enter_call("close()", {})
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:  # else other ranks may not come; the end of the process frees the windows
+            self.close()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _enter_step(self) -> Survey:
+        """Agree on a step and make everyone's gradients readable.
+
+        Returns:
+            This rank's survey, with a gradient present where any rank has one.
+        """
+        self._require_open()
+        found, error = _catch(self._registry.survey)
+        survey = found or Survey()
+        number = self.last_step.step + 1
+        hypers = [hyper.values() for hyper in survey.hypers]
+        masks = survey.present, survey.replaced_mask
+        self._pipeline.sync()
+        equal = self._agreement.agree(
+            lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},
+            error,
+            digest=digest_of("step()", number, hypers, masks),
+            step=number,
+            phase="agree",
+        )
+        everyone = [masks] * self._topology.world_size if equal else self._agreement.gather(masks)
+        present = reduce(or_, (mask for mask, _ in everyone))
+        copied_nbytes = survey.copied_nbytes
+        if any(replaced for _, replaced in everyone):  # of several values the lowest rank's wins
+            taken = reduce(or_, (mask for _, mask in everyone[: self._topology.rank]), 0)
+            copied_nbytes += self._registry.adopt(survey.replaced, ~taken)
+            self._pipeline.sync()
+            self._agreement.all_equal(0, number, "adopt")
+        self._pipeline.sync()
+        return replace(survey, present=present, copied_nbytes=copied_nbytes)
+
+    def _finish_step(self, poisoned: int | None) -> str | None:
+        """Make the updated parameters readable and tell all ranks which is poisoned first."""
+        self._pipeline.sync()
+        none = len(self._registry.bindings)
+        mine = np.array([none if poisoned is None else poisoned])
+        step = self.last_step.step + 1
+        first = self._agreement.rollcall.allreduce(mine, MPI.MIN, step, "finish")[0]
+        self._pipeline.sync()
+        return None if first == none else self._registry.bindings[first].name
+
+    def _extend(self, call: str, make: Callable[[], list[Group]]) -> None:
+        """Add groups: validate and agree first, then allocate and bind."""
+        self._require_open()
+        addition, error = _catch(lambda: self._plan(make))
+        settings = {
+            "shardopt's version": __version__,
+            "policy": self.policy,
+            "max_grad_norm": self.max_grad_norm,
+        }
+        self._enter_call(call, {**settings, **describe_addition(addition)}, error)
+        assert addition is not None
+        partition = addition.partition
+        sections = range(len(self.partition.sections), len(partition.sections))
+        first_here = self._topology.node_rank == 0
+        error = shortage(window_nbytes(partition, sections)) if first_here else None
+        self._enter_call(call, {}, error)
+        storages = self._pipeline.storages
+        storages += [SectionStorage(partition, index, self._topology) for index in sections]
+        bindings = self._registry.commit(addition, storages)
+        self._schedule.extend(partition)
+        self._publish_initial(bindings)
+
+    def _publish_initial(self, bindings: Sequence[Binding]) -> None:
+        """Copy rank 0's values into the windows and bind all parameters to them."""
+        self._pipeline.sync()
+        self._agreement.all_equal(0, 0, "allocate")  # every owner has touched its pages
+        if self._topology.rank == 0:
+            for binding in bindings:
+                binding.fill()
+        self._pipeline.sync()
+        self._agreement.all_equal(0, 0, "publish")
+        self._pipeline.sync()
+        for binding in bindings:
+            binding.bind()
+
+    def _plan(self, make: Callable[[], list[Group]]) -> Addition:
+        num_nodes, max_grad_norm = self._topology.num_nodes, self.max_grad_norm
+        if num_nodes > 1:
+            raise PartitionError(
+                f"all ranks must share one node; got {num_nodes} nodes. Start all ranks on one "
+                "machine, and leave policy.share_node on."
+            )
+        if max_grad_norm is not None and not (
+            isinstance(max_grad_norm, Real) and max_grad_norm > 0
+        ):
+            raise HyperparamsError(
+                f"max_grad_norm must be > 0 or None; got {max_grad_norm!r}. "
+                "Leave it out not to clip."
+            )
+        addition = self._registry.plan(make)
+        for dtype in {param.spec.dtype for param in addition.partition.params}:
+            self._kernel.prepare(dtype)
+        return addition
+
+    def _enter_call(
+        self, call: str, description: Mapping[str, object], error: ShardoptError | None = None
+    ) -> None:
+        """Make sure that all ranks make the same call alike, and that it fails on none of them."""
+        self._require_open()
+        self._agreement.agree(
+            lambda: {"the call": call, **description},
+            error,
+            digest=digest_of(call, description),
+            step=self.last_step.step,
+            phase=call,
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError(
+                "the optimizer must be open; got a call after close(). Build a new one."
+            )
+
+    def _release(self) -> None:
+        self._closed = True
+        for binding in self._registry.bindings:
+            binding.release()
+        self._pipeline.free()
+        self._agreement.free()
+        self._kernel.close()
+
+
+def _catch(function: Callable[[], _T]) -> tuple[_T | None, ShardoptError | None]:
+    """Call ``function``; what shardopt raises is handed back, to be agreed upon first."""
+    try:
+        return function(), None
+    except ShardoptError as error:
+        return None, error

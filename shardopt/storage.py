@@ -1,0 +1,85 @@
+"""The memory of one section: parameters and gradients in a window, moments in private arrays."""
+
+import numpy as np
+
+from shardopt.comm.topology import Topology
+from shardopt.comm.window import Window
+from shardopt.kernels.base import FloatArray
+from shardopt.partition import Partition, PlacedParam, Section, Shard
+from shardopt.stagger import row_numel, staggered_zeros
+
+
+class SectionStorage:
+    """The arrays of one section, as this rank sees them.
+
+    Collective over the node: construction and ``free``.
+
+    Attributes:
+        section: Its place in the flat index space.
+        shards: The shards this rank owns, one for each bucket.
+        params: [section_numel], one copy on the node.
+        grads: [node_size, section_numel or more]; row ``node_rank`` is this rank's to write.
+        exp_avg: [owned_numel], this rank's shards end to end.
+        exp_avg_sq: [owned_numel], likewise.
+    """
+
+    def __init__(self, partition: Partition, index: int, topology: Topology) -> None:
+        self.section: Section = partition.sections[index]
+        self.shards: tuple[Shard, ...] = partition.shards(topology.node, topology.node_rank, index)
+        self.node_rank = topology.node_rank
+        numel, dtype = self.section.numel, self.section.dtype
+        row = row_numel(numel, dtype)
+        num_rows = 2 if self.node_rank == 0 else 1  # rank 0 brings the parameters' row as well
+        self._window = Window(topology.node_comm, num_rows * row * np.dtype(dtype).itemsize)
+        rows: FloatArray = self._window.memory.view(dtype).reshape(1 + topology.node_size, row)
+        self.params: FloatArray = rows[0, :numel]
+        self.grads: FloatArray = rows[1:]
+        owned_numel = sum(shard.numel for shard in self.shards)
+        self.exp_avg = staggered_zeros(owned_numel, dtype, len(rows), self.params)
+        self.exp_avg_sq = staggered_zeros(owned_numel, dtype, len(rows) + 1, self.params)
+        self._touch_first()
+
+    def positions(self, shard: Shard) -> tuple[int, int]:
+        """A shard's [start, stop) counted from the start of the section."""
+        return shard.start - self.section.start, shard.stop - self.section.start
+
+    def param_view(self, param: PlacedParam) -> FloatArray:
+        """The parameter in the node's window, in its own shape."""
+        return self._view(self.params, param)
+
+    def grad_view(self, param: PlacedParam) -> FloatArray:
+        """This rank's gradient of the parameter, in its own shape."""
+        return self._view(self.grads[self.node_rank], param)
+
+    def zero_grads(self) -> None:
+        """Zero this rank's gradients."""
+        self.grads[self.node_rank, : self.section.numel] = 0
+
+    def sync(self) -> None:
+        """See [Note: when stores become visible]."""
+        self._window.sync()
+
+    def free(self) -> None:
+        """Release the window. Collective over the node."""
+        del self.params, self.grads
+        self._window.free()
+
+    def _view(self, flat: FloatArray, param: PlacedParam) -> FloatArray:
+        start = param.start - self.section.start
+        return flat[start : start + param.spec.numel].reshape(param.spec.shape)
+
+    def _touch_first(self) -> None:
+        """Zero each part from the rank that will write it: that places its pages near its core."""
+        for shard in self.shards:
+            start, stop = self.positions(shard)
+            self.params[start:stop] = 0
+        self.zero_grads()
+        self.exp_avg[:] = 0
+        self.exp_avg_sq[:] = 0
+
+
+def window_nbytes(partition: Partition, sections: range) -> int:
+    """Bytes of a node's shared memory that the windows of some sections take."""
+    added = [partition.sections[index] for index in sections]
+    row_nbytes = sum(section.numel * np.dtype(section.dtype).itemsize for section in added)
+    return (1 + partition.node_size) * row_nbytes

@@ -1,0 +1,15 @@
+"""The reference kernel keeps the promises."""
+
+import pytest
+
+from shardopt.kernels.reference import ReferenceKernel
+from tests.kernels.suite import KernelSuite
+
+
+@pytest.fixture
+def kernel():
+    return ReferenceKernel()
+
+
+class TestReferenceKernel(KernelSuite):
+    pass

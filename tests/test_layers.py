@@ -1,0 +1,23 @@
+"""What importing the package loads."""
+
+import subprocess
+import sys
+
+HEAVY = ("cupy", "jax", "lucid", "matplotlib", "mpi4py", "numba", "torch")
+
+
+def modules_loaded_by(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+
+
+def test_import_shardopt_is_light():
+    loaded = modules_loaded_by("import shardopt")
+    assert "shardopt" in loaded
+    assert not loaded.intersection(HEAVY)
+
+
+def test_the_optimizer_loads_what_it_needs_when_asked_for():
+    loaded = modules_loaded_by("import shardopt; shardopt.NAdam")
+    assert {"mpi4py", "numba", "shardopt.numpy"} <= loaded
+    assert not loaded.intersection({"cupy", "jax", "lucid", "torch"})

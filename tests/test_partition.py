@@ -1,0 +1,135 @@
+"""The layout: every element owned once, for any parameters on any number of ranks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardopt.errors import PartitionError
+from shardopt.partition import ALIGNMENT_NUMEL, CHUNK_NUMEL, ParamSpec, plan_partition
+
+shapes = st.one_of(
+    st.just(()),
+    st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple),
+    st.tuples(st.integers(0, 30_000)),
+)
+dtypes = st.sampled_from(["float32", "float64", "float16"])
+
+
+@st.composite
+def spec_lists(draw, first=0):
+    members = draw(st.lists(st.tuples(shapes, dtypes, st.integers(0, 3)), max_size=12))
+    return [
+        ParamSpec(f"p{first + i}", shape, dtype, group)
+        for i, (shape, dtype, group) in enumerate(members)
+    ]
+
+
+worlds = st.tuples(st.integers(1, 64), st.integers(1, 64)).filter(lambda w: w[0] * w[1] <= 64)
+bucket_sizes = st.sampled_from([1, 16_384, 40_000, 1 << 17, 32 << 20])
+
+
+def owners(partition):
+    """Give (section, start, stop) of every shard with its owner."""
+    for node in range(partition.num_nodes):
+        for node_rank in range(partition.node_size):
+            for section in range(len(partition.sections)):
+                for shard in partition.shards(node, node_rank, section):
+                    yield (section, shard.start, shard.stop), (node, node_rank), shard
+
+
+@given(spec_lists(), worlds, bucket_sizes)
+def test_every_element_has_one_owner(specs, world, bucket_nbytes):
+    partition = plan_partition(specs, *world, bucket_nbytes)
+    assert partition.world_size == world[0] * world[1]
+    runs = sorted((start, stop) for (_, start, stop), _, shard in owners(partition) if shard)
+    position = 0
+    for start, stop in runs:
+        assert start == position
+        position = stop
+    assert position == partition.numel
+
+
+@given(spec_lists(), worlds, bucket_sizes)
+def test_parameters_keep_apart_and_aligned(specs, world, bucket_nbytes):
+    partition = plan_partition(specs, *world, bucket_nbytes)
+    assert [param.spec for param in partition.params] == specs
+    taken = sorted((param.start, param.stop) for param in partition.params if param.spec.numel)
+    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    for param in partition.params:
+        section = partition.sections[param.section]
+        assert param.start % ALIGNMENT_NUMEL == 0
+        assert section.dtype == param.spec.dtype
+        assert section.start <= param.start <= param.stop <= section.stop
+    assert partition.param_numel == sum(stop - start for start, stop in taken)
+
+
+@given(spec_lists(), bucket_sizes)
+def test_the_index_space_does_not_depend_on_the_world(specs, bucket_nbytes):
+    one, many = (plan_partition(specs, *world, bucket_nbytes) for world in [(1, 1), (5, 7)])
+    assert one.params == many.params
+    assert one.sections == many.sections
+    assert one.buckets == many.buckets
+
+
+@given(spec_lists(), worlds, bucket_sizes)
+def test_cuts_fall_on_chunks_and_shards_differ_by_one(specs, world, bucket_nbytes):
+    partition = plan_partition(specs, *world, bucket_nbytes)
+    for bucket in partition.buckets:
+        itemsize = np.dtype(partition.sections[bucket.section].dtype).itemsize
+        assert (bucket.start % CHUNK_NUMEL, bucket.stop % CHUNK_NUMEL) == (0, 0)
+        numel = bucket.stop - bucket.start
+        assert 0 < numel <= max(CHUNK_NUMEL, bucket_nbytes // itemsize)
+    local_stop: dict = {}
+    for (section, start, stop), owner, shard in owners(partition):
+        assert start % CHUNK_NUMEL == stop % CHUNK_NUMEL == 0
+        assert shard.local_start == local_stop.get((owner, section), 0)  # end to end
+        local_stop[owner, section] = shard.local_stop
+    for bucket in partition.buckets:
+        parts = [bucket.lane_part(i, partition.node_size) for i in range(partition.node_size)]
+        chunks = [(stop - start) // CHUNK_NUMEL for start, stop in parts]
+        assert max(chunks) - min(chunks) <= 1
+
+
+@given(spec_lists(), worlds, bucket_sizes, st.data())
+def test_segments_cover_exactly_the_parameters_of_a_cohort(specs, world, bucket_nbytes, data):
+    partition = plan_partition(specs, *world, bucket_nbytes)
+    cohort_of = [data.draw(st.integers(-1, 2)) for _ in specs]
+    covered: dict[int, int] = {}
+    for _, _, shard in owners(partition):
+        segments = partition.segments(shard, cohort_of)
+        for before, after in zip(segments, segments[1:], strict=False):
+            assert before.stop <= after.start
+            assert before.stop < after.start or before.cohort != after.cohort  # as few as can be
+        for segment in segments:
+            assert shard.start <= segment.start < segment.stop <= shard.stop
+            for index, start, stop in partition.params_in(
+                shard.section, segment.start, segment.stop
+            ):
+                assert cohort_of[index] == segment.cohort
+                covered[index] = covered.get(index, 0) + stop - start
+    expected = {i: s.numel for i, s in enumerate(specs) if s.numel and cohort_of[i] >= 0}
+    assert covered == expected
+
+
+@given(spec_lists(), spec_lists(first=100), worlds, bucket_sizes)
+@settings(max_examples=50)
+def test_extending_leaves_the_rest_in_place(specs, more, world, bucket_nbytes):
+    before = plan_partition(specs, *world, bucket_nbytes)
+    after = before.extend(more)
+    assert after.params[: len(specs)] == before.params
+    assert after.sections[: len(before.sections)] == before.sections
+    assert after.buckets[: len(before.buckets)] == before.buckets
+    assert [param.spec for param in after.params[len(specs) :]] == more
+
+
+def test_names_must_be_unique():
+    specs = [ParamSpec("w", (2,), "float32", 0), ParamSpec("w", (3,), "float32", 0)]
+    with pytest.raises(PartitionError, match="unique; got 'w' for parameters 0 and 1"):
+        plan_partition(specs, 1, 1, 1 << 20)
+
+
+def test_more_ranks_than_elements():
+    partition = plan_partition([ParamSpec("w", (3,), "float32", 0)], 8, 8, 1)
+    shards = [shard for _, _, shard in owners(partition) if shard]
+    assert [shard.numel for shard in shards] == [CHUNK_NUMEL]

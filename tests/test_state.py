@@ -1,0 +1,139 @@
+"""State dicts: what goes out comes back, on every number of ranks."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from shardopt import NAdam, Parameter, ShardPolicy
+from tests.oracle import SHAPES, Oracle, gradient, initial
+from tests.test_optimizer import all_grads, assert_same, make_params, write
+
+pytestmark = pytest.mark.mpi
+
+
+def train(opt, params, comm, steps, oracle=None):
+    for step in steps:
+        opt.zero_grad()
+        grads = all_grads(step, comm)
+        write(params, grads[comm.rank])
+        opt.step()
+        if oracle is not None:
+            oracle.step(grads)
+
+
+@pytest.mark.parametrize("how", ["sharded", "gathered", "gathered on all ranks"])
+def test_a_resumed_run_continues_bit_for_bit(comm, how):
+    values = initial()
+    params, oracle = make_params(values), Oracle(values)
+    policy = ShardPolicy(bucket_nbytes=30_000)
+    with NAdam(params, comm=comm, lr=0.1, policy=policy) as opt:
+        oracle.hyper["lr"] = 0.1
+        train(opt, params, comm, range(4), oracle)
+        saved = opt.state_dict() if how == "sharded" else opt.gather_state_dict(root=comm.size - 1)
+        if how == "gathered on all ranks":
+            saved = comm.bcast(saved, root=comm.size - 1)
+        weights = [param.data.copy() for param in params]
+        train(opt, params, comm, range(10, 13))  # must not reach into what was saved
+    resumed = make_params(weights)
+    policy = ShardPolicy(bucket_nbytes=30_000 if how == "sharded" else 1)
+    with NAdam(resumed, comm=comm, policy=policy) as opt:
+        opt.load_state_dict(saved)
+        assert opt.param_groups[0]["lr"] == 0.1
+        train(opt, resumed, comm, range(4, 8), oracle)
+        assert_same(resumed, oracle)
+
+
+def test_a_loaded_dict_stays_as_it_was(comm):
+    params = make_params(initial())
+    with NAdam(params, comm=comm) as opt:
+        train(opt, params, comm, range(2))
+        saved = opt.gather_state_dict()
+        before = copy.deepcopy(saved)
+        opt.load_state_dict(saved)
+        train(opt, params, comm, range(2))
+    if comm.rank == 0:
+        for index, entry in before["state"].items():
+            for key, value in entry.items():
+                np.testing.assert_array_equal(saved["state"][index][key], value)
+        assert saved["param_groups"] == before["param_groups"]
+
+
+def test_the_state_of_an_optimizer_that_never_stepped(comm):
+    params = make_params(initial())
+    with NAdam(params, comm=comm) as opt:
+        fresh = opt.state_dict()
+        train(opt, params, comm, range(2))
+        opt.load_state_dict({"state": {}, "param_groups": fresh["param_groups"]})
+        state = opt.state_dict()["state"]
+        assert all(entry["step"] == 0 and entry["mu_product"] == 1 for entry in state.values())
+        assert not any(entry["exp_avg"].any() for entry in state.values())
+
+
+def test_slices_tile_every_parameter(comm):
+    params = make_params(initial())
+    with NAdam(params, comm=comm, policy=ShardPolicy(bucket_nbytes=20_000)) as opt:
+        state = opt.state_dict()["state"]
+    everyone = comm.allgather([state[index]["slices"] for index in range(len(SHAPES))])
+    for index, value in enumerate(initial()):
+        position = 0
+        for start, stop in sorted(run for rank in everyone for run in rank[index]):
+            assert start == position
+            position = stop
+        assert position == value.size
+
+
+def test_torch_takes_over_and_hands_back(comm):
+    torch = pytest.importorskip("torch")
+    values = initial(shapes=[(3, 4), (5000,), ()])
+    params = make_params(values)
+    shapes = [value.shape for value in values]
+
+    def mean_grad(step, index):
+        return (
+            sum(gradient(step, rank, index, shapes[index]) for rank in range(comm.size)) / comm.size
+        )
+
+    with NAdam(params, comm=comm, lr=0.01) as opt:
+        for step in range(3):
+            write(params, all_grads(step, comm, shapes=shapes)[comm.rank])
+            opt.step()
+        saved = comm.bcast(opt.gather_state_dict())
+        tensors = [torch.nn.Parameter(torch.from_numpy(np.array(param.data))) for param in params]
+        theirs = torch.optim.NAdam(tensors)
+        theirs.load_state_dict(
+            {
+                "state": {
+                    index: {key: torch.as_tensor(value) for key, value in entry.items()}
+                    for index, entry in saved["state"].items()
+                },
+                "param_groups": [
+                    {**theirs.state_dict()["param_groups"][0], **saved["param_groups"][0]}
+                ],
+            }
+        )
+        for step in range(3, 6):
+            write(params, all_grads(step, comm, shapes=shapes)[comm.rank])
+            opt.step()
+            for index, tensor in enumerate(tensors):
+                tensor.grad = torch.from_numpy(np.asarray(mean_grad(step, index), np.float32))
+            theirs.step()
+        for param, tensor in zip(params, tensors, strict=True):
+            np.testing.assert_allclose(param.data, tensor.detach().numpy(), atol=1e-6)
+        opt.load_state_dict(
+            {
+                "state": theirs.state_dict()["state"],
+                "param_groups": theirs.state_dict()["param_groups"],
+            }
+        )
+        assert opt.state_dict()["state"][0]["step"] == 6
+        assert opt.state_dict()["state"][0]["mu_product"] == pytest.approx(
+            float(theirs.state_dict()["state"][0]["mu_product"])
+        )
+
+
+def test_parameters_may_be_named_by_pairs(comm):
+    values = initial(shapes=[(2,), (3,)])
+    pairs = [("encoder", Parameter(values[0])), ("decoder", Parameter(values[1]))]
+    with NAdam(pairs, comm=comm) as opt:
+        assert [param.spec.name for param in opt.partition.params] == ["encoder", "decoder"]
