@@ -60,7 +60,7 @@ class Hyperparams:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "momentum_decay"):
-            value = _as_float(name, getattr(self, name))
+            value = as_real(name, getattr(self, name))
             if not 0.0 <= value < math.inf:
                 raise HyperparamsError(
                     f"{name} must be a finite number >= 0; got {value}. Pass {name}=0 or more."
@@ -181,7 +181,7 @@ def step_coefficients(hyper: Hyperparams, clock: Clock, grad_scale: float) -> St
     )
 
 
-def _as_float(name: str, value: object) -> float:
+def as_real(name: str, value: object) -> float:
     """Take a number, a 0-d array or a one-element tensor."""
     try:
         return float(value)  # type: ignore[arg-type]  # duck-typed: arrays and tensors have __float__
@@ -198,7 +198,7 @@ def _as_betas(betas: object) -> tuple[float, float]:
         raise HyperparamsError(
             f"betas must be two numbers; got {betas!r}. Pass for example (0.9, 0.999)."
         ) from None
-    pair = _as_float("betas[0]", first), _as_float("betas[1]", second)
+    pair = as_real("betas[0]", first), as_real("betas[1]", second)
     for index, beta in enumerate(pair):
         if not 0.0 <= beta < 1.0:
             raise HyperparamsError(

@@ -5,10 +5,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from numbers import Real
 from operator import or_
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self
 
 import numpy as np
 from mpi4py import MPI
@@ -16,7 +15,7 @@ from mpi4py import MPI
 from shardopt._version import __version__
 from shardopt.bindings import Binding, Face, P
 from shardopt.comm.abort import install_abort_hook
-from shardopt.comm.agree import Agreement, digest_of
+from shardopt.comm.agree import Agreement, Description, attempt, digest_of
 from shardopt.comm.topology import cores_per_rank, make_topology
 from shardopt.comm.window import shortage
 from shardopt.errors import (
@@ -30,6 +29,7 @@ from shardopt.errors import (
 )
 from shardopt.groups import Group, make_group, make_groups
 from shardopt.kernels.cpu import CpuKernel
+from shardopt.nadam import as_real
 from shardopt.partition import Partition, plan_partition
 from shardopt.pipeline import Pipeline
 from shardopt.planner import MemoryReport, plan_memory
@@ -45,8 +45,6 @@ from shardopt.state import (
     share_parsed,
 )
 from shardopt.storage import SectionStorage, window_nbytes
-
-_T = TypeVar("_T")
 
 _PHASES = ("agree", "reduce", "update", "finish")
 _POISONED = (
@@ -82,10 +80,8 @@ class ShardedNAdam(Generic[P]):
         LauncherError: The job was started with another MPI's launcher.
 
     Attributes:
-        param_groups: Dicts as in torch; hyperparameters written there hold from the next step on.
         last_step: What the last ``step()`` did.
         comm: The communicator given.
-        policy: The policy given.
     """
 
     def __init__(
@@ -100,19 +96,23 @@ class ShardedNAdam(Generic[P]):
     ) -> None:
         install_abort_hook()
         self.comm = MPI.COMM_WORLD if comm is None else comm
-        self.policy = policy
-        self.max_grad_norm = max_grad_norm
+        self._settings: Description = {
+            "shardopt's version": __version__,
+            "policy": policy,
+            "max_grad_norm": max_grad_norm,
+        }
         self.defaults = dict(defaults)
         self.last_step = StepReport()
         self._closed = False
         self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
         self._agreement = Agreement(topology, policy.timeout_s)
         self._kernel = CpuKernel(policy.threads or cores_per_rank(topology))
-        self._pipeline = Pipeline(self._agreement.rollcall, self._kernel)
+        self._pipeline = Pipeline(
+            self._agreement.rollcall, self._kernel, max_grad_norm, policy.check_finite
+        )
         layout = plan_partition((), topology.num_nodes, topology.node_size, policy.bucket_nbytes)
         self._registry = Registry(face, layout)
         self._schedule = Schedule(layout)
-        self.param_groups: list[Group] = self._registry.param_groups
         try:
             self._extend("NAdam()", lambda: make_groups(params, self.defaults))
         except RankFailureError:
@@ -147,9 +147,7 @@ class ShardedNAdam(Generic[P]):
         times = [time.perf_counter()]
         survey = self._enter_step()
         times.append(time.perf_counter())
-        grad_norm, clip_factor, skipped = self._pipeline.measure(
-            self.partition, number, self.max_grad_norm, self.policy.check_finite
-        )
+        grad_norm, clip_factor, skipped = self._pipeline.measure(self.partition, number)
         times.append(time.perf_counter())
         first_poisoned = None
         if not skipped:
@@ -187,6 +185,11 @@ class ShardedNAdam(Generic[P]):
             binding.bind_grad()
 
     # -- param groups ------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """Dicts as in torch; hyperparameters written there hold from the next step on."""
+        return self._registry.param_groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
         """Add a group of parameters; those already there keep their state.
@@ -259,7 +262,7 @@ class ShardedNAdam(Generic[P]):
         """
         self._require_open()
         storages = self._pipeline.storages
-        parsed, error = _catch(
+        parsed, error = attempt(
             lambda: parse_state(state_dict, self.partition, storages, self.param_groups)
         )
         self._enter_call("load_state_dict()", {}, error)
@@ -311,7 +314,7 @@ class ShardedNAdam(Generic[P]):
             This rank's survey, with a gradient present where any rank has one.
         """
         self._require_open()
-        found, error = _catch(self._registry.survey)
+        found, error = attempt(self._registry.survey)
         survey = found or Survey()
         number = self.last_step.step + 1
         hypers = [hyper.values() for hyper in survey.hypers]
@@ -348,13 +351,8 @@ class ShardedNAdam(Generic[P]):
     def _extend(self, call: str, make: Callable[[], list[Group]]) -> None:
         """Add groups: validate and agree first, then allocate and bind."""
         self._require_open()
-        addition, error = _catch(lambda: self._plan(make))
-        settings = {
-            "shardopt's version": __version__,
-            "policy": self.policy,
-            "max_grad_norm": self.max_grad_norm,
-        }
-        self._enter_call(call, {**settings, **describe_addition(addition)}, error)
+        addition, error = attempt(lambda: self._plan(make))
+        self._enter_call(call, {**self._settings, **describe_addition(addition)}, error)
         assert addition is not None
         partition = addition.partition
         sections = range(len(self.partition.sections), len(partition.sections))
@@ -381,36 +379,17 @@ class ShardedNAdam(Generic[P]):
             binding.bind()
 
     def _plan(self, make: Callable[[], list[Group]]) -> Addition:
-        num_nodes, max_grad_norm = self._topology.num_nodes, self.max_grad_norm
-        if num_nodes > 1:
-            raise PartitionError(
-                f"all ranks must share one node; got {num_nodes} nodes. Start all ranks on one "
-                "machine, and leave policy.share_node on."
-            )
-        if max_grad_norm is not None and not (
-            isinstance(max_grad_norm, Real) and max_grad_norm > 0
-        ):
-            raise HyperparamsError(
-                f"max_grad_norm must be > 0 or None; got {max_grad_norm!r}. "
-                "Leave it out not to clip."
-            )
+        _require_supported(self._topology.num_nodes, self._settings["max_grad_norm"])
         addition = self._registry.plan(make)
         for dtype in {param.spec.dtype for param in addition.partition.params}:
             self._kernel.prepare(dtype)
         return addition
 
     def _enter_call(
-        self, call: str, description: Mapping[str, object], error: ShardoptError | None = None
+        self, call: str, description: Description, error: ShardoptError | None = None
     ) -> None:
-        """Make sure that all ranks make the same call alike, and that it fails on none of them."""
         self._require_open()
-        self._agreement.agree(
-            lambda: {"the call": call, **description},
-            error,
-            digest=digest_of(call, description),
-            step=self.last_step.step,
-            phase=call,
-        )
+        self._agreement.enter_call(call, description, error, step=self.last_step.step)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -427,9 +406,13 @@ class ShardedNAdam(Generic[P]):
         self._kernel.close()
 
 
-def _catch(function: Callable[[], _T]) -> tuple[_T | None, ShardoptError | None]:
-    """Call ``function``; what shardopt raises is handed back, to be agreed upon first."""
-    try:
-        return function(), None
-    except ShardoptError as error:
-        return None, error
+def _require_supported(num_nodes: int, max_grad_norm: object) -> None:
+    if num_nodes > 1:
+        raise PartitionError(
+            f"all ranks must share one node; got {num_nodes} nodes. Start all ranks on one "
+            "machine, and leave policy.share_node on."
+        )
+    if max_grad_norm is not None and not as_real("max_grad_norm", max_grad_norm) > 0:
+        raise HyperparamsError(
+            f"max_grad_norm must be > 0 or None; got {max_grad_norm!r}. Leave it out not to clip."
+        )

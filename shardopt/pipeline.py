@@ -24,12 +24,26 @@ class Pipeline:
     an extra pass in front, for what must be known before the update; it leaves the sum in this
     rank's own gradients.
 
+    Args:
+        rollcall: The ranks.
+        kernel: What computes.
+        max_grad_norm: Clip to this, as ``torch.nn.utils.clip_grad_norm_`` does, or None.
+        check_finite: As in ``ShardPolicy``.
+
     Attributes:
         storages: One for each section; sections are only ever appended.
     """
 
-    def __init__(self, rollcall: RollCall, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        rollcall: RollCall,
+        kernel: Kernel,
+        max_grad_norm: float | None,
+        check_finite: bool | None,
+    ) -> None:
         self.storages: list[SectionStorage] = []
+        self._max_grad_norm = max_grad_norm
+        self._check_finite = check_finite
         self._rollcall = rollcall
         self._kernel = kernel
 
@@ -57,15 +71,9 @@ class Pipeline:
                 chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
                 self._kernel.reduce(storage.grads, mine, start, stop, square_sums[chunks])
         square_sums = self._rollcall.allreduce(square_sums, MPI.SUM, step, "reduce")
-        return float(np.cumsum(square_sums)[-1])
+        return float(np.cumsum(square_sums)[-1:].sum())  # one after the other, if there are any
 
-    def measure(
-        self,
-        partition: Partition,
-        step: int,
-        max_grad_norm: float | None,
-        check_finite: bool | None,
-    ) -> tuple[float | None, float, bool]:
+    def measure(self, partition: Partition, step: int) -> tuple[float | None, float, bool]:
         """Reduce first where something must be known before the update.
 
         Collective: every rank.
@@ -73,12 +81,11 @@ class Pipeline:
         Args:
             partition: The layout.
             step: For messages.
-            max_grad_norm: Clip to this, as ``torch.nn.utils.clip_grad_norm_`` does, or None.
-            check_finite: As in ``ShardPolicy``.
 
         Returns:
             The norm or None, the clip factor, and whether to skip the step.
         """
+        max_grad_norm, check_finite = self._max_grad_norm, self._check_finite
         if max_grad_norm is None and not check_finite:
             return None, 1.0, False
         square_sum = self.reduce(partition, step)

@@ -89,6 +89,28 @@ class Agreement:
             raise RankMismatchError(mismatch)
         return False
 
+    def enter_call(
+        self, call: str, description: Description, error: ShardoptError | None, *, step: int
+    ) -> None:
+        """Make sure that all ranks make the same call alike, and that it fails on none of them.
+
+        Args:
+            call: Its name, as users know it.
+            description: What must be equal; small, as it is hashed at every call.
+            error: What this rank found wrong, or None.
+            step: For messages.
+
+        Raises:
+            ShardoptError: As ``agree`` does.
+        """
+        self.agree(
+            lambda: {"the call": call, **description},
+            error,
+            digest=digest_of(call, description),
+            step=step,
+            phase=call,
+        )
+
     def gather(self, value: _T) -> list[_T]:
         """Give every rank everyone's value; all ranks must be known to be here."""
         return self._comm.allgather(value)
@@ -97,6 +119,14 @@ class Agreement:
         """Release the communicators and what they share."""
         self.rollcall.free()
         self.topology.free()
+
+
+def attempt(function: Callable[[], _T]) -> tuple[_T | None, ShardoptError | None]:
+    """Call ``function``; what shardopt raises is handed back, to be agreed upon first."""
+    try:
+        return function(), None
+    except ShardoptError as error:
+        return None, error
 
 
 def digest_of(*values: object) -> int:
