@@ -22,7 +22,7 @@ DTYPES = ("float32", "float64")
 MIN_PIECE_NUMEL = 64 * CHUNK_NUMEL
 """Threads get no smaller pieces of a shard than this: handing one over costs some 20 us."""
 
-_LANES = 64
+_NUM_ACCUMULATORS = 64
 _MAX_TREE_DEPTH = 32
 
 
@@ -41,11 +41,23 @@ def _add(left: FloatArray, right: FloatArray, out: FloatArray) -> None:
 
 
 @_jit
+def _accumulate(total: FloatArray, more: FloatArray) -> None:
+    for i in range(total.size):  # with total a third time, as out, it would not vectorise
+        total[i] += more[i]
+
+
+@_jit
+def _copy(source: FloatArray, out: FloatArray) -> None:
+    for i in range(out.size):  # an assignment of slices would look for overlaps first
+        out[i] = source[i]
+
+
+@_jit
 def _sum_sources(grads: FloatArray, start: int, stop: int, partials: FloatArray) -> FloatArray:
     """Sum grads[:, start:stop] as [Note: the bits of a sum] says; may return a view of it.
 
-    ``partials[k]`` holds the sum of a complete subtree; bit k of a row's number says which are
-    in use.
+    ``partials`` is a stack of the sums of complete subtrees, each half as large as the one below:
+    as many are joined after a pair of rows as its number has trailing one bits.
     """
     num_sources = grads.shape[0]
     if num_sources == 1:
@@ -58,16 +70,13 @@ def _sum_sources(grads: FloatArray, start: int, stop: int, partials: FloatArray)
         bits = row >> 1
         while bits & 1:
             depth -= 1
-            left = partials[depth - 1, :numel]
-            _add(left, partials[depth, :numel], left)
+            _accumulate(partials[depth - 1, :numel], partials[depth, :numel])
             bits >>= 1
     if num_sources & 1:
-        last = partials[depth - 1, :numel]
-        _add(last, grads[num_sources - 1, start:stop], last)
+        _accumulate(partials[depth - 1, :numel], grads[num_sources - 1, start:stop])
     while depth > 1:
         depth -= 1
-        left = partials[depth - 1, :numel]
-        _add(left, partials[depth, :numel], left)
+        _accumulate(partials[depth - 1, :numel], partials[depth, :numel])
     return partials[0, :numel]
 
 
@@ -134,17 +143,17 @@ def _update(
 
 
 @_jit
-def _square_sum(values: FloatArray, lanes: FloatArray) -> float:
-    """Sum squares in float64 over 64 lanes, then the lanes: a fixed order that vectorises."""
-    lanes[:] = 0.0
-    for base in range(0, values.size, _LANES):
-        run = values[base : base + _LANES]
-        for lane in range(_LANES):
-            value = np.float64(run[lane])
-            lanes[lane] += value * value
+def _square_sum(values: FloatArray, accumulators: FloatArray) -> float:
+    """Sum squares in float64: every 64th into one accumulator, a fixed order that vectorises."""
+    accumulators[:] = 0.0
+    for base in range(0, values.size, _NUM_ACCUMULATORS):
+        run = values[base : base + _NUM_ACCUMULATORS]
+        for i in range(_NUM_ACCUMULATORS):
+            value = np.float64(run[i])
+            accumulators[i] += value * value
     total = 0.0
-    for lane in range(_LANES):
-        total += lanes[lane]
+    for i in range(_NUM_ACCUMULATORS):
+        total += accumulators[i]
     return total
 
 
@@ -159,12 +168,12 @@ def _reduce(
 ) -> None:
     """Reduce the chunks of [start, stop); see ``Kernel.reduce``. ``first`` is the shard's start."""
     partials = np.empty((_MAX_TREE_DEPTH if grads.shape[0] > 1 else 0, CHUNK_NUMEL), out.dtype)
-    lanes = np.empty(_LANES, np.float64)
+    accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
     for begin in range(start, stop, CHUNK_NUMEL):
         total = _sum_sources(grads, begin, begin + CHUNK_NUMEL, partials)
         if grads.shape[0] > 1:
-            out[begin : begin + CHUNK_NUMEL] = total
-        square_sums[(begin - first) // CHUNK_NUMEL] = _square_sum(total, lanes)
+            _copy(total, out[begin : begin + CHUNK_NUMEL])
+        square_sums[(begin - first) // CHUNK_NUMEL] = _square_sum(total, accumulators)
 
 
 class CpuKernel:
