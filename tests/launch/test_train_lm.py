@@ -1,0 +1,92 @@
+"""The training script as users start it, made small."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import read_job_env
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train_lm.py"
+SMALL = ("--layers", "1", "--width", "32", "--context", "32", "--batch", "2")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder of many small files, so that some are held out."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(60):
+        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
+        (folder / f"file{i}.py").write_text("".join(lines))
+    return folder
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+
+
+def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
+    out = tmp_path / "out"
+    arguments = ("--steps", "30", "--text", text, "--out", out, *SMALL)
+    job = mpirun(2, SCRIPT, *arguments, env={"COLUMNS": "80"})
+    assert job.returncode == 0, job.output
+    for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "go on"):
+        assert word in job.stdout
+    log = read_log(out)
+    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 31))
+    losses = [line["train_bits"] for line in log if line["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    assert log[-1]["kind"] == "end"
+    assert log[-1]["how"] == "finished"
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_gives_one_run(mpirun, tmp_path, text):
+    runs = []
+    for name in ("first", "second"):
+        arguments = ("--steps", "5", "--seed", "7", "--text", text, "--out", tmp_path / name)
+        assert mpirun(2, SCRIPT, *arguments, *SMALL).returncode == 0
+        runs.append([line.get("train_bits") for line in read_log(tmp_path / name)])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("option", [("--text", "/nowhere"), ("--width", "33"), ("--steps", "0")])
+def test_a_wrong_option_is_one_sentence(mpirun, tmp_path, option):
+    job = mpirun(2, SCRIPT, "--out", tmp_path / "out", *option)
+    assert job.returncode != 0
+    assert " must " in job.stderr
+    assert "Traceback" not in job.output
+
+
+def test_an_interrupt_ends_all_ranks_and_keeps_the_log(mpirun, tmp_path, text):
+    out = tmp_path / "out"
+    arguments = ("--steps", "100000", "--text", text, "--out", out, *SMALL)
+    job = subprocess.Popen(
+        [mpirun.program, "-n", "2", sys.executable, SCRIPT, *arguments],
+        env=os.environ | read_job_env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "train.jsonl").exists() or len(read_whole_lines(out)) < 20:
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = psutil.Process(job.pid).children(recursive=True)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=30) != 0
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    assert len(read_whole_lines(out)) >= 20
+
+
+def read_whole_lines(out):
+    return [line for line in (out / "train.jsonl").read_text().split("\n")[:-1] if json.loads(line)]
