@@ -1,6 +1,6 @@
 """What ties a framework's parameters to the windows, and notices when somebody unties them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -58,7 +58,7 @@ class Binding:
         grad: This rank's gradient of it.
     """
 
-    __slots__ = ("_face", "_grad_is_zero", "data", "grad", "name", "param")
+    __slots__ = ("_face", "_has_grad", "data", "grad", "name", "param")
 
     def __init__(
         self, name: str, param: Any, face: Face[Any], data: FloatArray, grad: FloatArray
@@ -68,7 +68,7 @@ class Binding:
         self.data = data
         self.grad = grad
         self._face = face
-        self._grad_is_zero = True
+        self._has_grad = False
 
     def fill(self) -> None:
         """Copy the parameter's value into the window."""
@@ -105,31 +105,31 @@ class Binding:
         self._require_like(array, self.data, "data")
         return array
 
-    def adopt_grad(self) -> tuple[bool, int]:
-        """Bring the gradient into the window, wherever the framework has put it.
-
-        Returns:
-            Whether there is a gradient, and the bytes that had to be copied.
+    def replaced_grad(self) -> tuple[bool, FloatArray | None]:
+        """Say whether there is a gradient, and give the array that has taken the view's place.
 
         Raises:
             PartitionError: It has another shape or dtype.
         """
         array = self._face.grad(self.param, self.name)
-        if array is self.grad:
-            self._grad_is_zero = False
-            return True, 0
-        if array is None:
-            if not self._grad_is_zero:  # what others read of it must not be an old gradient
-                self.grad[...] = 0
-                self._grad_is_zero = True
-            return False, 0
-        self._grad_is_zero = False
-        if _same_memory(array, self.grad):
-            return True, 0
-        self._require_like(array, self.grad, "grad")
-        np.copyto(self.grad, array)
-        self._face.bind_grad(self.param, self.grad)
-        return True, self.grad.nbytes
+        if array is self.grad or (array is not None and _same_memory(array, self.grad)):
+            return True, None
+        if array is not None:
+            self._require_like(array, self.grad, "grad")
+        return array is not None, array
+
+    def take_grad(self, array: FloatArray | None) -> None:
+        """Copy a gradient into the window; None leaves zeros, as others read what is there."""
+        if array is not None:
+            np.copyto(self.grad, array)
+            self.bind_grad()
+        elif self._has_grad:
+            self.grad[...] = 0
+        self._has_grad = array is not None
+
+    def keep_grad(self) -> None:
+        """Note that the window holds a gradient, written by the framework itself."""
+        self._has_grad = True
 
     def _require_like(self, array: FloatArray, view: FloatArray, what: str) -> None:
         for attribute in ("shape", "dtype"):
@@ -181,3 +181,15 @@ def _same_memory(left: FloatArray, right: FloatArray) -> bool:
         and left.strides == right.strides
         and (left.size == 0 or left.ctypes.data == right.ctypes.data)
     )
+
+
+def read_before_write(
+    arrays: Mapping[int, FloatArray], views: Mapping[int, FloatArray]
+) -> dict[int, FloatArray]:
+    """Copy those arrays that show the window itself, so that none changes while views are written.
+
+    Args:
+        arrays: What is about to be copied, by parameter.
+        views: Where to; all of them views of windows.
+    """
+    return {i: a.copy() if a.base is views[i].base else a for i, a in arrays.items()}

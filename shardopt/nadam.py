@@ -21,6 +21,7 @@ Sources: T. Dozat, "Incorporating Nesterov momentum into Adam", 2016, with the s
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -183,12 +184,10 @@ def step_coefficients(hyper: Hyperparams, clock: Clock, grad_scale: float) -> St
 
 def as_real(name: str, value: object) -> float:
     """Take a number, a 0-d array or a one-element tensor."""
-    try:
-        return float(value)  # type: ignore[arg-type]  # duck-typed: arrays and tensors have __float__
-    except (TypeError, ValueError):
-        raise HyperparamsError(
-            f"{name} must be a real number; got {value!r}. Pass a float."
-        ) from None
+    with suppress(TypeError, ValueError):
+        if not isinstance(value, str):  # float() would read it
+            return float(value)  # type: ignore[arg-type]  # duck-typed: they have __float__
+    raise HyperparamsError(f"{name} must be a real number; got {value!r}. Pass a float.")
 
 
 def _as_betas(betas: object) -> tuple[float, float]:

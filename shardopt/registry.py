@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from shardopt.bindings import Binding, Face, P, require_disjoint
+from shardopt.bindings import Binding, Face, P, read_before_write, require_disjoint
 from shardopt.groups import Group, HyperparamsReader, name_params, require_distinct
 from shardopt.kernels.base import FloatArray
 from shardopt.nadam import HYPERPARAM_NAMES, Hyperparams
@@ -114,16 +114,29 @@ class Registry(Generic[P]):
             HyperparamsError: A hyperparameter is out of range.
         """
         hypers = self._reader.read(self.param_groups)
-        present, copied_nbytes = 0, 0
+        present = 0
         replaced: dict[int, FloatArray] = {}
+        new_grads: dict[int, FloatArray] = {}
         for index, binding in enumerate(self.bindings):
             array = binding.replacement()
             if array is not None:
                 replaced[index] = array
-            has_grad, nbytes = binding.adopt_grad()
+            has_grad, grad = binding.replaced_grad()
             present |= has_grad << index
-            copied_nbytes += nbytes
-        return Survey(hypers, present, replaced, copied_nbytes)
+            if grad is not None:
+                new_grads[index] = grad
+        return Survey(hypers, present, replaced, self._take_grads(present, new_grads))
+
+    def _take_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
+        """Bring all gradients into the window and give the bytes that had to be copied."""
+        views = {index: self.bindings[index].grad for index in new_grads}
+        values = read_before_write(new_grads, views)
+        for index, binding in enumerate(self.bindings):
+            if index in values or not present >> index & 1:
+                binding.take_grad(values.get(index))
+            else:
+                binding.keep_grad()
+        return sum(array.nbytes for array in values.values())
 
     def adopt(self, replaced: Mapping[int, FloatArray], mine: int) -> int:
         """Bind replaced parameters to the window again.
@@ -136,11 +149,8 @@ class Registry(Generic[P]):
             Bytes written.
         """
         copied_nbytes = 0
-        values = {  # what shows another parameter is read before any is written
-            index: array.copy() if array.base is self.bindings[index].data.base else array
-            for index, array in replaced.items()
-        }
-        for index, array in values.items():
+        views = {index: self.bindings[index].data for index in replaced}
+        for index, array in read_before_write(replaced, views).items():
             binding = self.bindings[index]
             if mine >> index & 1:
                 binding.data[...] = array

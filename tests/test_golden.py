@@ -68,7 +68,7 @@ def test_torch(case):
             if tag == "f64":
                 np.testing.assert_allclose(values[key], expected[key], **FLOAT32_MU_PRODUCT)
             else:  # torch rounds a parameter twice a step, and fuses some multiply-adds
-                assert ulps(values[key], expected[key], TAGS[tag]) <= 5
+                assert ulps(values[key], expected[key], TAGS[tag]) <= 6
         rtol = 1e-15 if tag == "f64d" else 1e-6
         np.testing.assert_allclose(state["mu_product"], expected["mu_product"], rtol=rtol)
         assert state["step"] == expected["step"]

@@ -1,12 +1,19 @@
 """One rank's uncaught exception ends the whole job."""
 
+import fcntl
 import os
 import sys
+import termios
+import time
+from array import array
+from contextlib import redirect_stderr
+from io import StringIO
 from types import TracebackType
 
 from mpi4py import MPI
 
 _KEYBOARD_INTERRUPT_CODE = 130
+_LONGEST_WAIT_S = 1.0
 _installed = False
 
 
@@ -25,7 +32,9 @@ def install_abort_hook() -> None:
     def abort_after_report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        report(kind, error, traceback)
+        with redirect_stderr(StringIO()) as text:
+            report(kind, error, traceback)
+        sys.stderr.write(text.getvalue())  # in one piece: other ranks may be writing theirs
         end_job(_KEYBOARD_INTERRUPT_CODE if issubclass(kind, KeyboardInterrupt) else 1)
 
     sys.excepthook = abort_after_report
@@ -36,6 +45,18 @@ def end_job(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the library's own notice would bury the traceback
-        os.dup2(silence, stream)
+    for stream in (1, 2):
+        _wait_until_read(stream)
+        os.dup2(silence, stream)  # the library's own notice would bury the traceback
     MPI.COMM_WORLD.Abort(code)
+
+
+def _wait_until_read(stream: int) -> None:
+    """Wait for the reader of a pipe: MPICH's launcher drops what it has not read at an abort."""
+    unread, start = array("i", [1]), time.monotonic()
+    while unread[0] > 0 and time.monotonic() - start < _LONGEST_WAIT_S:
+        try:
+            fcntl.ioctl(stream, termios.FIONREAD, unread)
+        except OSError:  # no pipe
+            return
+        time.sleep(0.001)

