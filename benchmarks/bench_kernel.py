@@ -1,0 +1,157 @@
+"""Time the CPU kernel against STREAM's triad and torch's NAdam on the same number of threads.
+
+python benchmarks/bench_kernel.py
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from names import AXPY, FOREACH, KERNEL, KERNEL_NUMEL, TRIAD
+from peers import GRAD_SIZE, load_torch
+from placing import page_aligned
+from record import Ratio, Result, Samples, medians, report, sample
+from shardopt.kernels.base import UpdatePlan
+from shardopt.kernels.cpu import DTYPES, CpuKernel
+from shardopt.nadam import Clock, Hyperparams, step_coefficients
+from shardopt.stagger import row_numel, staggered_zeros
+from triad import Triad
+
+NUM_TENSORS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        numel: Parameters.
+        dtype: Of all arrays.
+        num_sources: Gradients that the kernel sums.
+        threads: Threads of every contender.
+    """
+
+    numel: int
+    dtype: str
+    num_sources: int
+    threads: int
+
+
+class KernelRun:
+    """The kernel and its arrays, which lie to each other as in ``shardopt.storage``.
+
+    Attributes:
+        nbytes: What one update must move: moments and parameters both ways, gradients once.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        numel, dtype, num_sources = setting.numel, setting.dtype, setting.num_sources
+        self._kernel = CpuKernel(setting.threads)
+        self._kernel.prepare(dtype)
+        row = row_numel(numel, dtype)
+        rows = page_aligned((1 + num_sources) * row, dtype).reshape(-1, row)
+        self._param, self._grads = rows[0, :numel], rows[1:]
+        fill_random(self._param, 1.0, 0)
+        for source in range(num_sources):
+            fill_random(self._grads[source, :numel], GRAD_SIZE, 1 + source)
+        self._exp_avg, self._exp_avg_sq = (
+            staggered_zeros(numel, dtype, len(rows) + i, self._param) for i in range(2)
+        )
+        self._segments = np.array([[0, numel, 0]])
+        self._clock, self._hyper = Clock(), Hyperparams()
+        self.nbytes = (6 + num_sources) * numel * self._param.itemsize
+
+    def run(self) -> None:
+        """Take one step."""
+        self._clock.advance(self._hyper)
+        row = step_coefficients(self._hyper, self._clock, 1 / len(self._grads))
+        table = np.array([row], self._param.dtype)
+        plan = UpdatePlan(0, self._param.size, self._segments, table)
+        self._kernel.update(self._grads, self._param, self._exp_avg, self._exp_avg_sq, plan)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._kernel.close()
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--numel", type=int, default=KERNEL_NUMEL, help="parameters (64 Mi)")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of each contender (15)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="(1 2)")
+    parser.add_argument("--sources", type=int, nargs="*", default=[1], help="gradients summed (1)")
+    arguments = parser.parse_args()
+    for threads in arguments.threads:
+        for num_sources in arguments.sources:
+            setting = Setting(arguments.numel, arguments.dtype, num_sources, threads)
+            compare(setting, arguments.repeats)
+
+
+def compare(setting: Setting, repeats: int) -> None:
+    """Measure and report one setting."""
+    kernel = KernelRun(setting)
+    triad = Triad(setting.numel, setting.dtype, setting.threads)
+    contenders = {TRIAD: triad.triad, AXPY: triad.axpy, KERNEL: kernel.run}
+    torch = load_torch(setting.threads) if setting.num_sources == 1 else None
+    if torch is not None:
+        contenders[FOREACH] = foreach_optimizer(torch, setting).step
+    samples_s, others = sample(contenders, repeats)
+    kernel.close()
+    triad.close()
+    report(evaluate(setting, samples_s, kernel.nbytes, triad.nbytes), others)
+
+
+def evaluate(setting: Setting, samples_s: Samples, kernel_nbytes: int, triad_nbytes: int) -> Result:
+    """Draw the ratios from the samples."""
+    times_s = medians(samples_s)
+    kernel_rate = kernel_nbytes / times_s[KERNEL] / 1e9
+    triad_rate, axpy_rate = (triad_nbytes / times_s[name] / 1e9 for name in (TRIAD, AXPY))
+    ratios = [
+        Ratio("kernel GB/s / triad GB/s", kernel_rate / triad_rate, 0.9),
+        Ratio("kernel GB/s / axpy GB/s", kernel_rate / axpy_rate),
+    ]
+    if FOREACH in times_s:
+        speed = times_s[FOREACH] / times_s[KERNEL]
+        ratios.append(Ratio(f"{FOREACH} / {KERNEL}", speed, 5.0))
+    figures = {"triad, GB/s": triad_rate, "axpy, GB/s": axpy_rate, "kernel, GB/s": kernel_rate}
+    return Result(
+        "kernel",
+        f"CpuKernel.update, {setting.num_sources} source(s)",
+        1,
+        setting.threads,
+        setting.dtype,
+        setting.numel,
+        samples_s,
+        ratios,
+        setting == Setting(KERNEL_NUMEL, "float32", 1, setting.threads),
+        figures,
+        settings={"sources": setting.num_sources},
+    )
+
+
+def fill_random(array: Any, size: float, seed: int) -> None:
+    """Touch every page with numbers that are neither zero nor denormal."""
+    np.random.default_rng(seed).standard_normal(dtype=array.dtype, out=array)
+    array *= array.dtype.type(size)
+
+
+def foreach_optimizer(torch: Any, setting: Setting) -> Any:
+    """Make torch's optimizer, with gradients in place."""
+    cuts = [setting.numel * i // NUM_TENSORS for i in range(NUM_TENSORS + 1)]
+    params = []
+    for tensor in range(NUM_TENSORS):
+        shape, kind = cuts[tensor + 1] - cuts[tensor], getattr(torch, setting.dtype)
+        param = torch.empty(shape, dtype=kind).requires_grad_()
+        param.grad = torch.empty(shape, dtype=kind)
+        fill_random(param.detach().numpy(), 1.0, tensor)
+        fill_random(param.grad.numpy(), GRAD_SIZE, tensor)
+        params.append(param)
+    return torch.optim.NAdam(params, foreach=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Draw the README's figures and write its tables from the newest lines under ``results/``.
+
+python benchmarks/plot.py [--readme README.md]
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from names import (
+    BYTES_PER_PARAMETER,
+    FOLDER,
+    LIMIT,
+    MEMORY_NUMEL,
+    QUIET,
+    REDUCE_SCATTER,
+    REPLICATED,
+    RESULTS_FOLDER,
+    SHARDOPT,
+    STEP_NUMEL,
+    ZERO_REDUNDANCY,
+)
+
+PLOTS_FOLDER = FOLDER / "plots"
+BEGIN, END = "<!-- figures begin -->", "<!-- figures end -->"
+
+CONTENDERS = (SHARDOPT, REDUCE_SCATTER, ZERO_REDUNDANCY, REPLICATED)
+LABELS = {
+    SHARDOPT: "shardopt",
+    REDUCE_SCATTER: "MPI reduce-scatter,\nour kernel, allgather",
+    ZERO_REDUNDANCY: "torch all_reduce +\nZeroRedundancyOptimizer",
+    REPLICATED: "torch all_reduce +\nNAdam on every rank",
+}
+INK, PALE_INK, OURS, THEIRS, MARK = "#24292f", "#6e7781", "#0b7a75", "#c3cad1", "#c2410c"
+
+Line = dict[str, Any]
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", type=Path, help="file whose figures are written anew")
+    parser.add_argument("--mpi", default="MPICH", help="whose times the plot shows (MPICH)")
+    parser.add_argument("--png", action="store_true", help="draw a PNG beside the SVG")
+    arguments = parser.parse_args()
+    steps = newest("step", STEP_NUMEL)
+    memory = newest("memory", MEMORY_NUMEL)
+    drawn = [line for line in steps if line["mpi"].startswith(arguments.mpi)]
+    if drawn:
+        draw_step_time(drawn, [".svg", ".png"] if arguments.png else [".svg"])
+    text = "\n\n".join(figures(steps, memory))
+    print(text)
+    if arguments.readme is not None:
+        rewrite(arguments.readme, text)
+
+
+def newest(benchmark: str, numel: int) -> list[Line]:
+    """Read the newest line for each number of ranks and each MPI, quiet ones first.
+
+    Args:
+        benchmark: Name of the file.
+        numel: Only results of models of this size.
+    """
+    path = RESULTS_FOLDER / f"{benchmark}.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = [line for line in lines if line["numel"] == numel]
+    lines.sort(key=lambda line: ((line["others"] or 0.0) <= QUIET, line["date"]))
+    last = {(line["ranks"], line["mpi"].split()[0]): line for line in lines}
+    return [last[kind] for kind in sorted(last)]
+
+
+# -- the plot --------------------------------------------------------------------------------------
+
+
+def draw_step_time(lines: Sequence[Line], suffixes: Sequence[str]) -> None:
+    """Draw a panel of bars for each number of ranks."""
+    mpl.rcParams.update(
+        {"font.size": 10, "text.color": INK, "svg.hashsalt": "shardopt", "svg.fonttype": "none"}
+    )
+    figure, axes = plt.subplots(
+        1, len(lines), figsize=(4.9 * len(lines) + 0.6, 3.5), squeeze=False, sharey=True
+    )
+    for axis, line in zip(axes[0], lines, strict=True):
+        _draw_panel(axis, line)
+    model = f"{lines[0]['numel'] / 2**20:.0f} Mi {lines[0]['dtype']} parameters"
+    title = f"One optimizer step, {model}, gradients averaged over the ranks"
+    figure.suptitle(title, x=0.012, y=0.975, ha="left", weight="bold", size=11.5)
+    figure.text(0.012, 0.022, footnote(lines), size=7.5, color=PALE_INK, linespacing=1.5)
+    figure.tight_layout(rect=(0, 0.1, 1, 0.97), w_pad=2.5)
+    PLOTS_FOLDER.mkdir(exist_ok=True)
+    for suffix in suffixes:
+        metadata = {"Date": None} if suffix == ".svg" else None
+        path = PLOTS_FOLDER / f"step_time{suffix}"
+        figure.savefig(path, facecolor="white", dpi=150, metadata=metadata)
+    plt.close(figure)
+
+
+def _draw_panel(axis: Any, line: Line) -> None:
+    names = [name for name in CONTENDERS if name in line["samples_s"]]
+    values = [nanoseconds(line, name) for name in names]
+    colors = [OURS if name == SHARDOPT else THEIRS for name in names]
+    axis.barh(range(len(names)), values, color=colors, height=0.62)
+    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+        times = "" if name == SHARDOPT else f"   {value / values[0]:.1f} ×"
+        weight = "bold" if name == SHARDOPT else "normal"
+        axis.text(value + 0.015 * max(values), place, f"{value:.2f} ns{times}", va="center",
+                  weight=weight)  # fmt: skip
+    limit = line["figures"][LIMIT]
+    axis.axvline(limit, color=MARK, lw=1.2, ls=(0, (4, 2)), zorder=3)
+    axis.annotate(
+        f"limit of memory: {limit:.2f} ns", (limit, -0.62), (5, 0), textcoords="offset points",
+        color=MARK, size=8.5, va="center",
+    )  # fmt: skip
+    axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axis.set_ylim(len(names) - 0.45, -0.9)
+    axis.set_xlim(0, 1.32 * max(values))
+    axis.set_title(f"{line['ranks']} ranks", loc="left", size=10.5)
+    axis.set_xlabel("ns per parameter (less is better)", color=PALE_INK)
+    axis.tick_params(length=0, colors=INK)
+    axis.tick_params(axis="x", colors=PALE_INK)
+    axis.grid(axis="x", color="#eaeef2")
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "bottom", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def footnote(lines: Sequence[Line]) -> str:
+    """Say where the times come from."""
+    first = lines[0]
+    machine, versions = first["machine"], first["versions"]
+    peers = f"torch {versions['torch']} over Gloo, " if "torch" in versions else ""
+    rounds = min(len(samples) for line in lines for samples in line["samples_s"].values())
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores. {first['mpi']}, {peers}"
+        f"NumPy {versions['numpy']}, Numba {versions['numba']}. Commit {commits}, "
+        f"{first['date'][:10]}.\nTime of the slowest rank, median of {rounds} interleaved rounds. "
+        "Limit: the bytes a step must move, at the bandwidth all ranks reached in the same run."
+    )
+
+
+def nanoseconds(line: Line, name: str) -> float:
+    """Median time of a contender for each parameter."""
+    return float(median(line["samples_s"][name]) / line["numel"] * 1e9)
+
+
+# -- the tables ------------------------------------------------------------------------------------
+
+
+def figures(steps: Sequence[Line], memory: Sequence[Line]) -> list[str]:
+    """Write the README's part: the picture, the two tables, where they come from."""
+    parts = []
+    if steps:
+        alt = "Time of a step for each parameter: shardopt and its peers, on 2 and on 4 ranks"
+        parts += [f"![{alt}](benchmarks/plots/step_time.svg)", step_table(steps)]
+        parts.append(f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}")
+    if memory:
+        parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
+    return parts
+
+
+def step_table(lines: Sequence[Line]) -> str:
+    """Write step times in ns a parameter, and how many times shardopt's they are."""
+    rows = []
+    for line in lines:
+        ours = nanoseconds(line, SHARDOPT)
+        cells = [f"{line['ranks']} ranks, {line['mpi']}", f"**{ours:.2f}**"]
+        for name in CONTENDERS[1:]:
+            there = name in line["samples_s"]
+            value = nanoseconds(line, name) if there else 0.0
+            cells.append(f"{value:.2f} ({value / ours:.1f} ×)" if there else "")
+        limit = line["figures"][LIMIT]
+        rows.append([*cells, f"{limit:.2f} ({ours / limit:.2f})"])
+    head = ["Step, ns per parameter", *_heads(), "limit of memory (shardopt / limit)"]
+    return _markdown(head, rows)
+
+
+def memory_table(lines: Sequence[Line]) -> str:
+    """Write the memory that a node needs, in bytes a parameter."""
+    rows = []
+    for line in lines:
+        found = line["figures"]
+        cells = [f"{line['ranks']} ranks, {line['mpi']}"]
+        for name in CONTENDERS:
+            value = found.get(BYTES_PER_PARAMETER.format(name))
+            cells.append("" if value is None else f"{value:.1f}")
+        cells[1] = f"**{cells[1]}**"
+        rows.append(cells)
+    head = ["Memory of a node, bytes per parameter (= GB per 10⁹ parameters)", *_heads()]
+    return _markdown(head, rows)
+
+
+def rewrite(readme: Path, text: str) -> None:
+    """Put ``text`` between the markers of a file.
+
+    Raises:
+        ValueError: The file has no such markers.
+    """
+    old = readme.read_text()
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(old):
+        raise ValueError(f"{readme} must have {BEGIN} and {END}; got neither. Put both in.")
+    readme.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", old, count=1))
+
+
+def _heads() -> list[str]:
+    return [LABELS[name].replace("\n", " ") for name in CONTENDERS]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _origin(lines: Sequence[Line]) -> str:
+    machine, date = lines[0]["machine"], lines[0]["date"][:10]
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    return f"{machine['cpu']}, {machine['cores']} cores, {date}, commit {commits}."
+
+
+if __name__ == "__main__":
+    main()
