@@ -58,7 +58,7 @@ class Binding:
         grad: This rank's gradient of it.
     """
 
-    __slots__ = ("_face", "_has_grad", "data", "grad", "name", "param")
+    __slots__ = ("_face", "data", "grad", "name", "param")
 
     def __init__(
         self, name: str, param: Any, face: Face[Any], data: FloatArray, grad: FloatArray
@@ -68,7 +68,6 @@ class Binding:
         self.data = data
         self.grad = grad
         self._face = face
-        self._has_grad = False
 
     def fill(self) -> None:
         """Copy the parameter's value into the window."""
@@ -88,13 +87,17 @@ class Binding:
         self._face.bind_grad(self.param, None)
 
     def release(self) -> None:
-        """Give the parameter memory of its own again, with the same values, and no gradient."""
-        self._face.bind_data(self.param, self.data.copy())
-        self._face.bind_grad(self.param, None)
+        """Give the parameter memory of its own again, with the same values, and no gradient.
+
+        A value that has taken the view's place stays.
+        """
+        if _same_memory(self._face.data(self.param, self.name), self.data):
+            self._face.bind_data(self.param, self.data.copy())
+            self._face.bind_grad(self.param, None)
         del self.data, self.grad
 
-    def replacement(self) -> FloatArray | None:
-        """The array that has taken the place of the window's view, or None.
+    def find_new_data(self) -> FloatArray | None:
+        """Give the array that has taken the place of the window's view, or None.
 
         Raises:
             PartitionError: It has another shape or dtype.
@@ -105,7 +108,7 @@ class Binding:
         self._require_like(array, self.data, "data")
         return array
 
-    def replaced_grad(self) -> tuple[bool, FloatArray | None]:
+    def find_new_grad(self) -> tuple[bool, FloatArray | None]:
         """Say whether there is a gradient, and give the array that has taken the view's place.
 
         Raises:
@@ -118,18 +121,14 @@ class Binding:
             self._require_like(array, self.grad, "grad")
         return array is not None, array
 
-    def take_grad(self, array: FloatArray | None) -> None:
-        """Copy a gradient into the window; None leaves zeros, as others read what is there."""
-        if array is not None:
-            np.copyto(self.grad, array)
-            self.bind_grad()
-        elif self._has_grad:
-            self.grad[...] = 0
-        self._has_grad = array is not None
+    def write_grad(self, array: FloatArray) -> None:
+        """Copy a gradient into the window and bind it."""
+        np.copyto(self.grad, array)
+        self.bind_grad()
 
-    def keep_grad(self) -> None:
-        """Note that the window holds a gradient, written by the framework itself."""
-        self._has_grad = True
+    def clear_grad(self) -> None:
+        """Zero the gradient in the window: other ranks add what is there."""
+        self.grad[...] = 0
 
     def _require_like(self, array: FloatArray, view: FloatArray, what: str) -> None:
         for attribute in ("shape", "dtype"):
@@ -184,12 +183,10 @@ def _same_memory(left: FloatArray, right: FloatArray) -> bool:
 
 
 def read_before_write(
-    arrays: Mapping[int, FloatArray], views: Mapping[int, FloatArray]
+    arrays: Mapping[int, FloatArray], windows: Sequence[FloatArray]
 ) -> dict[int, FloatArray]:
-    """Copy those arrays that show the window itself, so that none changes while views are written.
-
-    Args:
-        arrays: What is about to be copied, by parameter.
-        views: Where to; all of them views of windows.
-    """
-    return {i: a.copy() if a.base is views[i].base else a for i, a in arrays.items()}
+    """Copy those arrays that show a window, so that none changes while windows are written."""
+    return {
+        index: array.copy() if any(np.may_share_memory(array, w) for w in windows) else array
+        for index, array in arrays.items()
+    }

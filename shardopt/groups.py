@@ -58,7 +58,13 @@ def name_params(groups: Sequence[Group], face: Face[Any], first_index: int) -> l
     """Name parameters: as given, else as they call themselves, else by position."""
     names: list[str] = []
     for group in groups:
-        given = group.get("param_names") or [face.name(param) for param in group["params"]]
+        own = [face.name(param) for param in group["params"]]
+        given = group.get("param_names") or own
+        if len(given) != len(own):
+            raise PartitionError(
+                f"param_names must have one name for each of {len(own)} params; got {len(given)}. "
+                "Pass (name, parameter) pairs."
+            )
         names += [name or f"param{first_index + len(names) + i}" for i, name in enumerate(given)]
     return names
 
@@ -107,12 +113,19 @@ class HyperparamsReader:
         index: int, group: Group, last: tuple[tuple[Any, ...], Hyperparams] | None
     ) -> tuple[tuple[Any, ...], Hyperparams]:
         raw: tuple[Any, ...] = tuple([group.get(name) for name in HYPERPARAM_NAMES])
-        if last is not None and raw == last[0]:
+        plain = all(map(_is_plain, raw))  # an array may be changed in place
+        if last is not None and plain and raw == last[0]:
             return last
         try:
-            return raw, Hyperparams(*raw)
+            return raw if plain else (), Hyperparams(*raw)
         except HyperparamsError as error:
             raise HyperparamsError(f"in param_groups[{index}], {error}") from None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (float, int, bool, str)
 
 
 def _is_iterable(value: Any) -> bool:

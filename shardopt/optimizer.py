@@ -1,6 +1,5 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from shardopt.pipeline import Pipeline
 from shardopt.planner import MemoryReport, plan_memory
 from shardopt.policy import ShardPolicy
 from shardopt.registry import Addition, Registry, Survey, describe_addition, describe_hypers
-from shardopt.report import StepReport
+from shardopt.report import StepReport, Stopwatch
 from shardopt.schedule import Schedule
 from shardopt.state import (
     gather_state,
@@ -45,12 +44,6 @@ from shardopt.state import (
     share_parsed,
 )
 from shardopt.storage import SectionStorage, window_nbytes
-
-_PHASES = ("agree", "reduce", "update", "finish")
-_POISONED = (
-    "parameter {!r} holds inf or NaN since step {}. Load an earlier state, and pass "
-    "ShardPolicy(check_finite=True) to skip such steps."
-)
 
 
 class ShardedNAdam(Generic[P]):
@@ -98,7 +91,7 @@ class ShardedNAdam(Generic[P]):
         self.comm = MPI.COMM_WORLD if comm is None else comm
         self._settings: Description = {
             "shardopt's version": __version__,
-            "policy": policy,
+            **policy.describe(),
             "max_grad_norm": max_grad_norm,
         }
         self.defaults = dict(defaults)
@@ -106,7 +99,8 @@ class ShardedNAdam(Generic[P]):
         self._closed = False
         self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
         self._agreement = Agreement(topology, policy.timeout_s)
-        self._kernel = CpuKernel(policy.threads or cores_per_rank(topology))
+        num_cores = cores_per_rank(topology)
+        self._kernel = CpuKernel(policy.threads or num_cores)
         self._pipeline = Pipeline(
             self._agreement.rollcall, self._kernel, max_grad_norm, policy.check_finite
         )
@@ -143,29 +137,27 @@ class ShardedNAdam(Generic[P]):
             RankFailureError: A rank did not come within ``policy.timeout_s``.
         """
         loss = None if closure is None else closure()
-        number = self.last_step.step + 1
-        times = [time.perf_counter()]
+        number, watch = self.last_step.step + 1, Stopwatch()
         survey = self._enter_step()
-        times.append(time.perf_counter())
+        watch.lap("agree")
         grad_norm, clip_factor, skipped = self._pipeline.measure(self.partition, number)
-        times.append(time.perf_counter())
-        first_poisoned = None
+        watch.lap("reduce")
+        poisoned = None
         if not skipped:
             self._schedule.regroup(survey.present)
-            rows = self._schedule.advance(survey.hypers, clip_factor / self._topology.world_size)
-            first_poisoned = self._pipeline.update(
-                self._schedule, rows, reduced=grad_norm is not None
-            )
-        times.append(time.perf_counter())
-        poisoned = self._finish_step(first_poisoned)
-        times.append(time.perf_counter())
-        seconds = {name: times[i + 1] - times[i] for i, name in enumerate(_PHASES)}
-        report = StepReport(
-            number, grad_norm, clip_factor, skipped, seconds, survey.copied_nbytes
-        ).diagnosed(poisoned, self.last_step)
-        if report.poisoned_since == number and self._topology.rank == 0:
-            warnings.warn(_POISONED.format(report.poisoned_param, number), NonFiniteWarning, 2)
-        self.last_step = report
+            grad_scale = clip_factor / self._topology.world_size
+            rows = self._schedule.advance(survey.hypers, grad_scale)
+            reduced = grad_norm is not None
+            poisoned = self._pipeline.update(self._schedule, rows, reduced=reduced)
+        watch.lap("update")
+        poisoned_name = self._finish_step(poisoned)
+        watch.lap("finish")
+        before = self.last_step
+        self.last_step = StepReport(
+            number, grad_norm, clip_factor, skipped, watch.seconds, survey.copied_nbytes
+        ).diagnosed(poisoned_name, before)
+        for text in self.last_step.news(before) if self._topology.rank == 0 else ():
+            warnings.warn(text, NonFiniteWarning, stacklevel=2)
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -272,6 +264,7 @@ class ShardedNAdam(Generic[P]):
         self._enter_call("load_state_dict()", groups)
         load_parsed(state, self.partition, storages)
         self._schedule.set_clocks(state.clocks)
+        self.last_step = self.last_step.healed()
         for group, values in zip(self.param_groups, state.groups, strict=True):
             group.update(values)
 
@@ -287,7 +280,10 @@ class ShardedNAdam(Generic[P]):
         return plan_memory(self.partition)
 
     def close(self) -> None:
-        """Give parameters memory of their own again and release the windows. Collective."""
+        """Give parameters memory of their own again and release the windows. Collective.
+
+        A parameter whose value was replaced since the last step keeps what this rank put there.
+        """
         if self._closed:
             return
         self._enter_call("close()", {})
@@ -323,7 +319,7 @@ class ShardedNAdam(Generic[P]):
         equal = self._agreement.agree(
             lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},
             error,
-            digest=digest_of("step()", number, hypers, masks),
+            digest=digest_of("step()", number, hypers, *map(hex, masks)),
             step=number,
             phase="agree",
         )
@@ -333,6 +329,7 @@ class ShardedNAdam(Generic[P]):
         if any(replaced for _, replaced in everyone):  # of several values the lowest rank's wins
             taken = reduce(or_, (mask for _, mask in everyone[: self._topology.rank]), 0)
             copied_nbytes += self._registry.adopt(survey.replaced, ~taken)
+            self.last_step = self.last_step.healed()
             self._pipeline.sync()
             self._agreement.all_equal(0, number, "adopt")
         self._pipeline.sync()
@@ -399,8 +396,7 @@ class ShardedNAdam(Generic[P]):
 
     def _release(self) -> None:
         self._closed = True
-        for binding in self._registry.bindings:
-            binding.release()
+        self._registry.release()
         self._pipeline.free()
         self._agreement.free()
         self._kernel.close()

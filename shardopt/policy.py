@@ -1,6 +1,6 @@
 """Settings of the sharding itself, apart from the mathematics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from shardopt.errors import HyperparamsError
 
@@ -21,7 +21,8 @@ class ShardPolicy:
             on.
         check_finite: Find inf and NaN in gradients before the update and skip such a step on all
             ranks. None does so where it is free: with ``max_grad_norm``. True adds a pass over the
-            gradients, False never skips.
+            gradients, False never skips. (A finite gradient whose square overflows the dtype of
+            the moments, above some 5e20 in float32, freezes its element, as in torch.)
         timeout_s: Longest wait for another rank, in seconds, before the job is ended with the
             names of those missing.
 
@@ -38,17 +39,31 @@ class ShardPolicy:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        self._require(
-            self.bucket_nbytes >= 1, "bucket_nbytes", "be >= 1", "Leave it out for 32 MiB"
-        )
-        self._require(self.wire_dtype is None, "wire_dtype", "be None", "Leave it out")
-        self._require(self.master_weights is None, "master_weights", "be None", "Leave it out")
-        threads = self.threads
-        self._require(threads is None or threads >= 1, "threads", "be >= 1 or None", "Leave it out")
-        self._require(self.timeout_s > 0, "timeout_s", "be > 0", "Leave it out for 300 seconds")
+        self._require(_is_count(self.bucket_nbytes), "bucket_nbytes", "be a whole number >= 1")
+        self._require(self.wire_dtype is None, "wire_dtype", "be None")
+        self._require(self.master_weights is None, "master_weights", "be None")
+        self._require(type(self.share_node) is bool, "share_node", "be True or False")
+        threads = self.threads is None or _is_count(self.threads)
+        self._require(threads, "threads", "be a whole number >= 1 or None")
+        check = self.check_finite is None or type(self.check_finite) is bool
+        self._require(check, "check_finite", "be True, False or None")
+        self._require(_is_positive(self.timeout_s), "timeout_s", "be a number > 0")
 
-    def _require(self, holds: bool, name: str, rule: str, remedy: str) -> None:
+    def describe(self) -> dict[str, object]:
+        """The settings by name, for comparison between ranks."""
+        return {f"policy.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
+            got = getattr(self, name)
             raise HyperparamsError(
-                f"policy.{name} must {rule}; got {getattr(self, name)!r}. {remedy}."
+                f"policy.{name} must {rule}; got {got!r}. Leave it out for the default."
             )
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and value > 0  # type: ignore[operator]  # of a number
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1

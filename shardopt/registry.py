@@ -19,6 +19,7 @@ class Addition:
     groups: list[Group]
     names: list[str]
     partition: Partition
+    first_group: int
 
     @property
     def params(self) -> list[Any]:
@@ -64,6 +65,7 @@ class Registry(Generic[P]):
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
         self._reader = HyperparamsReader()
+        self._windows: list[FloatArray] = []
 
     def plan(self, make: Callable[[], list[Group]]) -> Addition:
         """Lay out new groups behind the present ones.
@@ -92,7 +94,7 @@ class Registry(Generic[P]):
             ParamSpec(name, tuple(array.shape), array.dtype.name, group)
             for name, array, group in zip(names, arrays, group_of, strict=True)
         ]
-        return Addition(groups, names, self.partition.extend(specs))
+        return Addition(groups, names, self.partition.extend(specs), len(self.param_groups))
 
     def commit(self, addition: Addition, storages: Sequence[SectionStorage]) -> list[Binding]:
         """Take planned groups in; their parameters are not bound yet."""
@@ -104,10 +106,14 @@ class Registry(Generic[P]):
             self.bindings.append(Binding(name, param, self.face, *views))
         self.param_groups += addition.groups
         self.partition = addition.partition
+        self._windows = [array for storage in storages for array in (storage.params, storage.grads)]
         return self.bindings[first:]
 
     def survey(self) -> Survey:
         """Look at everything users may have changed since the last step; copy gradients in.
+
+        Only this rank reads its gradients now, so that copying them before the ranks have agreed
+        changes nothing for the others.
 
         Raises:
             PartitionError: A parameter or gradient was replaced by one that does not fit.
@@ -115,48 +121,53 @@ class Registry(Generic[P]):
         """
         hypers = self._reader.read(self.param_groups)
         present = 0
-        replaced: dict[int, FloatArray] = {}
+        new_data: dict[int, FloatArray] = {}
         new_grads: dict[int, FloatArray] = {}
         for index, binding in enumerate(self.bindings):
-            array = binding.replacement()
-            if array is not None:
-                replaced[index] = array
-            has_grad, grad = binding.replaced_grad()
+            data = binding.find_new_data()
+            if data is not None:
+                new_data[index] = data
+            has_grad, grad = binding.find_new_grad()
             present |= has_grad << index
             if grad is not None:
                 new_grads[index] = grad
-        return Survey(hypers, present, replaced, self._take_grads(present, new_grads))
+        new_data = read_before_write(new_data, self._windows)
+        return Survey(hypers, present, new_data, self._take_grads(present, new_grads))
 
-    def _take_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
-        """Bring all gradients into the window and give the bytes that had to be copied."""
-        views = {index: self.bindings[index].grad for index in new_grads}
-        values = read_before_write(new_grads, views)
-        for index, binding in enumerate(self.bindings):
-            if index in values or not present >> index & 1:
-                binding.take_grad(values.get(index))
-            else:
-                binding.keep_grad()
-        return sum(array.nbytes for array in values.values())
-
-    def adopt(self, replaced: Mapping[int, FloatArray], mine: int) -> int:
+    def adopt(self, replaced: Mapping[int, FloatArray], winners: int) -> int:
         """Bind replaced parameters to the window again.
 
         Args:
             replaced: Of the survey.
-            mine: Bit mask of those whose new value this rank writes into the window.
+            winners: Bit mask of those whose new value this rank writes into the window.
 
         Returns:
             Bytes written.
         """
         copied_nbytes = 0
-        views = {index: self.bindings[index].data for index in replaced}
-        for index, array in read_before_write(replaced, views).items():
+        for index, array in replaced.items():
             binding = self.bindings[index]
-            if mine >> index & 1:
+            if winners >> index & 1:
                 binding.data[...] = array
                 copied_nbytes += binding.data.nbytes
             self.face.bind_data(binding.param, binding.data)
         return copied_nbytes
+
+    def release(self) -> None:
+        """Untie all parameters from the windows."""
+        self._windows.clear()
+        for binding in self.bindings:
+            binding.release()
+
+    def _take_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
+        """Bring all gradients into the window and give the bytes that had to be copied."""
+        values = read_before_write(new_grads, self._windows)
+        for index, binding in enumerate(self.bindings):
+            if index in values:
+                binding.write_grad(values[index])
+            elif not present >> index & 1:
+                binding.clear_grad()
+        return sum(array.nbytes for array in values.values())
 
 
 def describe_addition(addition: Addition | None) -> dict[str, object]:
@@ -166,9 +177,9 @@ def describe_addition(addition: Addition | None) -> dict[str, object]:
     specs = [param.spec for param in addition.partition.params]
     hypers = [Hyperparams.from_group(group) for group in addition.groups]
     description: dict[str, object] = {
-        "the number of param groups": len(hypers),
+        "the number of param groups": addition.first_group + len(hypers),
         "the number of parameters": len(specs),
-        **describe_hypers(hypers),
+        **describe_hypers(hypers, addition.first_group),
     }
     for index, spec in enumerate(specs):
         description[f"the name of parameter {index}"] = spec.name
@@ -178,10 +189,10 @@ def describe_addition(addition: Addition | None) -> dict[str, object]:
     return description
 
 
-def describe_hypers(hypers: Sequence[Hyperparams]) -> dict[str, object]:
-    """The hyperparameters of all groups by name."""
+def describe_hypers(hypers: Sequence[Hyperparams], first_group: int = 0) -> dict[str, object]:
+    """The hyperparameters of groups by name."""
     return {
         f"{name} of param group {index}": getattr(hyper, name)
-        for index, hyper in enumerate(hypers)
+        for index, hyper in enumerate(hypers, first_group)
         for name in HYPERPARAM_NAMES
     }

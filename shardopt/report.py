@@ -1,6 +1,7 @@
 """What one step did, for those who watch a training run."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 
@@ -18,8 +19,9 @@ class StepReport:
             ``update``, ``finish``.
         copied_nbytes: Gradients and parameters that had been replaced and were copied in.
         sent_nbytes: Bytes this rank sent to other nodes.
-        poisoned_param: The first parameter that holds inf or NaN, or None.
-        poisoned_since: The step in which that was first seen, or None.
+        poisoned_param: A parameter that an update left with inf or NaN, the first seen, or None;
+            known until parameters are replaced or a state is loaded.
+        poisoned_since: The step in which that was, or None.
     """
 
     step: int = 0
@@ -37,11 +39,46 @@ class StepReport:
 
         Args:
             poisoned_param: The first that this step left with inf or NaN, or None.
-            before: The report of the step before.
+            before: The report of the step before; what it knew of stays known.
         """
-        if self.skipped:
+        if before.poisoned_param is not None:
             poisoned_param = before.poisoned_param
         if poisoned_param is None:
             return self
         since = before.poisoned_since or self.step
         return replace(self, poisoned_param=poisoned_param, poisoned_since=since)
+
+    def news(self, before: "StepReport") -> Iterator[str]:
+        """Say what is wrong now that was not known after the step before."""
+        if self.skipped and not before.skipped:
+            yield (
+                f"step {self.step} was skipped on all ranks: gradients must be finite; got a norm "
+                f"of {self.grad_norm}. Lower lr, or look for the step where the loss began to grow."
+            )
+        if self.poisoned_since == self.step:
+            yield (
+                f"parameter {self.poisoned_param!r} holds inf or NaN since step {self.step}. Load "
+                "an earlier state, and pass ShardPolicy(check_finite=True) to skip such steps."
+            )
+
+    def healed(self) -> "StepReport":
+        """Forget poisoned parameters: values have been replaced."""
+        return replace(self, poisoned_param=None, poisoned_since=None)
+
+
+class Stopwatch:
+    """Seconds between laps, by name.
+
+    Attributes:
+        seconds: The laps so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the lap ``name``; the next begins."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

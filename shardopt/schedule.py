@@ -34,19 +34,19 @@ class Schedule:
         self.clocks = [Clock() for _ in partition.params]
         self.cohorts: list[Cohort] = []
         self._cohort_of: list[int] = []
-        self._present = -1
+        self._present: int | None = None
         self._segments: dict[tuple[int, int], IntArray] = {}
 
     def extend(self, partition: Partition) -> None:
         """Take over a partition that has parameters appended."""
         self.clocks += [Clock() for _ in partition.params[len(self.clocks) :]]
         self.partition = partition
-        self._present = -1
+        self._present = None
 
     def set_clocks(self, clocks: Sequence[Clock]) -> None:
         """Go on from other clocks, one for each parameter."""
         self.clocks = list(clocks)
-        self._present = -1
+        self._present = None
 
     def regroup(self, present: int) -> None:
         """Arrange cohorts for a step in which the parameters of the bit mask have gradients."""

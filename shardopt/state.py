@@ -275,10 +275,15 @@ def _parse_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -
     _require(
         len(saved) == len(groups), "param_groups", f"be {len(groups)}", len(saved), _OTHER_MODEL
     )
-    parsed = []
+    parsed: list[Group] = []
+    first = 0
     for index, (old, new) in enumerate(zip(groups, saved, strict=True)):
-        count, name = len(old["params"]), f"params of param_groups[{index}]"
-        _require(len(new["params"]) == count, name, f"be {count}", len(new["params"]), _OTHER_MODEL)
+        name = f"params of param_groups[{index}]"
+        indices = list(range(first, first + len(old["params"])))
+        got = list(new["params"])
+        _require(len(got) == len(indices), name, f"be {len(indices)}", len(got), _OTHER_MODEL)
+        _require(got == indices, name, f"be numbered {indices}", got, _OTHER_MODEL)
+        first += len(indices)
         values = group_values({**old, **new})
         try:
             Hyperparams.from_group(values)

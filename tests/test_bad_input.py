@@ -77,10 +77,13 @@ def test_a_different_setting_on_one_rank_is_refused(comm, change, name, usual, o
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("change", [{"bucket_nbytes": 4096}, {"check_finite": True}])
-def test_a_different_policy_on_one_rank_is_refused(comm, change):
-    usual, odd = ShardPolicy(timeout_s=20), ShardPolicy(timeout_s=20, **change)
-    told = differing(comm, "policy", repr(usual), repr(odd))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bucket_nbytes", 4096), ("check_finite", True), ("threads", 1), ("share_node", False)],
+)
+def test_a_different_policy_on_one_rank_is_refused(comm, name, value):
+    usual, odd = ShardPolicy(timeout_s=20), ShardPolicy(timeout_s=20, **{name: value})
+    told = differing(comm, f"policy.{name}", repr(getattr(usual, name)), repr(value))
     with refused(comm, RankMismatchError, told):
         make_optimizer(comm, policy=odd if is_last(comm) else usual)
 
@@ -129,12 +132,16 @@ def test_a_wrong_setting_of_a_group_is_refused(comm, alone):
 
 
 WRONG_POLICIES = [
-    ({"bucket_nbytes": 0}, "policy.bucket_nbytes must be >= 1; got 0"),
+    ({"bucket_nbytes": 0}, "policy.bucket_nbytes must be a whole number >= 1; got 0"),
+    ({"bucket_nbytes": 1e6}, "policy.bucket_nbytes must be a whole number >= 1; got 1000000.0"),
+    ({"bucket_nbytes": "32MB"}, "policy.bucket_nbytes must be a whole number >= 1; got '32MB'"),
+    ({"share_node": 1}, "policy.share_node must be True or False; got 1"),
+    ({"check_finite": "no"}, "policy.check_finite must be True, False or None; got 'no'"),
     ({"wire_dtype": "float16"}, "policy.wire_dtype must be None; got 'float16'"),
     ({"master_weights": True}, "policy.master_weights must be None; got True"),
-    ({"threads": 0}, "policy.threads must be >= 1 or None; got 0"),
-    ({"timeout_s": 0}, "policy.timeout_s must be > 0; got 0"),
-    ({"timeout_s": float("nan")}, "policy.timeout_s must be > 0; got nan"),
+    ({"threads": 0}, "policy.threads must be a whole number >= 1 or None; got 0"),
+    ({"timeout_s": 0}, "policy.timeout_s must be a number > 0; got 0"),
+    ({"timeout_s": float("nan")}, "policy.timeout_s must be a number > 0; got nan"),
 ]
 
 
@@ -174,6 +181,11 @@ def between_interleaved():
 
 
 UNUSABLE = {
+    "named array": (lambda: [("a", np.ones(3))], "params must hold shardopt.numpy.Parameter"),
+    "too few names": (
+        lambda: [{"params": make_params(), "param_names": ["a"]}],
+        "param_names must have one name for each",
+    ),
     "empty list": (list, "params must hold at least one parameter; got an empty list"),
     "empty iterator": (partial(iter, ()), "params must hold at least one parameter"),
     "single parameter": (

@@ -124,6 +124,10 @@ WRONG = {
         put([0, 1], "param_groups", 0, "params"),
         "params of param_groups[0] must be 3; got 2.",
     ),
+    "exchanged indices": (
+        put([1, 0, 2], "param_groups", 0, "params"),
+        "params of param_groups[0] must be numbered [0, 1, 2]; got [1, 0, 2].",
+    ),
     "group without params": (
         remove("param_groups", 0, "params"),
         "state_dict must have the form",

@@ -357,3 +357,41 @@ def test_gradients_may_be_exchanged(comm, drop):
         moments = [entry["exp_avg"] for entry in opt.state_dict()["state"].values()]
         assert (moments[0] == (0.0 if drop else 2.0)).all()
         assert (moments[1] == 1.0).all()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_values_may_be_exchanged_between_windows(comm, later):
+    first, second = (Parameter(np.full(50, i, np.float32), name) for i, name in enumerate("ab"))
+    with NAdam([first] if later else [first, second], comm=comm, lr=0.0) as opt:
+        if later:
+            opt.add_param_group({"params": [second], "lr": 0.0})
+        comm.Barrier()
+        if comm.rank == 0:
+            first.data, second.data = second.data, first.data
+        opt.step()
+        assert (first.data == 1).all()
+        assert (second.data == 0).all()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_value_shown_by_one_rank_and_replaced_by_another(comm):
+    for _ in range(10):
+        first, second = (Parameter(np.full(500_000, i, np.float32), str(i)) for i in (1, 2))
+        with NAdam([first, second], comm=comm, lr=0.0) as opt:
+            comm.Barrier()
+            if comm.rank == 0:
+                first.data = np.full(500_000, 7, np.float32)
+            if comm.rank == 1:
+                second.data = first.data
+            opt.step()
+            assert (first.data == 7).all()
+            assert (second.data == 1).all()  # what rank 1 saw when it called step()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_difference_in_an_added_group_names_that_group(comm, opt):
+    param = Parameter(np.ones(3, np.float32), "added")
+    number = len(opt.param_groups)
+    lr = 0.1 if is_last(comm) else 0.2
+    with refused(comm, RankMismatchError, f"lr of param group {number} must be the same"):
+        opt.add_param_group({"params": [param], "lr": lr})

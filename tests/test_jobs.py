@@ -345,3 +345,19 @@ def test_ranks_may_end_at_different_times_after_their_last_step(run):
     )
     assert job.returncode == 0, job.output
     assert job.stderr == ""
+
+
+def test_mpi_may_be_finalized_by_hand(mpirun):
+    job = mpirun(
+        2,
+        source="""
+        import numpy as np
+        from mpi4py import MPI
+        from shardopt.numpy import NAdam, Parameter
+
+        opt = NAdam([Parameter(np.ones(9, np.float32))])
+        opt.step()
+        MPI.Finalize()
+        """,
+    )
+    assert job.returncode == 0, job.output

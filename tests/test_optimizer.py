@@ -1,5 +1,8 @@
 """A step on any number of ranks is the step of one process, bit for bit."""
 
+import contextlib
+import warnings
+
 import numpy as np
 import pytest
 
@@ -233,7 +236,9 @@ def test_a_step_with_an_overflow_is_skipped_on_all_ranks(comm, poison, options):
             write(params, grads[comm.rank])
             if step == 1 and comm.rank == comm.size - 1:
                 params[4].grad[2, 2] = poison
-            opt.step()
+            told = pytest.warns(NonFiniteWarning, match="step 2 was skipped on all ranks")
+            with told if step == 1 and comm.rank == 0 else contextlib.nullcontext():
+                opt.step()
             assert opt.last_step.skipped == (step == 1)
             if step != 1:
                 oracle.step(grads, factor=opt.last_step.clip_factor)
@@ -329,3 +334,76 @@ def test_memory_report_counts_windows_and_moments(comm):
         assert report.replicated_node_nbytes == 16 * numel * comm.size
         owned = sum(len(entry["exp_avg"]) for entry in opt.state_dict()["state"].values())
         assert comm.allreduce(owned) == numel
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e9])
+def test_a_gradient_missing_on_one_rank_stays_missing(comm, max_grad_norm):
+    values = initial()
+    params, oracle = make_params(values), Oracle(values)
+    with NAdam(params, comm=comm, max_grad_norm=max_grad_norm) as opt:
+        for step in range(4):
+            grads = all_grads(step, comm)
+            for rank in range(1, comm.size):
+                grads[rank][4] = None
+            opt.zero_grad(set_to_none=True)  # what a reduction left in the window stays there
+            for param, grad in zip(params, grads[comm.rank], strict=True):
+                param.grad = grad
+            opt.step()
+            oracle.step(grads)
+        assert_same(params, oracle)
+
+
+def test_many_small_parameters(comm):
+    params = [Parameter(np.ones((), np.float32)) for _ in range(20_000)]
+    with NAdam(params, comm=comm, lr=0.1) as opt:
+        for param in params:
+            param.grad[...] = 1.0
+        opt.step()
+        assert opt.state_dict()["state"][19_999]["step"] == 1
+        assert len({float(param.data) for param in params}) == 1
+
+
+def test_only_empty_parameters(comm):
+    params = [Parameter(np.ones((0, 3), np.float32), "e")]
+    with NAdam(params, comm=comm, max_grad_norm=1.0) as opt:
+        opt.step()
+        assert opt.last_step.grad_norm == 0
+
+
+def test_hyperparameters_changed_in_place_are_seen(comm):
+    values = initial()
+    params, oracle = make_params(values), Oracle(values)
+    lr, betas = np.array(0.1), [0.9, 0.99]
+    with NAdam(params, comm=comm, lr=lr, betas=betas) as opt:
+        for step in range(3):
+            grads = all_grads(step, comm)
+            write(params, grads[comm.rank])
+            lr[...] = 0.1 / (1 + step)
+            betas[0] = 0.5 + 0.1 * step
+            opt.step()
+            oracle.step(grads, lr=float(lr), betas=tuple(betas))
+        assert_same(params, oracle)
+
+
+def test_a_value_put_in_place_before_close_stays(comm):
+    params = make_params(initial())
+    best = np.full_like(params[0].data, 5.0)
+    with NAdam(params, comm=comm):
+        trained = params[1].data.copy()
+        params[0].data = best
+    assert params[0].data is best
+    np.testing.assert_array_equal(params[1].data, trained)
+
+
+def test_a_warning_raised_as_an_error_leaves_the_ranks_in_step(comm):
+    params = make_params(initial())
+    with NAdam(params, comm=comm, max_grad_norm=1.0) as opt:
+        params[0].grad[...] = np.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            caught = pytest.raises(NonFiniteWarning)
+            with caught if comm.rank == 0 else contextlib.nullcontext():
+                opt.step()
+        opt.zero_grad()
+        opt.step()
+        assert (opt.last_step.step, opt.last_step.skipped) == (2, False)

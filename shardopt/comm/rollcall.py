@@ -43,6 +43,7 @@ class RollCall:
         self._lines: NDArray[np.int64] = self._window.memory.view(np.int64).reshape(-1, _LINE_NUMEL)
         self._mine = self._lines[topology.node_rank]
         self._mine[:] = 0
+        self._pending: object = None
         self._broken = Event()
         self._farewell = weakref.finalize(self, _leave, self._mine, self._window, self._broken)
         self._comm.Barrier()
@@ -69,7 +70,9 @@ class RollCall:
         for _ in range(_SPINS):
             if request.Test():
                 return result
+        self._pending = request, values, result  # MPI may write there even if waiting is given up
         self._wait(request, step, phase)
+        self._pending = None
         return result
 
     def free(self) -> None:
@@ -113,6 +116,8 @@ class RollCall:
 
 def _leave(line: NDArray[np.int64], window: Window, broken: Event) -> None:
     """Tell those who would wait; a job whose ranks are out of step cannot end by itself."""
+    if MPI.Is_finalized():  # by hand, and with it all windows
+        return
     line[_LEFT] = 1
     window.sync()
     if broken.is_set():

@@ -82,6 +82,7 @@ def make_topology(comm: MPI.Intracomm, share_node: bool, timeout_s: float) -> To
     require_one_job()
     _meet(comm, timeout_s)
     comm = comm.Dup()
+    share_node = comm.allreduce(share_node, op=MPI.LOR)  # policies are compared later
     node_comm = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
     sizes = set(comm.allgather(node_comm.size))
     if not share_node or len(sizes) > 1:
