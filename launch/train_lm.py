@@ -16,12 +16,12 @@ import numpy as np
 from mpi4py import MPI
 from threadpoolctl import threadpool_limits
 
-from cores import count_cores
 from corpus import Bytes, Corpus, count_baselines, load_corpus
 from interruption import Interruption
 from options import HEAD_WIDTH, Options, parse_options
 from report import MainReport, Report
 from screen import Setting, Step
+from shardopt.cores import count_cores
 from shardopt.numpy import NAdam
 from transformer import Shape, Transformer, generate
 

@@ -21,9 +21,10 @@ __all__ = ["NAdam", "Parameter"]
 class Parameter:
     """An array to be trained.
 
-    Once an optimizer has it, ``data`` and ``grad`` are views of memory that the ranks of the
-    node share: read ``data`` where it is used, and write gradients into ``grad`` (``p.grad +=
-    ...``). Another array put in the place of either is copied in at the next step.
+    Once an optimizer has it, ``data`` and ``grad`` are views of memory that the ranks of the node
+    share. Read ``data`` where it is used, and never write into it: all ranks would write into the
+    same bytes. Write gradients into ``grad`` (``p.grad += ...``), which is this rank's own. Another
+    array put in the place of either is copied in at the next step.
 
     Args:
         array: Initial value, [any shape], floating point.

@@ -1,9 +1,9 @@
 """All ranks raise or none does.
 
 [Note: agreement before action]
-Whatever may be wrong on one rank only is found before anything is changed and brought to ``agree``.
-There ranks compare one integer, a digest of all that must be equal; only where digests differ do
-they tell each other what they have, and raise the same error everywhere.
+Whatever may be wrong on one rank only is found before anything that others see is changed, and
+brought to ``agree``. There ranks compare one integer, a digest of all that must be equal; only
+where digests differ do they tell each other what they have, and raise the same error everywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -7,6 +7,7 @@ from typing import cast
 
 from mpi4py import MPI
 
+from shardopt.cores import bound_to, count_cores
 from shardopt.errors import LauncherError, RankFailureError
 
 _LAUNCHERS = (
@@ -128,6 +129,6 @@ def require_one_job() -> None:
 
 def cores_per_rank(topology: Topology) -> int:
     """This rank's share of the cores it may run on. Collective over the node."""
-    cores = frozenset(os.sched_getaffinity(0))
+    cores = bound_to()
     sharing = topology.node_comm.allgather(cores).count(cores)
-    return max(1, len(cores) // sharing)
+    return max(1, count_cores() // sharing)

@@ -1,4 +1,7 @@
-"""The cores that this process may use; run as a script, it prints their number."""
+"""The cores that this process may use; run as a script, it prints their number.
+
+It needs the standard library only: launchers run it before anything is installed.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,14 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def count_cores() -> int:
     """Count the cores this process is bound to, or those its container's quota amounts to."""
-    bound_to = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(bound_to or 1, read_quota(QUOTA)))
+    return max(1, min(len(bound_to()), read_quota(QUOTA)))
+
+
+def bound_to() -> frozenset[int]:
+    """The cores this process is bound to; all of them where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
 
 
 def read_quota(path: Path) -> int:
