@@ -16,7 +16,7 @@ __all__ = ["NAdam", "Parameter", "ShardPolicy", "StepReport", "__version__", "er
 def __getattr__(name: str) -> Any:
     """Load the optimizer, and with it MPI and Numba, when it is first asked for."""
     if name in ("NAdam", "Parameter"):
-        from shardopt import numpy  # noqa: PLC0415  # importing shardopt must stay light
+        from shardopt import numpy  # here: importing shardopt must stay light
 
         return getattr(numpy, name)
     raise AttributeError(f"module 'shardopt' has no attribute {name!r}")

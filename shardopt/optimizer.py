@@ -53,8 +53,7 @@ class ShardedNAdam(Generic[P]):
     gradients of its own and updates its shard of the parameters. Gradients are averaged over
     ranks. Rank 0's initial parameters win.
 
-    Collective: construction and every method that says so. An error found on one rank is raised on
-        all.
+    Collective: construction and every method that says so. What one rank finds wrong, all raise.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.

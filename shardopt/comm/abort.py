@@ -23,7 +23,7 @@ def install_abort_hook() -> None:
     Without it the other ranks would wait for this one in their next collective, for ever. A job
     of one rank is left alone, and so is whatever hook was there before: it still prints.
     """
-    global _installed  # noqa: PLW0603  # the interpreter has one excepthook
+    global _installed  # the interpreter has one excepthook
     if _installed or MPI.COMM_WORLD.size == 1:
         return
     _installed = True

@@ -19,7 +19,7 @@ from mpi4py import MPI
 
 from shardopt.errors import SharedMemoryError
 
-SHARED_MEMORY_FOLDER = "/dev/shm"  # noqa: S108  # where both MPIs put windows on Linux
+SHARED_MEMORY_FOLDER = "/dev/shm"  # where both MPIs put windows on Linux
 
 
 class Window:
