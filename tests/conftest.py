@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from shardopt.numpy import NAdam
+
 pytest_plugins = ["tests.in_step"]
 
 
@@ -60,6 +62,27 @@ def comm() -> Iterator["MPI.Intracomm"]:
     comm = MPI.COMM_WORLD.Dup()
     yield comm
     comm.Free()
+
+
+@pytest.fixture(scope="module")
+def lasting_opt() -> Iterator["NAdam"]:
+    """One optimizer for all tests of a file, on all ranks."""
+    from mpi4py import MPI
+
+    from tests.refusal import make_optimizer, take_step
+
+    with make_optimizer(MPI.COMM_WORLD) as opt:
+        take_step(opt)
+        yield opt
+
+
+@pytest.fixture
+def opt(lasting_opt: "NAdam") -> Iterator["NAdam"]:
+    """An optimizer that must still step after the test."""
+    from tests.refusal import assert_steps
+
+    yield lasting_opt
+    assert_steps(lasting_opt)
 
 
 @dataclass(frozen=True)

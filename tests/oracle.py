@@ -6,6 +6,7 @@ of any number of ranks, either MPI and any bucket size can be compared bit for b
 
 import numpy as np
 
+from shardopt import Parameter
 from shardopt.nadam import Clock, Hyperparams, step_coefficients
 from tests.kernels.suite import tree_sum
 
@@ -57,3 +58,24 @@ class Oracle:
         totals = [tree_sum(list(grads)) for grads in zip(*grads_by_rank, strict=True)]
         squares = sum((total.astype(np.float64) ** 2).sum() for total in totals)
         return float(np.sqrt(squares)) / len(grads_by_rank)
+
+
+def make_params(values):
+    return [Parameter(value.copy(), f"p{i}") for i, value in enumerate(values)]
+
+
+def all_grads(step, comm, dtype="float32", shapes=SHAPES):
+    return [
+        [gradient(step, rank, index, shape, dtype) for index, shape in enumerate(shapes)]
+        for rank in range(comm.size)
+    ]
+
+
+def write(params, grads):
+    for param, grad in zip(params, grads, strict=True):
+        param.grad[...] = grad
+
+
+def assert_same(params, oracle):
+    for param, expected in zip(params, oracle.params, strict=True):
+        np.testing.assert_array_equal(param.data, expected, err_msg=param.name)

@@ -30,21 +30,6 @@ from tests.refusal import (
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture(scope="module")
-def lasting_opt():
-    """One optimizer for all tests of the file."""
-    with make_optimizer(MPI.COMM_WORLD) as opt:
-        take_step(opt)
-        yield opt
-
-
-@pytest.fixture
-def opt(lasting_opt):
-    """An optimizer that must still step after the test."""
-    yield lasting_opt
-    assert_steps(lasting_opt)
-
-
 # -- hyperparameters -------------------------------------------------------------------------------
 
 

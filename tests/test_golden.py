@@ -14,6 +14,8 @@ TAGS = {"f32": np.float32, "f64": np.float64, "f64d": np.float64}
 # Torch keeps mu_product in float32 unless that is not the default dtype (tag f64d): then float64
 # parameters agree to so much only, and those that decay depend on each other.
 FLOAT32_MU_PRODUCT = {"rtol": 1e-9, "atol": 1.5e-9}
+# Against torch otherwise; L2 decay carries a parameter's rounding into exp_avg.
+MAX_ULPS = {"param": 3.5, "exp_avg": 6, "exp_avg_sq": 1}
 CASES = sorted(path.stem for path in FOLDER.glob("*.npz") if not path.stem.startswith("inputs"))
 
 
@@ -68,7 +70,7 @@ def test_torch(case):
             if tag == "f64":
                 np.testing.assert_allclose(values[key], expected[key], **FLOAT32_MU_PRODUCT)
             else:  # torch rounds a parameter twice a step, and fuses some multiply-adds
-                assert ulps(values[key], expected[key], TAGS[tag]) <= 6
+                assert ulps(values[key], expected[key], TAGS[tag]) <= MAX_ULPS[key]
         rtol = 1e-15 if tag == "f64d" else 1e-6
         np.testing.assert_allclose(state["mu_product"], expected["mu_product"], rtol=rtol)
         assert state["step"] == expected["step"]
@@ -109,7 +111,7 @@ def test_lucid(case):
     for param, state, expected in run(case, "lucid", variant="lucid"):
         assert ulps(param.data, expected["param"], dtype) <= 1
         assert ulps(state["exp_avg"], expected["exp_avg"], dtype) <= 5
-        assert ulps(state["exp_avg_sq"], expected["exp_avg_sq"], dtype) <= 5
+        assert ulps(state["exp_avg_sq"], expected["exp_avg_sq"], dtype) <= 1.5
         assert state["step"] == expected["step"]
         seen += 1
     assert seen == 4 * 5

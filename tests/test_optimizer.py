@@ -1,37 +1,12 @@
 """A step on any number of ranks is the step of one process, bit for bit."""
 
-import contextlib
-import warnings
-
 import numpy as np
 import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
-from shardopt.errors import NonFiniteWarning
-from tests.oracle import SHAPES, Oracle, gradient, initial
+from tests.oracle import SHAPES, Oracle, all_grads, assert_same, initial, make_params, write
 
 pytestmark = pytest.mark.mpi
-
-
-def make_params(values):
-    return [Parameter(value.copy(), f"p{i}") for i, value in enumerate(values)]
-
-
-def all_grads(step, comm, dtype="float32", shapes=SHAPES):
-    return [
-        [gradient(step, rank, index, shape, dtype) for index, shape in enumerate(shapes)]
-        for rank in range(comm.size)
-    ]
-
-
-def write(params, grads):
-    for param, grad in zip(params, grads, strict=True):
-        param.grad[...] = grad
-
-
-def assert_same(params, oracle):
-    for param, expected in zip(params, oracle.params, strict=True):
-        np.testing.assert_array_equal(param.data, expected, err_msg=param.name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -221,67 +196,6 @@ def test_the_norm_does_not_depend_on_buckets_or_absent_gradients(comm):
     assert norms[0] == pytest.approx(Oracle(initial()).norm(grads), rel=1e-6)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    "options", [{"max_grad_norm": 1.0}, {"policy": ShardPolicy(check_finite=True)}]
-)
-def test_a_step_with_an_overflow_is_skipped_on_all_ranks(comm, poison, options):
-    values = initial()
-    params, oracle = make_params(values), Oracle(values)
-    options = options | {"comm": comm}
-    with NAdam(params, **options) as opt:
-        for step in range(3):
-            opt.zero_grad()
-            grads = all_grads(step, comm)
-            write(params, grads[comm.rank])
-            if step == 1 and comm.rank == comm.size - 1:
-                params[4].grad[2, 2] = poison
-            told = pytest.warns(NonFiniteWarning, match="step 2 was skipped on all ranks")
-            with told if step == 1 and comm.rank == 0 else contextlib.nullcontext():
-                opt.step()
-            assert opt.last_step.skipped == (step == 1)
-            if step != 1:
-                oracle.step(grads, factor=opt.last_step.clip_factor)
-            assert_same(params, oracle)
-            assert opt.last_step.poisoned_param is None
-        assert opt.state_dict()["state"][0]["step"] == 2
-
-
-def test_poisoned_parameters_are_named(comm):
-    params = make_params(initial())
-    with NAdam(params, comm=comm) as opt:
-        for step in range(1, 5):
-            opt.zero_grad()
-            write(params, all_grads(step, comm)[comm.rank])
-            if step == 2 and comm.rank == comm.size - 1:
-                params[8].grad[-1] = np.nan
-                params[4].grad[5, 5] = np.inf
-            if step == 2 and comm.rank == 0:
-                with pytest.warns(NonFiniteWarning, match="'p4' holds inf or NaN since step 2"):
-                    opt.step()
-            else:
-                opt.step()
-            poisoned = step >= 2
-            assert opt.last_step.poisoned_param == ("p4" if poisoned else None)
-            assert opt.last_step.poisoned_since == (2 if poisoned else None)
-            assert not opt.last_step.skipped
-
-
-def test_check_finite_off_clips_without_skipping(comm):
-    params = make_params(initial())
-    policy = ShardPolicy(check_finite=False)
-    with NAdam(params, comm=comm, max_grad_norm=1.0, policy=policy) as opt:
-        write(params, all_grads(0, comm)[comm.rank])
-        params[0].grad[0, 0] = np.nan
-        if comm.rank == 0:
-            with pytest.warns(NonFiniteWarning):
-                opt.step()
-        else:
-            opt.step()
-        assert not opt.last_step.skipped
-        assert opt.last_step.poisoned_param == "p0"
-
-
 def test_added_groups_leave_the_others_alone(comm):
     values, later = initial(), initial(seed=5, shapes=[(7,), (5000,)])
     params, added = make_params(values), make_params(later)
@@ -393,17 +307,3 @@ def test_a_value_put_in_place_before_close_stays(comm):
         params[0].data = best
     assert params[0].data is best
     np.testing.assert_array_equal(params[1].data, trained)
-
-
-def test_a_warning_raised_as_an_error_leaves_the_ranks_in_step(comm):
-    params = make_params(initial())
-    with NAdam(params, comm=comm, max_grad_norm=1.0) as opt:
-        params[0].grad[...] = np.nan
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            caught = pytest.raises(NonFiniteWarning)
-            with caught if comm.rank == 0 else contextlib.nullcontext():
-                opt.step()
-        opt.zero_grad()
-        opt.step()
-        assert (opt.last_step.step, opt.last_step.skipped) == (2, False)

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
-from tests.oracle import SHAPES, Oracle, gradient, initial
-from tests.test_optimizer import all_grads, assert_same, make_params, write
+from tests.oracle import (
+    SHAPES,
+    Oracle,
+    all_grads,
+    assert_same,
+    gradient,
+    initial,
+    make_params,
+    write,
+)
 
 pytestmark = pytest.mark.mpi
 
