@@ -13,13 +13,15 @@ from names import AXPY, FOREACH, KERNEL, KERNEL_NUMEL, TRIAD
 from peers import GRAD_SIZE, load_torch
 from placing import page_aligned
 from record import Ratio, Result, Samples, medians, report, sample
+from shardopt.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.kernels.base import UpdatePlan
-from shardopt.kernels.cpu import DTYPES, CpuKernel
+from shardopt.kernels.cpu import CpuKernel
 from shardopt.nadam import Clock, Hyperparams, step_coefficients
 from shardopt.stagger import row_numel, staggered_zeros
 from triad import Triad
 
 NUM_TENSORS = 16
+FILL_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Setting:
 
     Attributes:
         numel: Parameters.
-        dtype: Of all arrays.
+        dtype: Of parameters and gradients; all else is in ``compute_dtype`` of it.
         num_sources: Gradients that the kernel sums.
         threads: Threads of every contender.
     """
@@ -43,7 +45,8 @@ class KernelRun:
     """The kernel and its arrays, which lie to each other as in ``shardopt.storage``.
 
     Attributes:
-        nbytes: What one update must move: moments and parameters both ways, gradients once.
+        nbytes: What one update must move: gradients once; parameters, moments and the master that
+            16-bit parameters have, both ways.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -56,20 +59,25 @@ class KernelRun:
         fill_random(self._param, 1.0, 0)
         for source in range(num_sources):
             fill_random(self._grads[source, :numel], GRAD_SIZE, 1 + source)
-        self._exp_avg, self._exp_avg_sq = (
-            staggered_zeros(numel, dtype, len(rows) + i, self._param) for i in range(2)
-        )
+        names = ["exp_avg", "exp_avg_sq"] + ["master"] * has_master(dtype)
+        self._state = {
+            name: staggered_zeros(numel, compute_dtype(dtype), len(rows) + i, self._param)
+            for i, name in enumerate(names)
+        }
+        if has_master(dtype):
+            self._state["master"][:] = self._param
         self._segments = np.array([[0, numel, 0]])
         self._clock, self._hyper = Clock(), Hyperparams()
-        self.nbytes = (6 + num_sources) * numel * self._param.itemsize
+        each = np.dtype(dtype).itemsize * (num_sources + 2)
+        self.nbytes = numel * each + 2 * sum(array.nbytes for array in self._state.values())
 
     def run(self) -> None:
         """Take one step."""
         self._clock.advance(self._hyper)
         row = step_coefficients(self._hyper, self._clock, 1 / len(self._grads))
-        table = np.array([row], self._param.dtype)
-        plan = UpdatePlan(0, self._param.size, self._segments, table)
-        self._kernel.update(self._grads, self._param, self._exp_avg, self._exp_avg_sq, plan)
+        m, v = self._state["exp_avg"], self._state["exp_avg_sq"]
+        plan = UpdatePlan(0, self._param.size, self._segments, np.array([row], m.dtype))
+        self._kernel.update(self._grads, self._param, self._state.get("master"), m, v, plan)
 
     def close(self) -> None:
         """End the threads."""
@@ -94,9 +102,11 @@ def main() -> None:
 def compare(setting: Setting, repeats: int) -> None:
     """Measure and report one setting."""
     kernel = KernelRun(setting)
-    triad = Triad(setting.numel, setting.dtype, setting.threads)
+    triad = Triad(setting.numel, compute_dtype(setting.dtype), setting.threads)
     contenders = {TRIAD: triad.triad, AXPY: triad.axpy, KERNEL: kernel.run}
-    torch = load_torch(setting.threads) if setting.num_sources == 1 else None
+    # In 16 bits torch's moments have 16 bits too, and there is no master: another optimizer.
+    comparable = setting.num_sources == 1 and not has_master(setting.dtype)
+    torch = load_torch(setting.threads) if comparable else None
     if torch is not None:
         contenders[FOREACH] = foreach_optimizer(torch, setting).step
     samples_s, others = sample(contenders, repeats)
@@ -135,8 +145,10 @@ def evaluate(setting: Setting, samples_s: Samples, kernel_nbytes: int, triad_nby
 
 def fill_random(array: Any, size: float, seed: int) -> None:
     """Touch every page with numbers that are neither zero nor denormal."""
-    np.random.default_rng(seed).standard_normal(dtype=array.dtype, out=array)
-    array *= array.dtype.type(size)
+    rng, full = np.random.default_rng(seed), np.dtype(compute_dtype(array.dtype.name))
+    for start in range(0, array.size, FILL_NUMEL):
+        run = array[start : start + FILL_NUMEL]
+        run[:] = rng.standard_normal(run.size, full) * full.type(size)
 
 
 def foreach_optimizer(torch: Any, setting: Setting) -> Any:

@@ -135,7 +135,7 @@ class ReduceScatter:
         row = step_coefficients(self._hyper, self._clock, 1 / self._comm.size)
         plan = UpdatePlan(0, self._grad.size, self._segments, np.array([row], DTYPE))
         self._kernel.update(
-            self._grad[None], self._param, self._exp_avg, self._exp_avg_sq, plan
+            self._grad[None], self._param, None, self._exp_avg, self._exp_avg_sq, plan
         )  # fmt: skip
         self._comm.Allgather(MPI.IN_PLACE, self._params)
 

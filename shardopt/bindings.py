@@ -7,6 +7,7 @@ import numpy as np
 
 from shardopt.errors import PartitionError
 from shardopt.kernels.base import FloatArray
+from shardopt.nadam import Hyperparams
 
 P = TypeVar("P", contravariant=True)
 
@@ -14,9 +15,15 @@ P = TypeVar("P", contravariant=True)
 class Face(Protocol[P]):
     """How the core reads and rebinds a framework's parameters; each framework has one.
 
-    Arrays that ``data`` and ``grad`` return share memory with what the parameter holds. ``bind_*``
-    make the parameter hold the given array itself.
+    Arrays that ``data`` and ``grad`` return share memory with what the parameter holds, where its
+    framework allows. A *view* is the framework's own object over memory of the windows.
+
+    Attributes:
+        grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
+            it has none until its framework or its user gives it one.
     """
+
+    grads_from_start: bool
 
     def name(self, param: P) -> str | None:
         """The parameter's own name, or None."""
@@ -39,13 +46,100 @@ class Face(Protocol[P]):
         """
         ...
 
-    def bind_data(self, param: P, array: FloatArray) -> None:
-        """Make ``array`` the value."""
+    def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
+        """Give a parameter's entry in a state dict, maybe the framework's own, as torch has it.
+
+        Moments must be arrays, of real numbers in the form that ``data`` gives.
+        """
         ...
 
-    def bind_grad(self, param: P, array: FloatArray | None) -> None:
-        """Make ``array`` the gradient."""
+    def view(self, param: P, array: FloatArray) -> Any:
+        """What ``param`` is to hold instead of ``array``, which has the form ``data`` gives."""
         ...
+
+    def bind_data(self, param: P, view: Any) -> None:
+        """Make a view the value."""
+        ...
+
+    def bind_grad(self, param: P, view: Any) -> None:
+        """Make a view the gradient."""
+        ...
+
+    def blank_grad(self, param: P, view: Any) -> None:
+        """Make it a parameter without a gradient.
+
+        The view, which holds zeros, may stay bound if the face notices when it is written to.
+        """
+        ...
+
+    def holds_data(self, param: P, view: Any) -> bool:
+        """Whether the value is still the view."""
+        ...
+
+    def holds_grad(self, param: P, view: Any) -> bool:
+        """Whether the gradient is still the view."""
+        ...
+
+    def is_blank(self, param: P, view: Any) -> bool:
+        """Whether a view that is bound has been blanked and not been written to since."""
+        ...
+
+    def updated(self, params: Sequence[P]) -> None:
+        """Take note that a step has changed the values of some parameters."""
+        ...
+
+    def release(self, param: P) -> None:
+        """Leave the parameter without a gradient and without anything the face attached to it."""
+        ...
+
+
+class ArrayFace(Face[P]):
+    """The face of parameters whose ``data`` and ``grad`` are attributes that hold NumPy arrays."""
+
+    grads_from_start = False
+
+    def name(self, param: P) -> str | None:
+        """None; see ``Face.name``."""
+        return None
+
+    def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
+        """The entry as it is."""
+        return entry
+
+    def view(self, param: P, array: FloatArray) -> FloatArray:
+        """The array itself."""
+        return array
+
+    def bind_data(self, param: P, view: FloatArray) -> None:
+        """See ``Face.bind_data``."""
+        param.data = view  # type: ignore[attr-defined]  # see the class's docstring
+
+    def bind_grad(self, param: P, view: FloatArray) -> None:
+        """See ``Face.bind_grad``."""
+        param.grad = view  # type: ignore[attr-defined]
+
+    def blank_grad(self, param: P, view: FloatArray) -> None:
+        """Unbind the view: nobody could tell whether an array was written to."""
+        param.grad = None  # type: ignore[attr-defined]
+
+    def holds_data(self, param: P, view: FloatArray) -> bool:
+        """See ``Face.holds_data``."""
+        return _is_view(param.data, view)  # type: ignore[attr-defined]
+
+    def holds_grad(self, param: P, view: FloatArray) -> bool:
+        """See ``Face.holds_grad``."""
+        return _is_view(param.grad, view)  # type: ignore[attr-defined]
+
+    def is_blank(self, param: P, view: FloatArray) -> bool:
+        """False: blanking unbinds."""
+        return False
+
+    def updated(self, params: Sequence[P]) -> None:
+        """Nothing keeps count."""
+
+    def release(self, param: P) -> None:
+        """See ``Face.release``."""
+        param.grad = None  # type: ignore[attr-defined]
 
 
 class Binding:
@@ -58,7 +152,7 @@ class Binding:
         grad: This rank's gradient of it.
     """
 
-    __slots__ = ("_face", "data", "grad", "name", "param")
+    __slots__ = ("_data_view", "_face", "_grad_view", "data", "grad", "name", "param")
 
     def __init__(
         self, name: str, param: Any, face: Face[Any], data: FloatArray, grad: FloatArray
@@ -68,33 +162,52 @@ class Binding:
         self.data = data
         self.grad = grad
         self._face = face
+        self._data_view = face.view(param, data)
+        self._grad_view = face.view(param, grad)
 
     def fill(self) -> None:
         """Copy the parameter's value into the window."""
         self.data[...] = self._face.data(self.param, self.name)
 
     def bind(self) -> None:
-        """Make the parameter live in the windows."""
-        self._face.bind_data(self.param, self.data)
-        self.bind_grad()
+        """Make the parameter live in the windows; a gradient that it has is copied there."""
+        grad = self._face.grad(self.param, self.name)
+        self.bind_data()
+        if grad is not None:
+            self.write_grad(grad)
+        elif self._face.grads_from_start:
+            self.bind_grad()
+        else:
+            self.blank_grad()
+
+    def bind_data(self) -> None:
+        """Make the value live in the window."""
+        self._face.bind_data(self.param, self._data_view)
 
     def bind_grad(self) -> None:
         """Make the gradient live in the window."""
-        self._face.bind_grad(self.param, self.grad)
+        self._face.bind_grad(self.param, self._grad_view)
 
-    def drop_grad(self) -> None:
-        """Give the parameter no gradient."""
-        self._face.bind_grad(self.param, None)
+    def blank_grad(self) -> None:
+        """Give the parameter no gradient; what is in the window must be zero."""
+        self._face.blank_grad(self.param, self._grad_view)
+
+    def has_grad(self) -> bool:
+        """Whether the parameter has a gradient, here or elsewhere."""
+        if self._face.holds_grad(self.param, self._grad_view):
+            return not self._face.is_blank(self.param, self._grad_view)
+        return self._face.grad(self.param, self.name) is not None
 
     def release(self) -> None:
         """Give the parameter memory of its own again, with the same values, and no gradient.
 
         A value that has taken the view's place stays.
         """
-        if _same_memory(self._face.data(self.param, self.name), self.data):
-            self._face.bind_data(self.param, self.data.copy())
-            self._face.bind_grad(self.param, None)
-        del self.data, self.grad
+        if self._face.holds_data(self.param, self._data_view):
+            own = self._face.view(self.param, self.data.copy())
+            self._face.bind_data(self.param, own)
+        self._face.release(self.param)
+        del self.data, self.grad, self._data_view, self._grad_view
 
     def find_new_data(self) -> FloatArray | None:
         """Give the array that has taken the place of the window's view, or None.
@@ -102,9 +215,9 @@ class Binding:
         Raises:
             PartitionError: It has another shape or dtype.
         """
-        array = self._face.data(self.param, self.name)
-        if array is self.data or _same_memory(array, self.data):
+        if self._face.holds_data(self.param, self._data_view):
             return None
+        array = self._face.data(self.param, self.name)
         self._require_like(array, self.data, "data")
         return array
 
@@ -114,9 +227,9 @@ class Binding:
         Raises:
             PartitionError: It has another shape or dtype.
         """
+        if self._face.holds_grad(self.param, self._grad_view):
+            return not self._face.is_blank(self.param, self._grad_view), None
         array = self._face.grad(self.param, self.name)
-        if array is self.grad or (array is not None and _same_memory(array, self.grad)):
-            return True, None
         if array is not None:
             self._require_like(array, self.grad, "grad")
         return array is not None, array
@@ -172,13 +285,16 @@ def _overlap(left: FloatArray, right: FloatArray) -> bool:
         return True
 
 
-def _same_memory(left: FloatArray, right: FloatArray) -> bool:
-    """Whether two arrays are views of the same elements in the same order."""
+def _is_view(array: Any, view: FloatArray) -> bool:
+    """Whether ``array`` is ``view``, or another view of the same elements in the same order."""
+    if array is view:
+        return True
     return (
-        left.dtype == right.dtype
-        and left.shape == right.shape
-        and left.strides == right.strides
-        and (left.size == 0 or left.ctypes.data == right.ctypes.data)
+        isinstance(array, np.ndarray)
+        and array.dtype == view.dtype
+        and array.shape == view.shape
+        and array.strides == view.strides
+        and (array.size == 0 or array.ctypes.data == view.ctypes.data)
     )
 
 

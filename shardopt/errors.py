@@ -46,4 +46,8 @@ class RankFailureError(ShardoptError, RuntimeError):
 
 
 class NonFiniteWarning(RuntimeWarning):
-    """Parameters have become inf or NaN."""
+    """Gradients or parameters are inf or NaN."""
+
+
+class NoGradientWarning(RuntimeWarning):
+    """A step found no gradient to go by."""

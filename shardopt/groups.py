@@ -19,7 +19,6 @@ def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
 
     Raises:
         PartitionError: There are no parameters, or ``params`` is no iterable of them.
-        HyperparamsError: A hyperparameter is out of range.
     """
     entries = _as_list("params", params)
     if not entries:
@@ -50,7 +49,6 @@ def make_group(entry: Any, defaults: Mapping[str, Any]) -> Group:
             )
         group["param_names"] = [str(name) for name, _ in members]
         group["params"] = [param for _, param in members]
-    Hyperparams.from_group(group)
     return group
 
 

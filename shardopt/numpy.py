@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardopt.bindings import ArrayFace
+from shardopt.dtypes import is_floating
 from shardopt.errors import PartitionError
+from shardopt.groups import make_groups
 from shardopt.optimizer import ShardedNAdam
 from shardopt.policy import ShardPolicy
 
@@ -101,7 +104,7 @@ class NAdam(ShardedNAdam[Parameter]):
             "variant": variant,
         }
         super().__init__(
-            params,
+            lambda: make_groups(params, defaults),
             face=_NumpyFace(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
@@ -110,8 +113,10 @@ class NAdam(ShardedNAdam[Parameter]):
         )
 
 
-class _NumpyFace:
+class _NumpyFace(ArrayFace[Parameter]):
     """See ``Face``."""
+
+    grads_from_start = True
 
     def name(self, param: Parameter) -> str | None:
         if not isinstance(param, Parameter):
@@ -127,15 +132,9 @@ class _NumpyFace:
     def grad(self, param: Parameter, name: str) -> FloatArray | None:
         return None if param.grad is None else _dense("grad", name, param.grad)
 
-    def bind_data(self, param: Parameter, array: FloatArray) -> None:
-        param.data = array
-
-    def bind_grad(self, param: Parameter, array: FloatArray | None) -> None:
-        param.grad = array
-
 
 def _dense(what: str, name: str, value: Any) -> FloatArray:
-    if type(value) is np.ndarray and value.dtype.kind == "f":  # the rule, and the fast way
+    if type(value) is np.ndarray and is_floating(value.dtype):  # the rule, and the fast way
         return value
     array, problem = None, None
     if hasattr(value, "toarray"):
@@ -147,7 +146,7 @@ def _dense(what: str, name: str, value: Any) -> FloatArray:
             array = np.asarray(value)
         except ValueError:  # nested lists of unequal length
             problem = f"an array; got a {type(value).__name__}. Make it a NumPy array"
-    if array is not None and array.dtype.kind != "f":
+    if array is not None and not is_floating(array.dtype):
         problem = f"floating point; got dtype {array.dtype}. Convert it with .astype(np.float32)"
     if array is None or problem is not None:
         raise PartitionError(f"{what} of parameter {name!r} must be {problem}.")

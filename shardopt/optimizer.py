@@ -1,10 +1,9 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
-from operator import or_
 from types import TracebackType
 from typing import Any, Generic, Self
 
@@ -21,19 +20,25 @@ from shardopt.errors import (
     CheckpointError,
     ClosedError,
     HyperparamsError,
-    NonFiniteWarning,
     PartitionError,
     RankFailureError,
     ShardoptError,
 )
-from shardopt.groups import Group, make_group, make_groups
+from shardopt.groups import Group, make_group
 from shardopt.kernels.cpu import CpuKernel
 from shardopt.nadam import as_real
 from shardopt.partition import Partition, plan_partition
 from shardopt.pipeline import Pipeline
 from shardopt.planner import MemoryReport, plan_memory
 from shardopt.policy import ShardPolicy
-from shardopt.registry import Addition, Registry, Survey, describe_addition, describe_hypers
+from shardopt.registry import (
+    Addition,
+    Registry,
+    StepInputs,
+    Survey,
+    describe_addition,
+    describe_hypers,
+)
 from shardopt.report import StepReport, Stopwatch
 from shardopt.schedule import Schedule
 from shardopt.state import (
@@ -56,9 +61,10 @@ class ShardedNAdam(Generic[P]):
     Collective: construction and every method that says so. What one rank finds wrong, all raise.
 
     Args:
-        params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
+        make: Gives the param groups, complete with every hyperparameter; see ``make_groups``. What
+            it raises is agreed upon.
         face: How the framework's parameters are read and rebound.
-        defaults: Hyperparameters of groups that do not set their own; see ``Hyperparams``.
+        defaults: Hyperparameters of groups added later that do not set their own.
         max_grad_norm: Clip the global L2 norm of the averaged gradient to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None leaves it alone.
         comm: The ranks that train together; None is COMM_WORLD.
@@ -78,7 +84,7 @@ class ShardedNAdam(Generic[P]):
 
     def __init__(
         self,
-        params: Any,
+        make: Callable[[], list[Group]],
         *,
         face: Face[P],
         defaults: Mapping[str, Any],
@@ -88,12 +94,12 @@ class ShardedNAdam(Generic[P]):
     ) -> None:
         install_abort_hook()
         self.comm = MPI.COMM_WORLD if comm is None else comm
+        self.defaults = dict(defaults)
         self._settings: Description = {
             "shardopt's version": __version__,
             **policy.describe(),
             "max_grad_norm": max_grad_norm,
         }
-        self.defaults = dict(defaults)
         self.last_step = StepReport()
         self._closed = False
         self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
@@ -107,16 +113,22 @@ class ShardedNAdam(Generic[P]):
         self._registry = Registry(face, layout)
         self._schedule = Schedule(layout)
         try:
-            self._extend("NAdam()", lambda: make_groups(params, self.defaults))
+            self.extend("NAdam()", make)
         except RankFailureError:
             raise  # to release needs every rank
-        except ShardoptError:
+        except (ShardoptError, TypeError, ValueError):
             self._release()
             raise
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss_scale: float = 1.0,
+        overflowed: bool = False,
+    ) -> Any:
         """Average the gradients over ranks and update the parameters.
 
         Afterwards gradients hold nothing of use: call ``zero_grad`` before the next backward.
@@ -125,6 +137,10 @@ class ShardedNAdam(Generic[P]):
 
         Args:
             closure: Computes the loss and the gradients; called first.
+            loss_scale: What the loss was multiplied by before backward, to keep small gradients
+                from vanishing in 16 bits; may differ between ranks. Gradients are divided by it.
+            overflowed: Whether a gradient is known not to be finite; where it is so on one rank,
+                the step is skipped on all.
 
         Returns:
             What the closure returned, or None.
@@ -137,26 +153,37 @@ class ShardedNAdam(Generic[P]):
         """
         loss = None if closure is None else closure()
         number, watch = self.last_step.step + 1, Stopwatch()
-        survey = self._enter_step()
+        survey, inputs = self._enter_step(loss_scale, overflowed)
         watch.lap("agree")
-        grad_norm, clip_factor, skipped = self._pipeline.measure(self.partition, number)
+        grad_scale = 1.0 / self._topology.world_size / inputs.loss_scale
+        grad_norm, clip_factor, skipped = None, 1.0, inputs.overflowed
+        if not skipped:
+            measured = self._pipeline.measure(self.partition, number, grad_scale)
+            grad_norm, clip_factor, skipped = measured
         watch.lap("reduce")
         poisoned = None
         if not skipped:
-            self._schedule.regroup(survey.present)
-            grad_scale = clip_factor / self._topology.world_size
-            rows = self._schedule.advance(survey.hypers, grad_scale)
+            self._schedule.regroup(inputs.present)
+            rows = self._schedule.advance(survey.hypers, grad_scale * clip_factor)
             reduced = grad_norm is not None
             poisoned = self._pipeline.update(self._schedule, rows, reduced=reduced)
+            self._registry.updated(inputs.present)
         watch.lap("update")
         poisoned_name = self._finish_step(poisoned)
         watch.lap("finish")
         before = self.last_step
         self.last_step = StepReport(
-            number, grad_norm, clip_factor, skipped, watch.seconds, survey.copied_nbytes
+            number,
+            grad_norm,
+            clip_factor,
+            skipped,
+            inputs.loss_scale,
+            None if skipped or not self.partition.params else inputs.present.bit_count(),
+            watch.seconds,
+            survey.copied_nbytes,
         ).diagnosed(poisoned_name, before)
-        for text in self.last_step.news(before) if self._topology.rank == 0 else ():
-            warnings.warn(text, NonFiniteWarning, stacklevel=2)
+        for warning in self.last_step.news(before) if self._topology.rank == 0 else ():
+            warnings.warn(warning, stacklevel=2)
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -166,14 +193,7 @@ class ShardedNAdam(Generic[P]):
             set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
         """
         self._require_open()
-        if set_to_none:
-            for binding in self._registry.bindings:
-                binding.drop_grad()
-            return
-        for storage in self._pipeline.storages:
-            storage.zero_grads()
-        for binding in self._registry.bindings:
-            binding.bind_grad()
+        self._registry.zero_grads(set_to_none, self._pipeline.zero_grads)
 
     # -- param groups ------------------------------------------------------------------------------
 
@@ -183,9 +203,18 @@ class ShardedNAdam(Generic[P]):
         return self._registry.param_groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Add a group of parameters; those already there keep their state.
+        """Add a group of parameters; see ``extend``. Collective: every rank."""
+        self.extend("add_param_group()", lambda: [make_group(param_group, self.defaults)])
+
+    def extend(self, call: str, make: Callable[[], list[Group]]) -> None:
+        """Add groups of parameters; those already there keep their state.
 
         Collective: every rank.
+
+        Args:
+            call: What the user has called, for messages.
+            make: Gives the new groups, complete with every hyperparameter. What it raises is
+                agreed upon.
 
         Raises:
             PartitionError: The parameters cannot be laid out, or one is in the optimizer already.
@@ -193,7 +222,19 @@ class ShardedNAdam(Generic[P]):
             RankMismatchError: Ranks were given different groups.
         """
         self._require_open()
-        self._extend("add_param_group()", lambda: [make_group(param_group, self.defaults)])
+        addition, error = attempt(lambda: self._plan(make))
+        self._enter_call(call, {**self._settings, **describe_addition(addition)}, error)
+        assert addition is not None
+        partition = addition.partition
+        sections = range(len(self.partition.sections), len(partition.sections))
+        first_here = self._topology.node_rank == 0
+        error = shortage(window_nbytes(partition, sections)) if first_here else None
+        self._enter_call(call, {}, error)
+        storages = self._pipeline.storages
+        storages += [SectionStorage(partition, index, self._topology) for index in sections]
+        bindings = self._registry.commit(addition, storages)
+        self._schedule.extend(partition)
+        self._publish_initial(bindings)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -254,10 +295,12 @@ class ShardedNAdam(Generic[P]):
         self._require_open()
         storages = self._pipeline.storages
         parsed, error = attempt(
-            lambda: parse_state(state_dict, self.partition, storages, self.param_groups)
+            lambda: parse_state(
+                state_dict, self.partition, storages, self.param_groups, self._registry.face
+            )
         )
         self._enter_call("load_state_dict()", {}, error)
-        state = share_parsed(parsed, self._topology)
+        state = share_parsed(parsed, self.partition, self._topology)
         steps = [clock.step for clock in state.clocks]
         groups = {"the state's steps": steps, "the state's param_groups": state.groups}
         self._enter_call("load_state_dict()", groups)
@@ -302,37 +345,47 @@ class ShardedNAdam(Generic[P]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _enter_step(self) -> Survey:
+    def _enter_step(self, loss_scale: float, overflowed: bool) -> tuple[Survey, StepInputs]:
         """Agree on a step and make everyone's gradients readable.
 
         Returns:
-            This rank's survey, with a gradient present where any rank has one.
+            This rank's survey, and what all ranks go by.
         """
         self._require_open()
-        found, error = attempt(self._registry.survey)
+        found, error = attempt(lambda: self._survey(loss_scale))
         survey = found or Survey()
         number = self.last_step.step + 1
         hypers = [hyper.values() for hyper in survey.hypers]
-        masks = survey.present, survey.replaced_mask
+        own = StepInputs(survey.present, survey.replaced_mask, loss_scale, overflowed)
         self._pipeline.sync()
         equal = self._agreement.agree(
             lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},
             error,
-            digest=digest_of("step()", number, hypers, *map(hex, masks)),
+            digest=digest_of("step()", number, hypers, own.words()),
             step=number,
             phase="agree",
         )
-        everyone = [masks] * self._topology.world_size if equal else self._agreement.gather(masks)
-        present = reduce(or_, (mask for mask, _ in everyone))
+        everyone = [own] * self._topology.world_size if equal else self._agreement.gather(own)
+        inputs = StepInputs.merge(everyone)
         copied_nbytes = survey.copied_nbytes
-        if any(replaced for _, replaced in everyone):  # of several values the lowest rank's wins
-            taken = reduce(or_, (mask for _, mask in everyone[: self._topology.rank]), 0)
+        if inputs.replaced:  # of several values the lowest rank's wins
+            taken = StepInputs.merge(everyone[: self._topology.rank]).replaced
             copied_nbytes += self._registry.adopt(survey.replaced, ~taken)
             self.last_step = self.last_step.healed()
+        if own.loss_scale != inputs.loss_scale:
+            self._pipeline.scale_grads(inputs.loss_scale / own.loss_scale)
+        if inputs.replaced or len({each.loss_scale for each in everyone}) > 1:
             self._pipeline.sync()
             self._agreement.all_equal(0, number, "adopt")
         self._pipeline.sync()
-        return replace(survey, present=present, copied_nbytes=copied_nbytes)
+        return replace(survey, copied_nbytes=copied_nbytes), inputs
+
+    def _survey(self, loss_scale: float) -> Survey:
+        if not 0.0 < as_real("loss_scale", loss_scale) < math.inf:
+            raise HyperparamsError(
+                f"loss_scale must be a finite number > 0; got {loss_scale}. Leave it out for 1."
+            )
+        return self._registry.survey()
 
     def _finish_step(self, poisoned: int | None) -> str | None:
         """Make the updated parameters readable and tell all ranks which is poisoned first."""
@@ -343,23 +396,6 @@ class ShardedNAdam(Generic[P]):
         first = self._agreement.rollcall.allreduce(mine, MPI.MIN, step, "finish")[0]
         self._pipeline.sync()
         return None if first == none else self._registry.bindings[first].name
-
-    def _extend(self, call: str, make: Callable[[], list[Group]]) -> None:
-        """Add groups: validate and agree first, then allocate and bind."""
-        self._require_open()
-        addition, error = attempt(lambda: self._plan(make))
-        self._enter_call(call, {**self._settings, **describe_addition(addition)}, error)
-        assert addition is not None
-        partition = addition.partition
-        sections = range(len(self.partition.sections), len(partition.sections))
-        first_here = self._topology.node_rank == 0
-        error = shortage(window_nbytes(partition, sections)) if first_here else None
-        self._enter_call(call, {}, error)
-        storages = self._pipeline.storages
-        storages += [SectionStorage(partition, index, self._topology) for index in sections]
-        bindings = self._registry.commit(addition, storages)
-        self._schedule.extend(partition)
-        self._publish_initial(bindings)
 
     def _publish_initial(self, bindings: Sequence[Binding]) -> None:
         """Copy rank 0's values into the windows and bind all parameters to them."""
@@ -382,7 +418,7 @@ class ShardedNAdam(Generic[P]):
         return addition
 
     def _enter_call(
-        self, call: str, description: Description, error: ShardoptError | None = None
+        self, call: str, description: Description, error: Exception | None = None
     ) -> None:
         self._require_open()
         self._agreement.enter_call(call, description, error, step=self.last_step.step)

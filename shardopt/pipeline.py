@@ -7,6 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from shardopt.comm.rollcall import RollCall
+from shardopt.dtypes import compute_dtype
 from shardopt.kernels.base import ALL_FINITE, Kernel, UpdatePlan
 from shardopt.nadam import NUM_COEFFICIENTS, StepCoefficients
 from shardopt.partition import CHUNK_NUMEL, Partition, Shard
@@ -22,7 +23,7 @@ class Pipeline:
     On one node the sum over ranks and the update are one pass: the kernel reads every rank's
     gradients where they are and writes the parameters where every rank reads them. ``reduce`` is
     an extra pass in front, for what must be known before the update; it leaves the sum in this
-    rank's own gradients.
+    rank's own gradients, unless those have 16 bits, which cannot hold it.
 
     Args:
         rollcall: The ranks.
@@ -52,6 +53,17 @@ class Pipeline:
         for storage in self.storages:
             storage.sync()
 
+    def zero_grads(self) -> None:
+        """Zero this rank's gradients."""
+        for storage in self.storages:
+            storage.zero_grads()
+
+    def scale_grads(self, factor: float) -> None:
+        """Multiply this rank's gradients."""
+        for storage in self.storages:
+            grads = storage.grads[storage.node_rank]
+            grads *= grads.dtype.type(factor)
+
     def reduce(self, partition: Partition, step: int) -> float:
         """Sum the gradients over ranks and give the sum of their squares, the same on every rank.
 
@@ -65,15 +77,17 @@ class Pipeline:
             return 0.0
         square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
         for storage in self.storages:
-            mine = storage.grads[storage.node_rank]
+            out = storage.grads[storage.node_rank] if storage.holds_sums else None
             for shard in filter(None, storage.shards):
                 start, stop = storage.positions(shard)
                 chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
-                self._kernel.reduce(storage.grads, mine, start, stop, square_sums[chunks])
+                self._kernel.reduce(storage.grads, out, start, stop, square_sums[chunks])
         square_sums = self._rollcall.allreduce(square_sums, MPI.SUM, step, "reduce")
         return float(np.cumsum(square_sums)[-1:].sum())  # one after the other, if there are any
 
-    def measure(self, partition: Partition, step: int) -> tuple[float | None, float, bool]:
+    def measure(
+        self, partition: Partition, step: int, grad_scale: float
+    ) -> tuple[float | None, float, bool]:
         """Reduce first where something must be known before the update.
 
         Collective: every rank.
@@ -81,15 +95,17 @@ class Pipeline:
         Args:
             partition: The layout.
             step: For messages.
+            grad_scale: Factor on the sum of gradients that makes it the average.
 
         Returns:
             The norm or None, the clip factor, and whether to skip the step.
         """
         max_grad_norm, check_finite = self._max_grad_norm, self._check_finite
+        if check_finite is None and not all(storage.holds_sums for storage in self.storages):
+            check_finite = True  # 16-bit gradients overflow easily
         if max_grad_norm is None and not check_finite:
             return None, 1.0, False
-        square_sum = self.reduce(partition, step)
-        grad_norm = math.sqrt(square_sum) / partition.world_size
+        grad_norm = math.sqrt(self.reduce(partition, step)) * grad_scale
         if not math.isfinite(grad_norm) and check_finite is not False:
             return grad_norm, 1.0, True
         if max_grad_norm is None:
@@ -112,14 +128,22 @@ class Pipeline:
         """
         poisoned = None
         for storage in self.storages:
-            table = np.array(coefficients, storage.section.dtype).reshape(-1, NUM_COEFFICIENTS)
+            dtype = compute_dtype(storage.section.dtype)
+            table = np.array(coefficients, dtype).reshape(-1, NUM_COEFFICIENTS)
             row = storage.node_rank
-            sources = storage.grads[row : row + 1] if reduced else storage.grads
+            one_source = reduced and storage.holds_sums
+            sources = storage.grads[row : row + 1] if one_source else storage.grads
             for shard in filter(None, storage.shards):
                 plan = UpdatePlan(*storage.positions(shard), schedule.segments(shard), table)
                 local = slice(shard.local_start, shard.local_stop)
+                state = {key: array[local] for key, array in storage.state.items()}
                 flag = self._kernel.update(
-                    sources, storage.params, storage.exp_avg[local], storage.exp_avg_sq[local], plan
+                    sources,
+                    storage.params,
+                    state.get("master"),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    plan,
                 )
                 if flag != ALL_FINITE and poisoned is None:
                     poisoned = self._first_poisoned(schedule.partition, storage, shard, flag)

@@ -14,15 +14,17 @@ class ShardPolicy:
     Attributes:
         bucket_nbytes: Upper bound of what one exchange carries.
         wire_dtype: Dtype of gradients between nodes; None is the parameters' own, the only one yet.
-        master_weights: fp32 copies of 16-bit parameters; None, as there are no 16-bit kernels yet.
+        master_weights: fp32 copies of 16-bit parameters, each in the shard of its owner. None and
+            True have them. There is no way without: small updates would be lost.
         share_node: Keep one copy of the parameters on a node, in shared memory. False makes every
             rank a node of its own.
         threads: Cores that a rank's updates use; None takes this rank's share of those it may run
             on.
         check_finite: Find inf and NaN in gradients before the update and skip such a step on all
-            ranks. None does so where it is free: with ``max_grad_norm``. True adds a pass over the
-            gradients, False never skips. (A finite gradient whose square overflows the dtype of
-            the moments, above some 5e20 in float32, freezes its element, as in torch.)
+            ranks. That takes a pass over the gradients. None does so where the pass runs anyway,
+            with ``max_grad_norm``, and where there are 16-bit parameters, whose gradients overflow
+            easily. True always does, False never skips. (A finite gradient whose square overflows
+            the dtype of the moments, above some 5e20 in float32, freezes its element, as in torch.)
         timeout_s: Longest wait for another rank, in seconds, before the job is ended with the
             names of those missing.
 
@@ -41,7 +43,7 @@ class ShardPolicy:
     def __post_init__(self) -> None:
         self._require(_is_count(self.bucket_nbytes), "bucket_nbytes", "be a whole number >= 1")
         self._require(self.wire_dtype is None, "wire_dtype", "be None")
-        self._require(self.master_weights is None, "master_weights", "be None")
+        self._require(self.master_weights in (None, True), "master_weights", "be True or None")
         self._require(type(self.share_node) is bool, "share_node", "be True or False")
         threads = self.threads is None or _is_count(self.threads)
         self._require(threads, "threads", "be a whole number >= 1 or None")

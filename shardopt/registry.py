@@ -1,8 +1,11 @@
 """The user's side of the optimizer: param groups, parameters, and what was done to them since."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from functools import reduce
+from operator import or_
+from typing import Any, Generic, NamedTuple, Self
 
 from shardopt.bindings import Binding, Face, P, read_before_write, require_disjoint
 from shardopt.groups import Group, HyperparamsReader, name_params, require_distinct
@@ -27,20 +30,50 @@ class Addition:
         return [param for group in self.groups for param in group["params"]]
 
 
+class StepInputs(NamedTuple):
+    """What all ranks go by in a step, and what one rank brings to it.
+
+    Attributes:
+        present: Bit mask of the parameters that have a gradient.
+        replaced: Bit mask of the parameters whose value was replaced.
+        loss_scale: What the loss was multiplied by before backward.
+        overflowed: Whether a gradient is known not to be finite.
+    """
+
+    present: int
+    replaced: int
+    loss_scale: float
+    overflowed: bool
+
+    @classmethod
+    def merge(cls, brought: Sequence[Self]) -> Self:
+        """What holds for all ranks; the lowest loss scale, so that no gradient grows."""
+        return cls(
+            present=reduce(or_, (each.present for each in brought), 0),
+            replaced=reduce(or_, (each.replaced for each in brought), 0),
+            loss_scale=min((each.loss_scale for each in brought), default=math.inf),
+            overflowed=any(each.overflowed for each in brought),
+        )
+
+    def words(self) -> list[str]:
+        """For a digest; decimal digits of a long mask take too much time."""
+        return [hex(self.present), hex(self.replaced), str(self.loss_scale), str(self.overflowed)]
+
+
 @dataclass(frozen=True)
 class Survey:
     """What one rank found before a step.
 
     Attributes:
         hypers: The hyperparameters of each group.
-        present: Bit mask of the parameters that have a gradient.
         replaced: Arrays that have taken the place of a window's view, by parameter index.
+        present: Bit mask of the parameters that have a gradient.
         copied_nbytes: Gradients that had to be copied into the window.
     """
 
     hypers: list[Hyperparams] = field(default_factory=list)
-    present: int = 0
     replaced: dict[int, FloatArray] = field(default_factory=dict)
+    present: int = 0
     copied_nbytes: int = 0
 
     @property
@@ -61,6 +94,7 @@ class Registry(Generic[P]):
 
     def __init__(self, face: Face[P], partition: Partition) -> None:
         self.face = face
+        self._of_mask: tuple[int, list[P]] = 0, []
         self.partition = partition
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
@@ -76,6 +110,8 @@ class Registry(Generic[P]):
             HyperparamsError: A hyperparameter is out of range.
         """
         groups = make()
+        for group in groups:
+            Hyperparams.from_group(group)
         names = name_params(groups, self.face, len(self.bindings))
         params = [param for group in groups for param in group["params"]]
         require_distinct(
@@ -132,7 +168,7 @@ class Registry(Generic[P]):
             if grad is not None:
                 new_grads[index] = grad
         new_data = read_before_write(new_data, self._windows)
-        return Survey(hypers, present, new_data, self._take_grads(present, new_grads))
+        return Survey(hypers, new_data, present, self._take_grads(present, new_grads))
 
     def adopt(self, replaced: Mapping[int, FloatArray], winners: int) -> int:
         """Bind replaced parameters to the window again.
@@ -150,12 +186,37 @@ class Registry(Generic[P]):
             if winners >> index & 1:
                 binding.data[...] = array
                 copied_nbytes += binding.data.nbytes
-            self.face.bind_data(binding.param, binding.data)
+            binding.bind_data()
         return copied_nbytes
+
+    def zero_grads(self, set_to_none: bool, zero: Callable[[], None]) -> None:
+        """Make gradients zero, or parameters have none.
+
+        Args:
+            set_to_none: Give no parameter a gradient; else one that has none may stay without, if
+                that is what its framework does.
+            zero: Zeroes this rank's gradients in the windows.
+        """
+        from_start = self.face.grads_from_start
+        blank = [set_to_none or not (from_start or binding.has_grad()) for binding in self.bindings]
+        zero()
+        for binding, none in zip(self.bindings, blank, strict=True):
+            if none:
+                binding.blank_grad()
+            else:
+                binding.bind_grad()
+
+    def updated(self, present: int) -> None:
+        """Tell the face that the parameters of the bit mask have new values."""
+        if self._of_mask[0] != present:
+            params = [b.param for index, b in enumerate(self.bindings) if present >> index & 1]
+            self._of_mask = present, params
+        self.face.updated(self._of_mask[1])
 
     def release(self) -> None:
         """Untie all parameters from the windows."""
         self._windows.clear()
+        self._of_mask = 0, []
         for binding in self.bindings:
             binding.release()
 

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from shardopt.errors import NoGradientWarning, NonFiniteWarning
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -15,6 +17,9 @@ class StepReport:
             measured it (``max_grad_norm`` and ``check_finite`` both off).
         clip_factor: What the gradient was multiplied by; 1.0 where it was short enough.
         skipped: Whether a gradient was inf or NaN and therefore nothing was updated on any rank.
+        loss_scale: What gradients were divided by, as the loss had been multiplied by it.
+        num_updated: Parameters that had a gradient on some rank; None where the step was skipped
+            and where there are no parameters.
         seconds: This rank's time by phase: ``agree`` (waiting for the others included), ``reduce``,
             ``update``, ``finish``.
         copied_nbytes: Gradients and parameters that had been replaced and were copied in.
@@ -28,6 +33,8 @@ class StepReport:
     grad_norm: float | None = None
     clip_factor: float = 1.0
     skipped: bool = False
+    loss_scale: float = 1.0
+    num_updated: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     copied_nbytes: int = 0
     sent_nbytes: int = 0
@@ -48,17 +55,23 @@ class StepReport:
         since = before.poisoned_since or self.step
         return replace(self, poisoned_param=poisoned_param, poisoned_since=since)
 
-    def news(self, before: "StepReport") -> Iterator[str]:
-        """Say what is wrong now that was not known after the step before."""
-        if self.skipped and not before.skipped:
-            yield (
+    def news(self, before: "StepReport") -> Iterator[Warning]:
+        """Tell what is wrong now that was not known after the step before."""
+        if self.skipped and not before.skipped and self.loss_scale == 1.0:
+            yield NonFiniteWarning(
                 f"step {self.step} was skipped on all ranks: gradients must be finite; got a norm "
                 f"of {self.grad_norm}. Lower lr, or look for the step where the loss began to grow."
             )
         if self.poisoned_since == self.step:
-            yield (
+            yield NonFiniteWarning(
                 f"parameter {self.poisoned_param!r} holds inf or NaN since step {self.step}. Load "
                 "an earlier state, and pass ShardPolicy(check_finite=True) to skip such steps."
+            )
+        if self.num_updated == 0 and before.num_updated != 0:
+            yield NoGradientWarning(
+                f"step {self.step} changed nothing: some parameter must have a gradient on some "
+                "rank; got none. Call backward before step, and build the optimizer after anything "
+                "that makes new parameters, such as load_state_dict(assign=True)."
             )
 
     def healed(self) -> "StepReport":

@@ -2,6 +2,7 @@
 
 An entry of ``state`` is whole when its moments have the parameter's shape, and sharded when it has
 ``slices``: then its moments are flat and hold those runs of the flattened parameter, end to end.
+What stands here of moments holds for masters too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from shardopt.bindings import Face
 from shardopt.comm.topology import Topology
+from shardopt.dtypes import compute_dtype, is_floating
 from shardopt.errors import CheckpointError, HyperparamsError
 from shardopt.groups import Group, group_values
 from shardopt.kernels.base import FloatArray
 from shardopt.nadam import Clock, Hyperparams
 from shardopt.partition import ParamSpec, Partition, Shard
-from shardopt.storage import SectionStorage
+from shardopt.storage import SectionStorage, state_keys
 
 StateDict = dict[str, Any]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALARS = ("step", "mu_product")
 _MESSAGE_NUMEL = 1 << 27  # below every MPI's limit on one count
 
@@ -60,10 +62,9 @@ def local_state(
             **_clock_entry(clocks[index]),
             "slices": [(run.start, run.stop) for run in runs[index]],
         }
-        for name in MOMENTS:
-            moment = getattr(storages[param.section], name)
+        for key, moment in storages[param.section].state.items():
             pieces = [moment[run.local] for run in runs[index]]
-            entries[index][name] = np.concatenate([moment[:0], *pieces])
+            entries[index][key] = np.concatenate([moment[:0], *pieces])
     return {"state": entries, "param_groups": _packed_groups(groups)}
 
 
@@ -78,27 +79,26 @@ def gather_state(
     """Bring the whole state to ``root``; see ``ShardedNAdam.gather_state_dict``. Collective."""
     if topology.rank != root:
         for storage in storages:
-            for name in MOMENTS:
-                for piece in _messages(getattr(storage, name)):
+            for moment in storage.state.values():
+                for piece in _messages(moment):
                     topology.comm.Send(piece, root)
         return None
-    moments = {
-        name: [np.empty(p.spec.numel, p.spec.dtype) for p in partition.params] for name in MOMENTS
-    }
+    moments = [_zero_moments(param.spec) for param in partition.params]
     for rank, place in enumerate(topology.places):
         for section, storage in enumerate(storages):
             shards = partition.shards(*place, section)
-            received = np.empty(sum(shard.numel for shard in shards), storage.section.dtype)
-            for name in MOMENTS:
-                owned = getattr(storage, name) if rank == root else received
-                for piece in _messages(received) if rank != root else ():
-                    topology.comm.Recv(piece, rank)
+            for key, own in storage.state.items():
+                moment = own
+                if rank != root:
+                    moment = np.empty(sum(shard.numel for shard in shards), own.dtype)
+                    for piece in _messages(moment):
+                        topology.comm.Recv(piece, rank)
                 for run in owned_runs(partition, shards):
-                    moments[name][run.param][run.start : run.stop] = owned[run.local]
+                    moments[run.param][key][run.start : run.stop] = moment[run.local]
     entries = {
         index: {
             **_clock_entry(clocks[index]),
-            **{name: moments[name][index].reshape(param.spec.shape) for name in MOMENTS},
+            **{key: moment.reshape(param.spec.shape) for key, moment in moments[index].items()},
         }
         for index, param in enumerate(partition.params)
     }
@@ -112,13 +112,13 @@ class ParsedState:
     Attributes:
         groups: The values of each param group.
         clocks: One for each parameter.
-        moments: By name, for each parameter a flat array: the whole of it, or what this rank owns.
+        moments: For each parameter flat arrays by name: the whole of it, or what this rank owns.
         sharded: Whether it is the latter.
     """
 
     groups: list[Group]
     clocks: list[Clock]
-    moments: dict[str, list[FloatArray]]
+    moments: list[dict[str, FloatArray]]
     sharded: bool
 
 
@@ -127,8 +127,16 @@ def parse_state(
     partition: Partition,
     storages: Sequence[SectionStorage],
     groups: Sequence[Group],
+    face: Face[Any],
 ) -> ParsedState | None:
     """Check a state dict, if this rank has one, against the optimizer, which is left as it is.
+
+    Args:
+        state_dict: In the format of ``local_state``, ``gather_state`` or the face's framework.
+        partition: The optimizer's layout.
+        storages: Its memory.
+        groups: Its param groups.
+        face: Knows its framework's format.
 
     Raises:
         CheckpointError: It does not fit; the message says where.
@@ -136,7 +144,7 @@ def parse_state(
     if state_dict is None:
         return None
     try:
-        return _parse_state(state_dict, partition, storages, groups)
+        return _parse_state(state_dict, partition, storages, groups, face)
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -151,33 +159,31 @@ def _parse_state(
     partition: Partition,
     storages: Sequence[SectionStorage],
     groups: Sequence[Group],
+    face: Face[Any],
 ) -> ParsedState:
     for key in ("state", "param_groups"):
         rule = f"have the key {key!r}"
         _require(key in state_dict, "state_dict", rule, sorted(state_dict), _OWN_FORMAT)
     new_groups = _parse_groups(state_dict["param_groups"], groups)
+    hypers = [Hyperparams.from_group(group) for group in new_groups]
     entries = state_dict["state"]
-    if not entries:  # of an optimizer that has never stepped
-        zeros = [np.zeros(param.spec.numel, param.spec.dtype) for param in partition.params]
-        fresh = [Clock() for _ in partition.params]
-        return ParsedState(new_groups, fresh, dict.fromkeys(MOMENTS, zeros), sharded=False)
-    _require_complete(entries, partition)
-    sharded = any("slices" in entry for entry in entries.values())
-    slices = _owned_slices(partition, storages) if sharded else [None] * len(partition.params)
-    parsed = ParsedState(new_groups, [], {name: [] for name in MOMENTS}, sharded)
-    for index, param in enumerate(partition.params):
-        _parse_entry(entries[index], param.spec, slices[index], parsed)
-    return parsed
-
-
-def _require_complete(entries: Mapping[int, Any], partition: Partition) -> None:
-    expected = set(range(len(partition.params)))
-    missing = [partition.params[index].spec.name for index in sorted(expected - set(entries))]
-    surplus = sorted(set(entries) - expected, key=str)
-    rule = "have an entry for every parameter"
-    _require(not missing, "state", rule, f"none for {', '.join(missing)}", _NEVER_STEPPED)
+    expected = range(len(partition.params))
+    surplus = sorted(set(entries) - set(expected), key=str)
     rule = f"have entries 0 to {len(expected) - 1} only"
     _require(not surplus, "state", rule, surplus, _OTHER_MODEL)
+    sharded = any("slices" in entry for entry in entries.values())
+    slices = _owned_slices(partition, storages) if sharded else [None] * len(expected)
+    parsed = ParsedState(new_groups, [], [], sharded)
+    for index, param in enumerate(partition.params):
+        if index in entries:
+            entry = face.read_entry(entries[index], hypers[param.spec.group])
+            _parse_entry(entry, param.spec, slices[index], parsed)
+            continue
+        rule, got = "have a sharded entry for every parameter", f"none for {param.spec.name!r}"
+        _require(not sharded, "state", rule, got, _OWN_FORMAT)
+        parsed.clocks.append(Clock())  # torch has no entry for a parameter that never stepped
+        parsed.moments.append(_zero_moments(param.spec))
+    return parsed
 
 
 def _parse_entry(
@@ -187,39 +193,43 @@ def _parse_entry(
     parsed: ParsedState,
 ) -> None:
     """Check one parameter's entry and append it; ``slices`` are this rank's, of a sharded state."""
-    keys = {*_SCALARS, *MOMENTS} | ({"slices"} if slices is not None else set())
+    moment_keys = [key for key in state_keys(spec.dtype) if key != "master" or key in entry]
+    keys = {*_SCALARS, *moment_keys} | ({"slices"} if slices is not None else set())
     rule = f"have the keys {', '.join(sorted(keys))}"
     _require(set(entry) == keys, f"state of {spec.name!r}", rule, sorted(entry), _OTHER_MODEL)
     parsed.clocks.append(_parse_clock(entry, spec.name))
+    parsed.moments.append(_zero_moments(spec))  # a master of zero follows the parameter
     shape = spec.shape
     if slices is not None:
         saved = [tuple(run) for run in entry["slices"]]
         name = f"slices of {spec.name!r}"
         _require(saved == slices, name, f"be {slices}", saved, _OTHER_RANKS)
         shape = (sum(stop - start for start, stop in slices),)
-    for moment in MOMENTS:
-        array = np.asarray(entry[moment])
-        name = f"{moment} of {spec.name!r}"
-        _require(array.dtype.kind == "f", name, "be floating point", array.dtype, _OTHER_MODEL)
+    for key in moment_keys:
+        array = np.asarray(entry[key])
+        name = f"{key} of {spec.name!r}"
+        _require(is_floating(array.dtype), name, "be floating point", array.dtype, _OTHER_MODEL)
         _require(array.shape == shape, name, f"have shape {shape}", array.shape, _OTHER_MODEL)
-        parsed.moments[moment].append(array.reshape(-1))
+        dtype = compute_dtype(spec.dtype)
+        parsed.moments[-1][key] = array.reshape(-1).astype(dtype, copy=False)
 
 
 def load_parsed(
     parsed: ParsedState, partition: Partition, storages: Sequence[SectionStorage]
 ) -> None:
     """Copy this rank's part of the moments into place."""
-    for name in MOMENTS:
-        taken = [0] * len(partition.params)
-        for storage in storages:
-            for run in owned_runs(partition, storage.shards):
-                start = taken[run.param] if parsed.sharded else run.start
-                stop = start + run.stop - run.start
-                getattr(storage, name)[run.local] = parsed.moments[name][run.param][start:stop]
-                taken[run.param] = stop
+    taken = [0] * len(partition.params)
+    for storage in storages:
+        for run in owned_runs(partition, storage.shards):
+            start = taken[run.param] if parsed.sharded else run.start
+            taken[run.param] = stop = start + run.stop - run.start
+            for key, moment in storage.state.items():
+                moment[run.local] = parsed.moments[run.param][key][start:stop]
 
 
-def share_parsed(parsed: ParsedState | None, topology: Topology) -> ParsedState:
+def share_parsed(
+    parsed: ParsedState | None, partition: Partition, topology: Topology
+) -> ParsedState:
     """Give ranks that have no state that of the lowest rank that has a whole one. Collective.
 
     Raises:
@@ -232,38 +242,36 @@ def share_parsed(parsed: ParsedState | None, topology: Topology) -> ParsedState:
     _require(
         False in kinds, "state_dict", "be whole on some rank if others have none", kinds, _WHOLE
     )
-    return _bcast_parsed(parsed, kinds.index(False), topology)
+    return _bcast_parsed(parsed, kinds.index(False), partition, topology)
 
 
-def _bcast_parsed(parsed: ParsedState | None, source: int, topology: Topology) -> ParsedState:
+def _bcast_parsed(
+    parsed: ParsedState | None, source: int, partition: Partition, topology: Topology
+) -> ParsedState:
     comm, here = topology.comm, topology.rank == source
     outline = None
     if here and parsed is not None:
-        sizes = {
-            name: [(a.size, a.dtype) for a in arrays] for name, arrays in parsed.moments.items()
-        }
-        outline = parsed.groups, parsed.clocks, sizes
-    groups, clocks, sizes = comm.bcast(outline, source)
-    moments: dict[str, list[FloatArray]] = {name: [] for name in sizes}
-    for name, arrays in sizes.items():
-        for index, (size, dtype) in enumerate(arrays):
-            array = np.empty(size, dtype)
+        outline = parsed.groups, parsed.clocks
+    groups, clocks = comm.bcast(outline, source)
+    moments = [_zero_moments(param.spec) for param in partition.params]
+    for index, arrays in enumerate(moments):
+        for key, array in arrays.items():
             if here and parsed is not None:
-                array[:] = parsed.moments[name][index]
+                array[:] = parsed.moments[index][key]
             for piece in _messages(array):
                 comm.Bcast(piece, source)
-            moments[name].append(array)
     return ParsedState(groups, clocks, moments, sharded=False)
+
+
+def _zero_moments(spec: ParamSpec) -> dict[str, FloatArray]:
+    """The moments of a parameter that has never stepped, [numel] each."""
+    return {key: np.zeros(spec.numel, compute_dtype(spec.dtype)) for key in state_keys(spec.dtype)}
 
 
 _WHOLE = "Pass what gather_state_dict() gave on root"
 _OWN_FORMAT = "Pass what state_dict() or gather_state_dict() gave"
 _OTHER_MODEL = "Load it into the optimizer of the model it was saved from"
 _OTHER_RANKS = "Load it on as many ranks as saved it, or save with gather_state_dict()"
-_NEVER_STEPPED = (
-    "Load it into the optimizer of the model it was saved from; a parameter that never had a "
-    "gradient needs step 0, mu_product 1 and moments of zeros"
-)
 
 
 def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:

@@ -1,9 +1,10 @@
-"""The memory of one section: parameters and gradients in a window, moments in private arrays."""
+"""The memory of one section: parameters and gradients in a window, the rest in private arrays."""
 
 import numpy as np
 
 from shardopt.comm.topology import Topology
 from shardopt.comm.window import Window
+from shardopt.dtypes import compute_dtype, has_master
 from shardopt.kernels.base import FloatArray
 from shardopt.partition import Partition, PlacedParam, Section, Shard
 from shardopt.stagger import row_numel, staggered_zeros
@@ -19,8 +20,9 @@ class SectionStorage:
         shards: The shards this rank owns, one for each bucket.
         params: [section_numel], one copy on the node.
         grads: [node_size, section_numel or more]; row ``node_rank`` is this rank's to write.
-        exp_avg: [owned_numel], this rank's shards end to end.
-        exp_avg_sq: [owned_numel], likewise.
+        state: Arrays of [owned_numel], this rank's shards end to end, by their names in state
+            dicts: ``exp_avg``, ``exp_avg_sq`` and for 16-bit parameters ``master``; see
+            [Note: sixteen bits and a master].
     """
 
     def __init__(self, partition: Partition, index: int, topology: Topology) -> None:
@@ -35,9 +37,16 @@ class SectionStorage:
         self.params: FloatArray = rows[0, :numel]
         self.grads: FloatArray = rows[1:]
         owned_numel = sum(shard.numel for shard in self.shards)
-        self.exp_avg = staggered_zeros(owned_numel, dtype, len(rows), self.params)
-        self.exp_avg_sq = staggered_zeros(owned_numel, dtype, len(rows) + 1, self.params)
+        self.state: dict[str, FloatArray] = {
+            key: staggered_zeros(owned_numel, compute_dtype(dtype), len(rows) + i, self.params)
+            for i, key in enumerate(state_keys(dtype))
+        }
         self._touch_first()
+
+    @property
+    def holds_sums(self) -> bool:
+        """Whether the dtype of gradients can hold their sum over ranks."""
+        return not has_master(self.section.dtype)
 
     def positions(self, shard: Shard) -> tuple[int, int]:
         """A shard's [start, stop) counted from the start of the section."""
@@ -53,7 +62,7 @@ class SectionStorage:
 
     def zero_grads(self) -> None:
         """Zero this rank's gradients."""
-        self.grads[self.node_rank, : self.section.numel] = 0
+        self.grads[self.node_rank, : self.section.numel].view(np.uint8)[:] = 0
 
     def sync(self) -> None:
         """See [Note: when stores become visible]."""
@@ -74,8 +83,13 @@ class SectionStorage:
             start, stop = self.positions(shard)
             self.params[start:stop] = 0
         self.zero_grads()
-        self.exp_avg[:] = 0
-        self.exp_avg_sq[:] = 0
+        for array in self.state.values():
+            array[:] = 0
+
+
+def state_keys(dtype: str) -> tuple[str, ...]:
+    """Names of the arrays that are the state of a parameter of ``dtype``."""
+    return ("exp_avg", "exp_avg_sq", "master") if has_master(dtype) else ("exp_avg", "exp_avg_sq")
 
 
 def window_nbytes(partition: Partition, sections: range) -> int:

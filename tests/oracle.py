@@ -7,6 +7,7 @@ of any number of ranks, either MPI and any bucket size can be compared bit for b
 import numpy as np
 
 from shardopt import Parameter
+from shardopt.dtypes import compute_dtype
 from shardopt.nadam import Clock, Hyperparams, step_coefficients
 from tests.kernels.suite import tree_sum
 
@@ -26,12 +27,13 @@ def gradient(step, rank, index, shape, dtype="float32"):
 
 
 class Oracle:
-    """All parameters of one group."""
+    """All parameters of one group; ``masters`` are float32 copies of those that have 16 bits."""
 
     def __init__(self, params, **hyper):
         self.params = [param.copy() for param in params]
-        self.exp_avg = [np.zeros_like(param) for param in params]
-        self.exp_avg_sq = [np.zeros_like(param) for param in params]
+        self.masters = [param.astype(compute_dtype(param.dtype.name)) for param in params]
+        self.exp_avg = [np.zeros_like(master) for master in self.masters]
+        self.exp_avg_sq = [np.zeros_like(master) for master in self.masters]
         self.clocks = [Clock() for _ in params]
         self.hyper = hyper
 
@@ -39,11 +41,13 @@ class Oracle:
         """Step with grads_by_rank[rank][index]; None where a rank has no gradient."""
         self.hyper |= changed
         hyper, world_size = Hyperparams(**self.hyper), len(grads_by_rank)
-        for index, p in enumerate(self.params):
+        for index, p in enumerate(self.masters):
             grads = [grads[index] for grads in grads_by_rank]
             if all(grad is None for grad in grads):
                 continue
-            total = tree_sum([np.zeros_like(p) if grad is None else grad for grad in grads])
+            zeros = np.zeros_like(p)
+            grads = [zeros if grad is None else grad.astype(p.dtype) for grad in grads]
+            total = tree_sum(grads)
             self.clocks[index].advance(hyper)
             row = step_coefficients(hyper, self.clocks[index], factor / world_size)
             c = np.array(row, p.dtype)
@@ -51,11 +55,15 @@ class Oracle:
             m = c[3] * self.exp_avg[index] + c[4] * g
             v = c[5] * self.exp_avg_sq[index] + (c[6] * g) * g
             p = c[2] * p - (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10])
-            self.params[index], self.exp_avg[index], self.exp_avg_sq[index] = p, m, v
+            self.masters[index], self.exp_avg[index], self.exp_avg_sq[index] = p, m, v
+            self.params[index] = p.astype(self.params[index].dtype)
 
     def norm(self, grads_by_rank):
         """Global norm of the averaged gradient, in float64."""
-        totals = [tree_sum(list(grads)) for grads in zip(*grads_by_rank, strict=True)]
+        totals = [
+            tree_sum([grad.astype(compute_dtype(grad.dtype.name)) for grad in grads])
+            for grads in zip(*grads_by_rank, strict=True)
+        ]
         squares = sum((total.astype(np.float64) ** 2).sum() for total in totals)
         return float(np.sqrt(squares)) / len(grads_by_rank)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,13 @@ def refused(
     assert FORM.fullmatch(text), text
     assert not [words for words in told if words not in text], text
     assert text.startswith(f"rank {comm.size - 1}: ") == (alone and comm.size > 1), text
+
+
+@contextmanager
+def warned(comm: MPI.Intracomm, warning: type[Warning]) -> Iterator[None]:
+    """Rank 0 alone must warn."""
+    with pytest.warns(warning) if comm.rank == 0 else nullcontext():
+        yield
 
 
 def take_step(opt: NAdam, value: float = 1.0) -> None:

@@ -1,10 +1,14 @@
 """A step on any number of ranks is the step of one process, bit for bit."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
+from shardopt.errors import NoGradientWarning
 from tests.oracle import SHAPES, Oracle, all_grads, assert_same, initial, make_params, write
+from tests.refusal import warned
 
 pytestmark = pytest.mark.mpi
 
@@ -114,7 +118,9 @@ def test_params_without_gradient_stand_still(comm):
                     param.grad = None
                 else:
                     param.grad[...] = grad
-            opt.step()
+            none = all(grad is None for rank in grads for grad in rank)
+            with warned(comm, NoGradientWarning) if none else nullcontext():
+                opt.step()
             oracle.step(grads)
             assert_same(params, oracle)
         clocks = [
@@ -135,7 +141,10 @@ def test_zero_grad(comm):
         opt.zero_grad(set_to_none=True)
         assert all(param.grad is None for param in params)
         before = [param.data.copy() for param in params]
-        opt.step()
+        with warned(comm, NoGradientWarning):
+            opt.step()
+        opt.step()  # told once
+        assert opt.last_step.num_updated == 0
         for param, value in zip(params, before, strict=True):
             np.testing.assert_array_equal(param.data, value)
         opt.zero_grad()

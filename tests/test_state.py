@@ -145,3 +145,19 @@ def test_parameters_may_be_named_by_pairs(comm):
     pairs = [("encoder", Parameter(values[0])), ("decoder", Parameter(values[1]))]
     with NAdam(pairs, comm=comm) as opt:
         assert [param.spec.name for param in opt.partition.params] == ["encoder", "decoder"]
+
+
+def test_a_parameter_without_an_entry_has_never_stepped(comm):
+    params = make_params(initial())
+    with NAdam(params, comm=comm) as opt:
+        write(params, all_grads(1, comm)[comm.rank])
+        opt.step()
+        state = opt.gather_state_dict()
+        if state is not None:
+            del state["state"][3]
+        opt.load_state_dict(state)
+        loaded = comm.bcast(opt.gather_state_dict())["state"]
+    assert [entry["step"] for entry in loaded.values()] == [1, 1, 1, 0, 1, 1, 1, 1, 1]
+    assert loaded[3]["mu_product"] == 1.0
+    assert not loaded[3]["exp_avg"].any()
+    assert loaded[4]["exp_avg"].any()

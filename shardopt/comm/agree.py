@@ -59,7 +59,7 @@ class Agreement:
     def agree(
         self,
         describe: Callable[[], Description],
-        error: ShardoptError | None = None,
+        error: Exception | None = None,
         *,
         digest: int,
         step: int = 0,
@@ -78,7 +78,7 @@ class Agreement:
             Whether all digests were equal; they may differ in more than is described.
 
         Raises:
-            ShardoptError: The error of the lowest rank that has one, in its own class.
+            Exception: The error of the lowest rank that has one, in its own class.
             RankMismatchError: Names the first thing that differs, ranks and values.
         """
         if self.all_equal(_TROUBLE if error is not None else digest, step, phase):
@@ -90,7 +90,7 @@ class Agreement:
         return False
 
     def enter_call(
-        self, call: str, description: Description, error: ShardoptError | None, *, step: int
+        self, call: str, description: Description, error: Exception | None, *, step: int
     ) -> None:
         """Make sure that all ranks make the same call alike, and that it fails on none of them.
 
@@ -101,7 +101,7 @@ class Agreement:
             step: For messages.
 
         Raises:
-            ShardoptError: As ``agree`` does.
+            Exception: As ``agree`` does.
         """
         self.agree(
             lambda: {"the call": call, **description},
@@ -121,11 +121,14 @@ class Agreement:
         self.topology.free()
 
 
-def attempt(function: Callable[[], _T]) -> tuple[_T | None, ShardoptError | None]:
-    """Call ``function``; what shardopt raises is handed back, to be agreed upon first."""
+def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """Call ``function``; what it raises is handed back, to be agreed upon first.
+
+    Apart from shardopt's own errors that is what frameworks raise about bad arguments.
+    """
     try:
         return function(), None
-    except ShardoptError as error:
+    except (ShardoptError, TypeError, ValueError) as error:
         return None, error
 
 
@@ -134,7 +137,7 @@ def digest_of(*values: object) -> int:
     return xxhash.xxh3_64_intdigest(repr(values).encode()) >> 2
 
 
-def raise_first(errors: Sequence[ShardoptError | None], own: ShardoptError | None) -> None:
+def raise_first(errors: Sequence[Exception | None], own: Exception | None) -> None:
     """Raise the error of the lowest rank that has one, naming the ranks unless all have it."""
     failed = [rank for rank, error in enumerate(errors) if error is not None]
     if not failed:

@@ -18,10 +18,16 @@ class Kernel(Protocol):
     ``CHUNK_NUMEL``; segments lie within [start, stop), in order and without overlap.
 
     [Note: the bits of a sum]
-    Sources are summed as a pairwise tree in rank order, ((0+1)+(2+3))+(4+5), in the parameters'
-    dtype, and every product keeps the order written in [Note: one formula, four schedules],
+    Sources are summed as a pairwise tree in rank order, ((0+1)+(2+3))+(4+5), in the dtype that is
+    computed in, and every product keeps the order written in [Note: one formula, four schedules],
     without fused multiply-adds. An element's result therefore depends on its own inputs alone:
     not on its place in a vector, a block, a shard or a bucket, and not on the MPI in use.
+
+    That dtype is ``compute_dtype`` of the parameters': float32 for 16-bit ones, which are widened
+    as they are read. Then the formula's ``p`` is the master, or the parameter if it differs in any
+    bit from the rounded master; see [Note: sixteen bits and a master]. The result is the new
+    master and, rounded to the nearest with ties to even, the new parameter: what is too large for
+    it becomes inf, and NaN stays NaN.
     """
 
     def prepare(self, dtype: str) -> None:
@@ -36,6 +42,7 @@ class Kernel(Protocol):
         self,
         grads: FloatArray,
         param: FloatArray,
+        master: FloatArray | None,
         exp_avg: FloatArray,
         exp_avg_sq: FloatArray,
         plan: "UpdatePlan",
@@ -44,29 +51,39 @@ class Kernel(Protocol):
 
         Args:
             grads: [num_sources, section_numel or more], C-contiguous; read only.
-            param: [section_numel], updated within the segments.
-            exp_avg: [shard_numel], updated; its first element belongs to position ``plan.start``.
-            exp_avg_sq: [shard_numel], updated likewise.
+            param: [section_numel] in the dtype of ``grads``, updated within the segments.
+            master: [shard_numel] float32, updated likewise; its first element belongs to position
+                ``plan.start``. None unless parameters have 16 bits.
+            exp_avg: [shard_numel] in the dtype that is computed in, updated likewise.
+            exp_avg_sq: [shard_numel], like ``exp_avg``.
             plan: Which runs to update with which coefficients.
 
         Returns:
-            ``ALL_FINITE``, or the first position of a block in which a parameter became inf or NaN.
+            ``ALL_FINITE``, or the first position of a block of at most ``CHUNK_NUMEL`` in which a
+            parameter became inf or NaN. With a master, it is the rounded parameter that counts.
         """
         ...
 
     def reduce(
-        self, grads: FloatArray, out: FloatArray, start: int, stop: int, square_sums: FloatArray
+        self,
+        grads: FloatArray,
+        out: FloatArray | None,
+        start: int,
+        stop: int,
+        square_sums: FloatArray,
     ) -> None:
         """Sum the sources over [start, stop) into ``out`` and add up the squares of each chunk.
 
         Args:
             grads: [num_sources, section_numel or more], C-contiguous.
-            out: [section_numel]; may be one of the rows of ``grads``.
+            out: [section_numel]; may be one of the rows of ``grads``, and must be where there is
+                but one. None writes no sum and only measures: so it is for 16-bit gradients, which
+                could not hold the sum; the update then reads all the sources again.
             start: First position.
             stop: One past the last position.
             square_sums: [(stop - start) / CHUNK_NUMEL] float64, overwritten: the sum of squares of
                 each chunk of the sum, in an order that depends on nothing else. Not finite if and
-                only if a gradient of the chunk is not (or its square exceeds float64).
+                only if a gradient of the chunk is not, or their sum or its square overflows.
         """
         ...
 
@@ -78,7 +95,7 @@ class UpdatePlan:
         start: First position of the shard.
         stop: One past its last position.
         segments: [num_segments, 3] int64: start, stop and row of ``coefficients``.
-        coefficients: [num_cohorts, NUM_COEFFICIENTS] in the parameters' dtype.
+        coefficients: [num_cohorts, NUM_COEFFICIENTS] in the dtype that is computed in.
     """
 
     __slots__ = ("coefficients", "segments", "start", "stop")

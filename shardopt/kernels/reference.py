@@ -13,10 +13,12 @@ class ReferenceKernel:
     def prepare(self, dtype: str) -> None:
         """See ``Kernel.prepare``; there is nothing to do."""
 
+    @np.errstate(invalid="ignore", over="ignore")  # poison is reported, not warned of
     def update(
         self,
         grads: FloatArray,
         param: FloatArray,
+        master: FloatArray | None,
         exp_avg: FloatArray,
         exp_avg_sq: FloatArray,
         plan: UpdatePlan,
@@ -26,21 +28,38 @@ class ReferenceKernel:
         for start, stop, row in plan.segments:
             c = StepCoefficients(*plan.coefficients[row].astype(np.float64))
             here, local = slice(start, stop), slice(start - plan.start, stop - plan.start)
-            p = param[here].astype(np.float64)
+            current = param[here] if master is None else _current(master[local], param[here])
+            p = current.astype(np.float64)
             g = c.source_scale * grads[:, here].astype(np.float64).sum(axis=0) + c.weight_decay * p
             m = c.m_decay * exp_avg[local] + c.m_gain * g
             v = c.beta2 * exp_avg_sq[local] + c.v_gain * g**2
-            with np.errstate(invalid="ignore"):  # inf / inf: poison is reported, not warned of
-                direction = (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
-            param[here], exp_avg[local], exp_avg_sq[local] = c.param_scale * p - direction, m, v
+            direction = (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
+            exp_avg[local], exp_avg_sq[local] = m, v
+            if master is None:
+                param[here] = c.param_scale * p - direction
+            else:
+                master[local] = c.param_scale * p - direction
+                param[here] = master[local].astype(param.dtype)
             if poisoned == ALL_FINITE and not np.isfinite(param[here]).all():
                 poisoned = int(start + np.flatnonzero(~np.isfinite(param[here]))[0])
         return poisoned
 
     def reduce(
-        self, grads: FloatArray, out: FloatArray, start: int, stop: int, square_sums: FloatArray
+        self,
+        grads: FloatArray,
+        out: FloatArray | None,
+        start: int,
+        stop: int,
+        square_sums: FloatArray,
     ) -> None:
         """See ``Kernel.reduce``."""
         total = grads[:, start:stop].astype(np.float64).sum(axis=0)
         square_sums[:] = (total**2).reshape(-1, CHUNK_NUMEL).sum(axis=1)
-        out[start:stop] = total
+        if out is not None:
+            out[start:stop] = total
+
+
+def _current(master: FloatArray, param: FloatArray) -> FloatArray:
+    """The masters; where somebody has written to the parameter since, the parameter."""
+    written = master.astype(param.dtype).view(np.uint16) != param.view(np.uint16)
+    return np.where(written, param.astype(master.dtype), master)

@@ -7,11 +7,22 @@ import numba
 import numpy as np
 import pytest
 
-import shardopt.kernels.cpu as cpu
+from shardopt.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.errors import KernelError
+from shardopt.kernels import cpu, loops
 from shardopt.kernels.base import UpdatePlan
 from shardopt.partition import CHUNK_NUMEL
-from tests.kernels.suite import BitSuite, KernelSuite, coefficient_rows
+from tests.kernels.suite import (
+    SIXTEEN_BITS,
+    BitSuite,
+    KernelSuite,
+    MasterSuite,
+    assert_same_bits,
+    cast,
+    coefficient_rows,
+    every_pattern,
+    hard_to_round,
+)
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -29,37 +40,97 @@ class TestCpuKernelBits(BitSuite):
     pass
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+class TestCpuKernelMasters(MasterSuite):
+    pass
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype):
     numel = 5 * cpu.MIN_PIECE_NUMEL + CHUNK_NUMEL
     rng = np.random.default_rng(0)
     grads = rng.standard_normal((2, numel)).astype(dtype)
+    segments = np.array([[0, 999, 0], [1024, numel, 0]])
+    plan = UpdatePlan(0, numel, segments, coefficient_rows(dtype, (1, 0.5)))
     results = []
     for threads in (1, 2, 5):
         kernel = cpu.CpuKernel(threads)
-        arrays = [np.ones(numel, dtype), np.zeros(numel, dtype), np.zeros(numel, dtype)]
-        segments = np.array([[0, 999, 0], [1024, numel, 0]])
-        plan = UpdatePlan(0, numel, segments, coefficient_rows(dtype, (1, 0.5)))
-        summed, square_sums = np.empty(numel, dtype), np.empty(numel // CHUNK_NUMEL)
-        kernel.update(grads, *arrays, plan)
-        kernel.reduce(grads, summed, 0, numel, square_sums)
+        param, square_sums = np.ones(numel, dtype), np.empty(numel // CHUNK_NUMEL)
+        moments, values = np.zeros((2, numel), compute_dtype(dtype)), np.zeros(numel, dtype)
+        master = np.ones(numel, np.float32) if has_master(dtype) else None
+        out = None if has_master(dtype) else values
+        kernel.update(grads, param, master, *moments, plan)
+        kernel.reduce(grads, out, 0, numel, square_sums)
         kernel.close()
-        results.append([*arrays, summed, square_sums])
+        results.append([param, moments, square_sums, values if master is None else master])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "complex64"])
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(KernelError, match=f"float32, float64; got {dtype}"):
+    with pytest.raises(KernelError, match=f"float16, bfloat16, float32, float64; got {dtype}"):
         cpu.CpuKernel().prepare(dtype)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
-def test_the_update_is_vectorised_without_fused_multiply_adds():
-    compiled = numba.njit(error_model="numpy")(cpu._update_block.py_func)  # afresh: not the cache
-    compiled(*np.ones((4, 8), np.float32), np.ones(11, np.float32))
-    assembly = "\n".join(compiled.inspect_asm().values())
-    assert re.search(r"\bv?sqrtps\b", assembly)
-    assert not re.search(r"\bvfn?m(add|sub)", assembly)
+CONVERSIONS = [
+    ("bfloat16", loops._widen_bfloat16, loops._narrow_bfloat16),
+    ("float16", loops._widen_float16_by_bits, loops._narrow_float16_by_bits),
+    ("float16", loops._widen_float16, loops._narrow_float16),
+]
+if not loops._converts_float16():
+    CONVERSIONS.pop()
+
+
+@pytest.mark.parametrize(("dtype", "widen", "narrow"), CONVERSIONS)
+def test_conversions_are_those_of_numpy(dtype, widen, narrow):
+    patterns, values = every_pattern(dtype), hard_to_round(dtype)
+    stand_in = loops.STAND_INS[np.dtype(dtype)]
+    widened, narrowed = np.empty(patterns.size, np.float32), np.empty(values.size, stand_in)
+    widen, narrow = numba.njit(widen), numba.njit(narrow)
+
+    @numba.njit
+    def convert(patterns, widened, values, narrowed):
+        for i in range(patterns.size):
+            widened[i] = widen(patterns[i])
+        for i in range(values.size):
+            narrowed[i] = narrow(values[i], narrowed[i])
+
+    convert(patterns.view(stand_in), widened, values, narrowed)
+    assert_same_bits(widened, cast(patterns, np.float32))
+    assert_same_bits(narrowed.view(dtype), cast(values, dtype))
+
+
+def assembly(function, *arguments):
+    """Compile afresh, not from the cache."""
+    compiled = numba.njit(error_model="numpy")(function.py_func)
+    compiled(*arguments)
+    return "\n".join(compiled.inspect_asm().values())
+
+
+x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
+
+
+@x86_only
+@pytest.mark.parametrize("dtype", ["float32", *SIXTEEN_BITS])
+def test_the_update_is_vectorised_without_fused_multiply_adds(dtype):
+    param = np.ones(8, dtype).view(loops.STAND_INS.get(np.dtype(dtype), dtype))
+    code = assembly(
+        loops._update_block, np.ones(8, np.float32), param, *np.ones((4, 11), np.float32)
+    )
+    assert re.search(r"\bv?sqrtps\b", code)
+    assert not re.search(r"\bvfn?m(add|sub)", code)
+
+
+@x86_only
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_conversions_are_vectorised(dtype):
+    bits = np.ones(8, loops.STAND_INS[np.dtype(dtype)])
+    values = np.ones(8, np.float32)
+    by_instruction = dtype == "float16" and loops._converts_float16()
+    widen = r"\bvcvtph2ps\b.*[xy]mm" if by_instruction else r"\bv?pslld\b"
+    narrow = r"\bvcvtps2ph\b.*[xy]mm" if by_instruction else r"\bv?psrld\b"
+    for function in (loops._add, loops._copy):
+        sources = [bits] * (2 if function is loops._add else 1)
+        assert re.search(widen, assembly(function, *sources, values))
+    assert re.search(narrow, assembly(loops._round, values, bits))

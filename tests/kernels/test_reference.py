@@ -3,7 +3,7 @@
 import pytest
 
 from shardopt.kernels.reference import ReferenceKernel
-from tests.kernels.suite import KernelSuite
+from tests.kernels.suite import KernelSuite, MasterSuite
 
 
 @pytest.fixture
@@ -12,4 +12,8 @@ def kernel():
 
 
 class TestReferenceKernel(KernelSuite):
+    pass
+
+
+class TestReferenceKernelMasters(MasterSuite):
     pass

@@ -1,0 +1,32 @@
+"""The dtypes that parameters may have, and what they are computed in.
+
+[Note: sixteen bits and a master]
+A 16-bit parameter keeps too few bits to add small updates up: 1 + 0.001 is 1 again in bfloat16. Its
+owner therefore holds a *master* of it in float32, as it does moments. Gradients arrive in 16 bits
+and are summed in float32; the master is updated and rounded to the nearest, ties to even, into the
+parameter, all in one pass. A parameter that somebody wrote to since is no longer the rounded
+master: then the master follows it. So initial values, loaded weights and ``p.data.clamp_()`` need
+no calls of their own.
+"""
+
+import ml_dtypes  # registers bfloat16 with NumPy
+import numpy as np
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def compute_dtype(dtype: str) -> str:
+    """Dtype of the moments of parameters of ``dtype``, of their master and of all arithmetic."""
+    return "float32" if has_master(dtype) else dtype
+
+
+def has_master(dtype: str) -> bool:
+    """Whether parameters of ``dtype`` have a master; see [Note: sixteen bits and a master]."""
+    return np.dtype(dtype).itemsize == 2
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether ``dtype`` is real floating point, bfloat16 included."""
+    return dtype.kind == "f" or dtype == _BFLOAT16
