@@ -8,10 +8,12 @@ Every published NAdam is a setting of the coefficients of one update. With ``g``
 ``m`` = exp_avg and ``v`` = exp_avg_sq::
 
     g  = source_scale * sum_of_sources + weight_decay * p
-    p  = param_scale * p
     m  = m_decay * m + m_gain * g
     v  = beta2 * v + (v_gain * g) * g
-    p -= (g_scale * g + m_scale * m) / (sqrt(v * v_scale) + eps)
+    p -= param_decay * p + (g_scale * g + m_scale * m) / (sqrt(v * v_scale) + eps)
+
+Decoupled decay is written as ``p -= lr * weight_decay * p``: a factor ``1 - lr * weight_decay``,
+rounded to float32, would be off by a tenth of a decay of 3e-7, and at every step.
 
 Sources: T. Dozat, "Incorporating Nesterov momentum into Adam", 2016, with the schedule
 ``mu(t) = beta1 * (1 - 0.5 * 0.96**(t * momentum_decay))`` as in torch.optim.NAdam; Keras fixes
@@ -23,6 +25,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from shardopt.errors import HyperparamsError
@@ -123,6 +126,16 @@ class Clock:
         self.mu_product *= hyper.mu(self.step)
 
 
+@lru_cache  # parameters of a group mostly have one step
+def mu_product_at(step: float, hyper: Hyperparams) -> float:
+    """What ``mu_product`` is after ``step`` steps, all of them taken with ``hyper``."""
+    clock, before = Clock(), None
+    while clock.step < step and clock.mu_product != before:  # ends as 0 or the smallest numbers
+        before = clock.mu_product
+        clock.advance(hyper)
+    return clock.mu_product
+
+
 class StepCoefficients(NamedTuple):
     """The scalars of one update, in the order in which kernels index them.
 
@@ -131,7 +144,7 @@ class StepCoefficients(NamedTuple):
 
     source_scale: float
     weight_decay: float
-    param_scale: float
+    param_decay: float
     m_decay: float
     m_gain: float
     beta2: float
@@ -170,7 +183,7 @@ def step_coefficients(hyper: Hyperparams, clock: Clock, grad_scale: float) -> St
     return StepCoefficients(
         source_scale=-grad_scale if hyper.maximize else grad_scale,
         weight_decay=0.0 if decoupled else hyper.weight_decay,
-        param_scale=1.0 - hyper.lr * hyper.weight_decay if decoupled else 1.0,
+        param_decay=hyper.lr * hyper.weight_decay if decoupled else 0.0,
         m_decay=m_decay,
         m_gain=1.0 - beta1,
         beta2=beta2,

@@ -1,7 +1,6 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -39,7 +38,7 @@ from shardopt.registry import (
     describe_addition,
     describe_hypers,
 )
-from shardopt.report import StepReport, Stopwatch
+from shardopt.report import StepReport, Stopwatch, tell
 from shardopt.schedule import Schedule
 from shardopt.state import (
     gather_state,
@@ -182,8 +181,8 @@ class ShardedNAdam(Generic[P]):
             watch.seconds,
             survey.copied_nbytes,
         ).diagnosed(poisoned_name, before)
-        for warning in self.last_step.news(before) if self._topology.rank == 0 else ():
-            warnings.warn(warning, stacklevel=2)
+        for warning in self.last_step.news(before):
+            tell(warning, aloud=self._topology.rank == 0)
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:

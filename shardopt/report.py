@@ -1,10 +1,14 @@
 """What one step did, for those who watch a training run."""
 
+import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardopt.errors import NoGradientWarning, NonFiniteWarning
+
+_INSIDE = ("shardopt.", "torch.")  # torch wraps step()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,26 @@ class StepReport:
     def healed(self) -> "StepReport":
         """Forget poisoned parameters: values have been replaced."""
         return replace(self, poisoned_param=None, poisoned_since=None)
+
+
+def tell(warning: Warning, *, aloud: bool) -> None:
+    """Warn as if from the line outside of this package that made the call; every rank calls it.
+
+    One rank is enough to print it. But where warnings are errors, all ranks must raise.
+
+    Args:
+        warning: What to tell.
+        aloud: Whether this rank prints it.
+    """
+    frame, level = sys._getframe(), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    if aloud:
+        warnings.warn(warning, stacklevel=level)
+        return
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda *_, **__: None
+        warnings.warn(warning, stacklevel=level)
 
 
 class Stopwatch:

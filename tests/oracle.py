@@ -54,7 +54,7 @@ class Oracle:
             g = c[0] * total + c[1] * p
             m = c[3] * self.exp_avg[index] + c[4] * g
             v = c[5] * self.exp_avg_sq[index] + (c[6] * g) * g
-            p = c[2] * p - (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10])
+            p = p - (c[2] * p + (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10]))
             self.masters[index], self.exp_avg[index], self.exp_avg_sq[index] = p, m, v
             self.params[index] = p.astype(self.params[index].dtype)
 

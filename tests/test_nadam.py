@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardopt.errors import HyperparamsError, ShardoptError
-from shardopt.nadam import VARIANTS, Clock, Hyperparams, step_coefficients
+from shardopt.nadam import VARIANTS, Clock, Hyperparams, mu_product_at, step_coefficients
 from tests.paper import PaperNAdam
 
 
@@ -86,7 +86,8 @@ def test_coefficients_follow_the_paper(settings, decoupled, start, grads):
         g = c.source_scale * grad + c.weight_decay * p
         m = c.m_decay * m + c.m_gain * g
         v = c.beta2 * v + c.v_gain * g * g
-        p = c.param_scale * p - (c.g_scale * g + c.m_scale * m) / (math.sqrt(v * c.v_scale) + c.eps)
+        u = (c.g_scale * g + c.m_scale * m) / (math.sqrt(v * c.v_scale) + c.eps)
+        p -= c.param_decay * p + u
         assert m == pytest.approx(float(paper.exp_avg), rel=1e-9, abs=1e-12)
         assert v == pytest.approx(float(paper.exp_avg_sq), rel=1e-9, abs=1e-12)
         assert p == pytest.approx(float(paper.param), rel=1e-7, abs=1e-7)
@@ -99,3 +100,14 @@ def test_grad_scale_scales_the_gradient(scale, grad):
     assert step_coefficients(hyper, clock, scale).source_scale * grad == scale * grad
     maximize = Hyperparams(maximize=True)
     assert step_coefficients(maximize, clock, scale).source_scale * grad == -scale * grad
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mu_product_can_be_rebuilt(variant):
+    hyper, clock = Hyperparams(variant=variant, momentum_decay=0.1), Clock()
+    for step in range(1, 9000):  # into the smallest numbers, where it stays
+        clock.advance(hyper)
+        if step in (1, 2, 10, 8999):
+            assert mu_product_at(step, hyper) == clock.mu_product
+    assert mu_product_at(0, hyper) == 1.0
+    assert mu_product_at(10**12, hyper) == clock.mu_product

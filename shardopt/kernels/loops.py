@@ -252,7 +252,7 @@ def _update_block(
     coefficients: FloatArray,
 ) -> None:
     """Apply [Note: one formula, four schedules] to the master, which may be the parameter."""
-    source_scale, weight_decay, param_scale = coefficients[0], coefficients[1], coefficients[2]
+    source_scale, weight_decay, param_decay = coefficients[0], coefficients[1], coefficients[2]
     m_decay, m_gain = coefficients[3], coefficients[4]
     beta2, v_gain = coefficients[5], coefficients[6]
     g_scale, m_scale = coefficients[7], coefficients[8]
@@ -262,7 +262,8 @@ def _update_block(
         g = source_scale * grad[i] + weight_decay * p
         m = m_decay * exp_avg[i] + m_gain * g
         v = beta2 * exp_avg_sq[i] + (v_gain * g) * g
-        p = param_scale * p - (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)
+        u = (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)
+        p = p - (param_decay * p + u)
         exp_avg[i] = m
         exp_avg_sq[i] = v
         master[i] = p

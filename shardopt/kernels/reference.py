@@ -34,11 +34,12 @@ class ReferenceKernel:
             m = c.m_decay * exp_avg[local] + c.m_gain * g
             v = c.beta2 * exp_avg_sq[local] + c.v_gain * g**2
             direction = (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
+            p -= c.param_decay * p + direction
             exp_avg[local], exp_avg_sq[local] = m, v
             if master is None:
-                param[here] = c.param_scale * p - direction
+                param[here] = p
             else:
-                master[local] = c.param_scale * p - direction
+                master[local] = p
                 param[here] = master[local].astype(param.dtype)
             if poisoned == ALL_FINITE and not np.isfinite(param[here]).all():
                 poisoned = int(start + np.flatnonzero(~np.isfinite(param[here]))[0])

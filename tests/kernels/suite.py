@@ -197,7 +197,8 @@ class BitSuite:
         g = c[0] * tree_sum(list(grads)) + c[1] * p
         new_m = c[3] * m + c[4] * g
         new_v = c[5] * v + (c[6] * g) * g
-        new_p = c[2] * p - (c[7] * g + c[8] * new_m) / (np.sqrt(new_v * c[9]) + c[10])
+        u = (c[7] * g + c[8] * new_m) / (np.sqrt(new_v * c[9]) + c[10])
+        new_p = p - (c[2] * p + u)
         arena.update(kernel, [[arena.start, arena.numel, 0]], rows)
         assert_same_bits(arena.in_full(), new_p)
         assert_same_bits(arena.param[arena.start :], new_p.astype(dtype))
@@ -232,7 +233,7 @@ class BitSuite:
 def scale(kernel, param, master, factor=1.0):
     """Update parameters to ``factor`` times what they are: 1 shows what is read and written."""
     numel = len(param)
-    row = StepCoefficients(*[0.0] * NUM_COEFFICIENTS)._replace(param_scale=factor, eps=1.0)
+    row = StepCoefficients(*[0.0] * NUM_COEFFICIENTS)._replace(param_decay=1.0 - factor, eps=1.0)
     plan = UpdatePlan(0, numel, np.array([[0, numel, 0]]), np.array([row], np.float32))
     grads, (exp_avg, exp_avg_sq) = np.zeros_like(param)[None], np.zeros((2, numel), np.float32)
     return kernel.update(grads, param, master, exp_avg, exp_avg_sq, plan)
