@@ -1,18 +1,22 @@
 """The command line of ``train_lm.py``; standard library only, so that ``--help`` works anywhere.
 
-Run as a script it checks the arguments and prints the folder that the run will write to, which is
-how ``quickstart.sh`` finds a mistake before it installs anything.
+Run as a script it checks the arguments and prints the framework, which must be installed, and the
+folder that the run will write to: ``quickstart.sh`` finds a mistake before it installs anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import typing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 HEAD_WIDTH = 32
 """Width of one attention head: the model's width is a whole number of heads."""
+FRAMEWORKS = ("numpy", "torch", "jax", "lucid")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Options:
     batch: int
     lr: float
     seed: int
+    framework: str
+    dtype: str
     text: Path | None
     out: Path
 
@@ -59,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="sequences a rank draws for a step (%(default)s)")
     add("--lr", type=float, default=2e-3, help="highest learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="start of all random numbers (%(default)s)")
+    add("--framework", choices=FRAMEWORKS, default="numpy", help="of the model (%(default)s)")
+    dtype_help = "of torch's weights; bfloat16 is slow where the CPU has no such unit (%(default)s)"
+    add("--dtype", choices=DTYPES, default="float32", help=dtype_help)
     add("--text", type=Path, help="file or folder to learn from (Python's standard library)")
     add("--out", type=Path, default=default_folder(), help="folder for results (runs/DATE_TIME)")
     return parser
@@ -90,8 +99,19 @@ def find_problems(options: Options) -> list[str]:
         )
     if not 0 < options.lr < 1:
         problems.append(f"--lr must be between 0 and 1; got {options.lr}. Try 0.004.")
+    if options.dtype != "float32" and options.framework != "torch":
+        problems.append(
+            f"--dtype must be float32 with --framework {options.framework}; got {options.dtype}. "
+            "Add --framework torch, or leave --dtype out."
+        )
+    if options.framework == "lucid" and not hasattr(typing, "override"):
+        problems.append(
+            "--framework lucid must have Python 3.12 or later; got "
+            f"{platform.python_version()}. Point quickstart.sh to one: PYTHON=/path/to/python3.12."
+        )
     return problems
 
 
 if __name__ == "__main__":
-    print(parse_options().out)
+    options = parse_options()
+    print(options.framework, options.out)

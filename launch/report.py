@@ -59,10 +59,14 @@ class MainReport(Report):
         self._baselines = baselines
         self._averages: Step | None = None
         self._held_out_bits = screen.UNIFORM_BITS
-        model = screen.describe_model(setting, self._options)
+        parts = (
+            screen.describe_model(setting, self._options),
+            screen.describe_framework(setting, self._options),
+            screen.describe_ranks(setting),
+        )
         self._log.write(
             "start",
-            caption=f"{model} · {screen.describe_ranks(setting)}",
+            caption=" · ".join(part for part in parts if part),
             text=corpus.name,
             unigram_bits=baselines.unigram,
             bigram_bits=baselines.bigram,
@@ -116,8 +120,11 @@ class MainReport(Report):
 
 
 def average(old: Step | None, new: Step) -> Step:
-    """Let the numbers of ``new`` that jump from step to step move slowly instead."""
-    if old is None:
+    """Let the numbers of ``new`` that jump from step to step move slowly instead.
+
+    The first step is no measure of the others: JAX compiles the model in it.
+    """
+    if old is None or old.step == 1:
         return new
 
     def between(old_value: float, new_value: float) -> float:

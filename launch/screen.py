@@ -32,11 +32,12 @@ UNIFORM_BITS = 8.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What the run stands on; memory in bytes."""
+    """What the run stands on; memory in bytes. ``framework`` is empty for plain NumPy."""
 
     mpi_library: str
     num_ranks: int
     num_nodes: int
+    framework: str
     params_numel: int
     rank_nbytes: int
     node_nbytes: int
@@ -65,6 +66,11 @@ def describe_model(setting: Setting, options: Options) -> str:
     )
 
 
+def describe_framework(setting: Setting, options: Options) -> str:
+    """Say what the model is written in; empty for plain NumPy, which needs no mention."""
+    return setting.framework and f"{setting.framework}, {options.dtype}"
+
+
 def describe_ranks(setting: Setting) -> str:
     """Say who computes."""
     return (
@@ -79,6 +85,8 @@ def draw_header(setting: Setting, corpus: Corpus, options: Options) -> Renderabl
     facts.add_column(style="dim")
     facts.add_row("MPI", describe_ranks(setting))
     facts.add_row("model", describe_model(setting, options))
+    if framework := describe_framework(setting, options):
+        facts.add_row("", framework)
     facts.add_row("text", corpus.name)
     train_mb, held_out_mb = len(corpus.train) / MB, len(corpus.held_out) / MB
     facts.add_row("", f"{train_mb:.2f} MB to learn from, {held_out_mb:.2f} MB held out")

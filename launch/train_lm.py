@@ -1,7 +1,8 @@
 """Train a byte-level transformer with sharded NAdam: mpirun runs this script on every rank.
 
 Every rank draws its own batches and computes its own gradients; ``opt.step()`` averages them over
-the ranks and updates the parameters, of which all ranks of a node share one copy.
+the ranks and updates the parameters, of which all ranks of a node share one copy. The model is
+written in NumPy, PyTorch, JAX or lucid; the loop does not know which.
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from time import perf_counter
 
 import numpy as np
 from mpi4py import MPI
-from threadpoolctl import threadpool_limits
 
 from corpus import Bytes, Corpus, count_baselines, load_corpus
 from interruption import Interruption
+from models import find_learner
+from models.base import Learner, Shape, count_weights, generate, initial_weights
 from options import HEAD_WIDTH, Options, parse_options
 from report import MainReport, Report
 from screen import Setting, Step
 from shardopt.cores import count_cores
-from shardopt.numpy import NAdam
-from transformer import Shape, Transformer, generate
 
 BETAS = (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
@@ -40,13 +40,20 @@ def main() -> int:
     # Until the first step there is nothing to save: Ctrl-C ends a rank at once, and silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     comm = MPI.COMM_WORLD
-    share_cores(comm)
-    corpus, report = prepare(comm, options)
+    corpus, report, make_learner = prepare(comm, options)
+    make_learner.limit_threads(share_cores(comm))
     shape = Shape(options.layers, options.width, options.width // HEAD_WIDTH, options.context)
-    model = Transformer(shape, seed=options.seed)
+    learner = make_learner(
+        shape,
+        initial_weights(shape, options.seed),
+        options.dtype,
+        betas=BETAS,
+        max_grad_norm=MAX_GRAD_NORM,
+        comm=comm,
+    )
 
-    with NAdam(model.parameters(), betas=BETAS, max_grad_norm=MAX_GRAD_NORM, comm=comm) as opt:
-        run = Run(options, corpus, model, opt, report)
+    with learner.opt:
+        run = Run(options, corpus, learner, comm, report)
         run.announce()
         with Interruption() as interruption:
             run.train(interruption)
@@ -57,24 +64,27 @@ def main() -> int:
     return interruption.exit_code
 
 
-def share_cores(comm: MPI.Intracomm) -> None:
-    """Let the matrix products of a rank use its part of the node's cores. Collective.
+def share_cores(comm: MPI.Intracomm) -> int:
+    """Count this rank's part of the node's cores. Collective.
 
     Each rank would else start a thread on every core, and they would spend their time waiting for
     one another.
     """
     node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    threadpool_limits(max(1, count_cores() // node_comm.size))
+    num_cores = max(1, count_cores() // node_comm.size)
     node_comm.Free()
+    return num_cores
 
 
-def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report]:
-    """Read the text and open the log, or end all ranks with one sentence. Collective.
+def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type[Learner]]:
+    """Read the text, import the framework and open the log, or end all ranks with one sentence.
 
     One rank alone may fail, on a node that lacks the file; the others would wait for it forever.
+    Collective.
     """
     problem = None
     try:
+        make_learner = find_learner(options.framework)
         corpus = load_corpus(options.text, options.context)
         report = MainReport(options) if comm.rank == 0 else Report()
     except ValueError as error:
@@ -84,7 +94,7 @@ def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report]:
         if comm.rank == 0:
             print(f"train_lm.py: {problems[0]}", file=sys.stderr)
         sys.exit(2)
-    return corpus, report
+    return corpus, report, make_learner
 
 
 @dataclass(frozen=True)
@@ -93,19 +103,20 @@ class Run:
 
     options: Options
     corpus: Corpus
-    model: Transformer
-    opt: NAdam
+    learner: Learner
+    comm: MPI.Intracomm
     report: Report
 
     def announce(self) -> None:
         """Report what is going to happen. Collective."""
-        comm, memory = self.opt.comm, self.opt.memory_report()
+        comm, memory = self.comm, self.learner.opt.memory_report()
         vendor, version = MPI.get_vendor()
         setting = Setting(
             mpi_library=f"{vendor} {'.'.join(map(str, version))}",
             num_ranks=comm.size,
             num_nodes=len(set(comm.allgather(MPI.Get_processor_name()))),
-            params_numel=sum(p.data.size for p in self.model.parameters()),
+            framework=self.learner.framework,
+            params_numel=count_weights(self.learner.shape),
             rank_nbytes=memory.rank_nbytes,
             node_nbytes=memory.node_nbytes,
             replicated_rank_nbytes=memory.replicated_rank_nbytes,
@@ -116,12 +127,12 @@ class Run:
 
     def train(self, interruption: Interruption) -> None:
         """Take all steps, or fewer when a rank is interrupted. Collective."""
-        generator = np.random.default_rng([self.options.seed, self.opt.comm.rank])
+        generator = np.random.default_rng([self.options.seed, self.comm.rank])
         interval = math.ceil(self.options.steps / EVALUATIONS)
         for step in range(1, self.options.steps + 1):
             any_signal = self.take_step(step, generator, interruption)
             if any_signal:
-                interruption.share(self.opt.comm)
+                interruption.share(self.comm)
                 return
             if step % interval == 0 or step == self.options.steps:
                 self.report.evaluation(step, self.evaluate())
@@ -130,29 +141,28 @@ class Run:
         self, step: int, generator: np.random.Generator, interruption: Interruption
     ) -> bool:
         """Draw, differentiate, update; tells whether any rank got a signal. Collective."""
-        model, opt, options = self.model, self.opt, self.options
+        learner, comm, options = self.learner, self.comm, self.options
         lr = scheduled_lr(step, options)
-        for group in opt.param_groups:
+        for group in learner.opt.param_groups:
             group["lr"] = lr
 
         start_s = perf_counter()
         inputs, targets = self.corpus.draw_batch(generator, options.batch, options.context)
-        opt.zero_grad()
-        own_nats = model.loss_and_grads(inputs, targets)
+        own_nats = learner.loss_and_grads(inputs, targets)
         model_s = perf_counter() - start_s
 
         # Also waits for the slowest rank, which would else be counted as time of the optimizer.
-        nats, num_signals = sum_over_ranks(opt.comm, own_nats, interruption.exit_code > 0)
+        nats, num_signals = sum_over_ranks(comm, own_nats, interruption.exit_code > 0)
         synced_s = perf_counter()
-        opt.step()
+        learner.step()
         end_s = perf_counter()
         self.report.step(
             Step(
                 step=step,
-                train_bits=nats / opt.comm.size / math.log(2),
+                train_bits=nats / comm.size / math.log(2),
                 lr=lr,
-                grad_norm=opt.last_step.grad_norm,
-                tokens_per_s=opt.comm.size * inputs.size / (end_s - start_s),
+                grad_norm=learner.opt.last_step.grad_norm,
+                tokens_per_s=comm.size * inputs.size / (end_s - start_s),
                 model_ms=1e3 * model_s,
                 optimizer_ms=1e3 * (end_s - synced_s),
             )
@@ -165,12 +175,12 @@ class Run:
 
     def evaluate(self) -> float:
         """Return the held-out bits per byte; each rank predicts its part. Collective."""
-        comm, batch = self.opt.comm, self.options.batch
+        comm, batch = self.comm, self.options.batch
         inputs, targets = (whole[comm.rank :: comm.size] for whole in self.held_out())
         nats = 0.0
         for start in range(0, len(inputs), batch):
             part = slice(start, start + batch)
-            nats += self.model.loss(inputs[part], targets[part]) * inputs[part].size
+            nats += self.learner.loss(inputs[part], targets[part]) * inputs[part].size
         nats, num_bytes = sum_over_ranks(comm, nats, inputs.size)
         return nats / num_bytes / math.log(2)
 
@@ -180,7 +190,7 @@ class Run:
         line_ends = np.flatnonzero(prompt == ord("\n"))
         prompt = prompt[: line_ends[-1] + 1] if line_ends.size else prompt
         generator = np.random.default_rng(self.options.seed)
-        return prompt.tobytes(), generate(self.model, prompt, SAMPLE_NBYTES, generator).tobytes()
+        return prompt.tobytes(), generate(self.learner, prompt, SAMPLE_NBYTES, generator).tobytes()
 
 
 def scheduled_lr(step: int, options: Options) -> float:

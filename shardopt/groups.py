@@ -1,6 +1,6 @@
 """``param_groups``: what torch.optim takes as ``params``, completed with every hyperparameter."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
 from typing import Any
 
 from shardopt.bindings import Face
@@ -136,7 +136,8 @@ def _as_list(name: str, values: Any) -> list[Any]:
             f"{name} must be an iterable of parameters or dicts; got {type(values).__name__}. "
             "Put a single parameter into a list."
         )
-    if isinstance(values, Set):  # its order is another one on every rank
+    if isinstance(values, Set) and not isinstance(values, MappingView):
+        # A set's order is another one on every rank; a dict's items have one.
         raise PartitionError(
             f"{name} must be in order; got {type(values).__name__}. Pass a list in the same order "
             "on every rank."

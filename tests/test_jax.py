@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from shardopt.errors import ClosedError, HyperparamsError, PartitionError, RankMismatchError
+from tests.frameworks import require
 from tests.oracle import Oracle, all_grads, initial
 from tests.refusal import BOTH_WAYS, POLICY, errs, is_last, refused
 from tests.test_golden import FOLDER, MAX_ULPS, ulps
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.mpi
 def frameworks():
     """Load JAX when the first test runs: collecting tests must stay cheap."""
     global jax, jnp, NAdam, nadam, Block
-    jax = pytest.importorskip("jax")
+    jax = require("jax")
     jax.config.update("jax_num_cpu_devices", 2)
     jnp = jax.numpy
     from shardopt.jax import NAdam, nadam

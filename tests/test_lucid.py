@@ -2,24 +2,17 @@
 
 import inspect
 import types
-import typing
 
 import numpy as np
 import pytest
 
 from shardopt.errors import HyperparamsError, PartitionError
+from tests.frameworks import require
 from tests.oracle import Oracle
 from tests.refusal import BOTH_WAYS, POLICY, errs, refused
 from tests.test_golden import LUCID, assert_lucids_numbers, assert_torchs_numbers, ulps
 
-if not hasattr(typing, "override"):  # lucid wants Python 3.12, but of it needs this name only
-    typing.override = lambda method: method
-lucid = pytest.importorskip(
-    "lucid",
-    reason="lucid cannot be imported. With Python 3.12: pip install '.[lucid]'. With 3.11 too: "
-    "pip install 'mlx[cpu]'; pip install --no-deps --ignore-requires-python lucid-dl==2.9.0",
-    exc_type=ImportError,
-)
+lucid = require("lucid")
 
 from lucid import nn, optim  # noqa: E402
 from lucid.optim import lr_scheduler  # noqa: E402

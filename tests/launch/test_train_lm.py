@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import read_job_env
+from tests.frameworks import LEND_OVERRIDE, environment_for, require
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train_lm.py"
 SMALL = ("--layers", "1", "--width", "32", "--context", "32", "--batch", "2")
@@ -55,6 +56,52 @@ def test_one_seed_gives_one_run(mpirun, tmp_path, text):
         assert mpirun(2, SCRIPT, *arguments, *SMALL).returncode == 0
         runs.append([line.get("train_bits") for line in read_log(tmp_path / name)])
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("framework", "dtype", "tolerance"),
+    [
+        ("torch", "float32", 1e-3),
+        ("torch", "bfloat16", 2e-2),
+        ("jax", "float32", 1e-3),
+        ("lucid", "float32", 1e-3),
+    ],
+)
+def test_a_run_in_another_framework_is_the_run_in_numpy(
+    mpirun, tmp_path, text, framework, dtype, tolerance
+):
+    require(framework)
+    runs, env = [], environment_for(framework, tmp_path)
+    for number, choice in enumerate([(), ("--framework", framework, "--dtype", dtype)]):
+        out = tmp_path / str(number)
+        arguments = ("--steps", "12", "--text", text, "--out", out, *SMALL, "--batch", "16")
+        job = mpirun(2, SCRIPT, *arguments, *choice, timeout_s=180, env=env)
+        assert job.returncode == 0, job.output
+        runs.append([line for line in read_log(out) if line["kind"] in ("step", "eval")])
+    assert f", {dtype}" in job.stdout
+    assert (out / "loss.png").exists()
+    for key in ("train_bits", "held_out_bits"):
+        expected, bits = ([line[key] for line in run if key in line] for run in runs)
+        assert bits == pytest.approx(expected, rel=tolerance)
+        assert bits[-1] < bits[0]
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "lucid"])
+def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework):
+    # In front of what may be installed; and typing.override, without which lucid is refused before.
+    (tmp_path / f"{framework}.py").write_text(
+        f"""raise ModuleNotFoundError("No module named '{framework}'")"""
+    )
+    (tmp_path / "sitecustomize.py").write_text(LEND_OVERRIDE)
+    path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    job = mpirun(2, SCRIPT, "--framework", framework, env={"PYTHONPATH": path})
+    assert job.returncode == 2
+    assert "Traceback" not in job.output
+    sentence = (
+        f"train_lm.py: --framework {framework} must be installed; got: No module named "
+        f"'{framework}'. Install it: pip install '.[{framework}]'."
+    )
+    assert job.stderr.splitlines().count(sentence) == 1
 
 
 @pytest.mark.parametrize("option", [("--text", "/nowhere"), ("--width", "33"), ("--steps", "0")])

@@ -1,6 +1,5 @@
-"""A byte-level, decoder-only transformer in plain NumPy, with its backward pass written by hand.
+"""The transformer in plain NumPy, with its backward pass written by hand.
 
-Pre-norm blocks, causal attention with rotary positions, a squared-ReLU MLP and an untied head.
 Every layer is a ``forward`` that keeps what its ``backward`` needs, and a ``backward`` that writes
 the weight's gradient and returns the input's.
 
@@ -12,44 +11,44 @@ because the optimizer moves them into memory that all ranks of the node share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
-from shardopt.numpy import Parameter
-
-Array = NDArray[Any]
-
-NUM_BYTES = 256
-MLP_RATIO = 4
-NORM_EPS = 1e-5
-ROPE_BASE = 1000.0
-TEMPERATURE = 0.7
-"""Below 1, generated text keeps closer to what the model is sure of."""
+from models import base
+from models.base import NORM_EPS, Array, Shape, Weights, rotary_angles, softmax_inplace
+from shardopt.numpy import NAdam, Parameter
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that make a transformer."""
+class Learner(base.Learner):
+    """See ``base.Learner``."""
 
-    layers: int
-    width: int
-    heads: int
-    context: int
+    def __init__(
+        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+    ) -> None:
+        self.shape = shape
+        self.model = Transformer(shape, {n: w.astype(dtype) for n, w in weights.items()})
+        self.opt = NAdam(self.model.parameters(), **settings)
 
-    @property
-    def head_width(self) -> int:
-        """Width of one attention head, an even number."""
-        return self.width // self.heads
+    def logits(self, inputs: Array) -> Array:
+        """Run the model forward."""
+        return self.model.logits(inputs)
+
+    def loss(self, inputs: Array, targets: Array) -> float:
+        """Run the model forward."""
+        return self.model.loss(inputs, targets)
+
+    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
+        """Run forward and backward; the gradients are in ``p.grad``."""
+        self.opt.zero_grad()
+        return self.model.loss_and_grads(inputs, targets)
 
 
 class Linear:
-    """``y = x @ w`` for x [tokens, fan_in] and w [fan_in, fan_out], which starts as ``init``."""
+    """``y = x @ w`` for x [tokens, fan_in] and w [fan_in, fan_out]."""
 
-    def __init__(self, name: str, init: Array) -> None:
-        self.weight = Parameter(init, name=name)
+    def __init__(self, name: str, weights: Weights) -> None:
+        self.weight = Parameter(weights[f"{name}.weight"], f"{name}.weight")
 
     def forward(self, x: Array) -> Array:
         """Return ``x @ w`` [tokens, fan_out]."""
@@ -65,7 +64,7 @@ class Linear:
 
 
 class Norm:
-    """RMS normalization of the last axis, without a gain: the next weight can absorb one."""
+    """RMS normalization of the last axis."""
 
     def forward(self, x: Array) -> Array:
         """Return ``x / rms(x)``."""
@@ -85,15 +84,16 @@ class Norm:
 
 
 class Attention:
-    """Causal multi-head attention with rotary positions; the output weight starts at zero."""
+    """Causal multi-head attention with rotary positions."""
 
-    def __init__(self, name: str, shape: Shape, init: Initializer) -> None:
+    def __init__(self, name: str, shape: Shape, weights: Weights) -> None:
         self.shape = shape
-        self.qkv = Linear(f"{name}.qkv.weight", init.normal(shape.width, 3 * shape.width))
-        self.out = Linear(f"{name}.out.weight", init.zeros(shape.width, shape.width))
-        self.phases = rotary_phases(shape.context, shape.head_width, init.dtype)
+        self.qkv = Linear(f"{name}.qkv", weights)
+        self.out = Linear(f"{name}.out", weights)
+        dtype = self.qkv.weight.data.dtype
+        self.phases = rotary_phases(shape.context, shape.head_width, dtype)
         # Added to the scores: -inf above the diagonal hides the future.
-        self.mask = np.triu(np.full((shape.context, shape.context), -np.inf, init.dtype), k=1)
+        self.mask = np.triu(np.full((shape.context, shape.context), -np.inf, dtype), k=1)
 
     def forward(self, x: Array, batch: int) -> Array:
         """Mix each position of ``x`` [batch * time, width] with the positions before it."""
@@ -135,15 +135,11 @@ class Attention:
 
 
 class Mlp:
-    """Two projections around ``relu(x)**2`` (So et al., 2021, Primer), cheaper than GELU.
+    """Two projections around ``relu(x)**2``, cheaper than GELU."""
 
-    The output weight starts at zero.
-    """
-
-    def __init__(self, name: str, shape: Shape, init: Initializer) -> None:
-        hidden = MLP_RATIO * shape.width
-        self.up = Linear(f"{name}.up.weight", init.normal(shape.width, hidden))
-        self.down = Linear(f"{name}.down.weight", init.zeros(hidden, shape.width))
+    def __init__(self, name: str, weights: Weights) -> None:
+        self.up = Linear(f"{name}.up", weights)
+        self.down = Linear(f"{name}.down", weights)
 
     def forward(self, x: Array) -> Array:
         """Return ``relu(x @ up)**2 @ down`` [tokens, width]."""
@@ -160,12 +156,12 @@ class Mlp:
 
 
 class Block:
-    """``x += attention(norm(x)); x += mlp(norm(x))``, at first the identity."""
+    """``x += attention(norm(x)); x += mlp(norm(x))``."""
 
-    def __init__(self, name: str, shape: Shape, init: Initializer) -> None:
+    def __init__(self, name: str, shape: Shape, weights: Weights) -> None:
         self.attention_norm, self.mlp_norm = Norm(), Norm()
-        self.attention = Attention(f"{name}.attention", shape, init)
-        self.mlp = Mlp(f"{name}.mlp", shape, init)
+        self.attention = Attention(f"{name}.attention", shape, weights)
+        self.mlp = Mlp(f"{name}.mlp", weights)
 
     def forward(self, x: Array, batch: int) -> Array:
         """Return the block's output [batch * time, width]; ``x`` is overwritten."""
@@ -185,17 +181,16 @@ class Transformer:
 
     Args:
         shape: Its sizes.
-        seed: Where its initial weights come from.
-        dtype: Of weights and arithmetic; float64 is for gradient checks.
+        weights: Its first weights, whose dtype is that of the arithmetic: float64 is for gradient
+            checks.
     """
 
-    def __init__(self, shape: Shape, *, seed: int = 0, dtype: DTypeLike = np.float32) -> None:
-        init = Initializer(seed, np.dtype(dtype))
+    def __init__(self, shape: Shape, weights: Weights) -> None:
         self.shape = shape
-        self.embedding = Parameter(init.normal(NUM_BYTES, shape.width, std=0.1), "embedding.weight")
-        self.blocks = [Block(f"blocks.{i}", shape, init) for i in range(shape.layers)]
+        self.embedding = Parameter(weights["embedding.weight"], "embedding.weight")
+        self.blocks = [Block(f"blocks.{i}", shape, weights) for i in range(shape.layers)]
         self.norm = Norm()
-        self.head = Linear("head.weight", init.zeros(shape.width, NUM_BYTES))
+        self.head = Linear("head", weights)
 
     def parameters(self) -> list[Parameter]:
         """All weights, in the order of the forward pass."""
@@ -238,49 +233,19 @@ class Transformer:
         return float(-np.log(np.maximum(of_target, tiny)).mean()), probabilities
 
 
-@dataclass
-class Initializer:
-    """Draws initial weights, so that one seed gives one model."""
-
-    seed: int
-    dtype: np.dtype[Any]
-
-    def __post_init__(self) -> None:
-        self.generator = np.random.default_rng(self.seed)
-
-    def normal(self, fan_in: int, fan_out: int, std: float | None = None) -> Array:
-        """Draw [fan_in, fan_out]; by default such that outputs are about as large as inputs."""
-        std = fan_in**-0.5 if std is None else std
-        return (self.generator.standard_normal((fan_in, fan_out)) * std).astype(self.dtype)
-
-    def zeros(self, fan_in: int, fan_out: int) -> Array:
-        """Return zeros [fan_in, fan_out]."""
-        return np.zeros((fan_in, fan_out), self.dtype)
-
-
 def write_grad(weight: Parameter, x: Array, dy: Array) -> None:
     """Write ``x.T @ dy`` into the weight's gradient. [Note: gradients go straight into p.grad]."""
     assert weight.grad is not None, "opt.zero_grad() binds the gradients before backward"
     np.matmul(x.T, dy, out=weight.grad)
 
 
-def softmax_inplace(scores: Array) -> Array:
-    """Overwrite ``scores`` with their softmax over the last axis."""
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    return scores
-
-
 def rotary_phases(context: int, head_width: int, dtype: np.dtype[Any]) -> Array:
     """Return the rotations of queries and keys, complex [context, 2, 1, head_width / 2].
 
-    A pair of numbers is one complex number, turned by an angle that grows with its position: the
-    product of a query and a key then depends on their distance alone (Su et al., 2021, RoFormer).
-    The queries' rotation carries the 1 / sqrt(head_width) of attention too.
+    A pair of numbers is one complex number. The queries' rotation carries the
+    1 / sqrt(head_width) of attention too.
     """
-    frequencies = ROPE_BASE ** (-np.arange(0, head_width, 2) / head_width)
-    rotations = np.exp(1j * np.outer(np.arange(context), frequencies))
+    rotations = np.exp(1j * rotary_angles(context, head_width))
     both = np.stack([rotations * head_width**-0.5, rotations], axis=1)[:, :, None, :]
     return both.astype(np.result_type(dtype, np.complex64))
 
@@ -288,20 +253,3 @@ def rotary_phases(context: int, head_width: int, dtype: np.dtype[Any]) -> Array:
 def as_complex(pairs: Array) -> Array:
     """View real [..., 2n] as complex [..., n]."""
     return pairs.view(np.result_type(pairs.dtype, np.complex64))
-
-
-def generate(
-    model: Transformer, prompt: Array, num_bytes: int, generator: np.random.Generator
-) -> Array:
-    """Continue ``prompt`` [bytes], drawing each next byte as the model expects it.
-
-    Returns:
-        The new bytes, [num_bytes].
-    """
-    text = np.empty(len(prompt) + num_bytes, np.uint8)
-    text[: len(prompt)] = prompt
-    for end in range(len(prompt), len(text)):
-        window = text[max(0, end - model.shape.context) : end]
-        logits = model.logits(window[None])[-1].astype(np.float64)
-        text[end] = generator.choice(NUM_BYTES, p=softmax_inplace(logits / TEMPERATURE))
-    return text[len(prompt) :]

@@ -5,14 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer import Shape, Transformer, generate, softmax_inplace
+from models.base import Shape, generate, initial_weights, softmax_inplace, weight_shapes
+from models.numpy import Transformer
 
 SHAPE = Shape(layers=2, width=24, heads=3, context=7)
 
 
 def make_model(dtype=np.float64):
     """Make a model far from its start, where half of the gradients would be zero."""
-    model = Transformer(SHAPE, seed=1, dtype=dtype)
+    model = Transformer(SHAPE, initial_weights(SHAPE, 1, dtype))
     generator = np.random.default_rng(2)
     for param in model.parameters():
         param.data[...] = 0.3 * generator.standard_normal(param.data.shape)
@@ -24,7 +25,7 @@ def draw_bytes(batch, time=SHAPE.context, seed=3):
     return np.random.default_rng(seed).integers(0, 256, (2, batch, time), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("index", range(len(Transformer(SHAPE).parameters())))
+@pytest.mark.parametrize("index", range(len(weight_shapes(SHAPE))))
 def test_gradient_agrees_with_finite_differences(index):
     model = make_model()
     inputs, targets = draw_bytes(batch=3)
@@ -90,7 +91,8 @@ def test_shorter_text_scores_as_the_beginning_of_a_longer_one():
 
 def test_a_new_model_knows_nothing():
     inputs, targets = draw_bytes(batch=2)
-    assert Transformer(SHAPE).loss(inputs, targets) == pytest.approx(np.log(256), rel=1e-6)
+    model = Transformer(SHAPE, initial_weights(SHAPE, 0))
+    assert model.loss(inputs, targets) == pytest.approx(np.log(256), rel=1e-6)
 
 
 def test_training_precision_is_kept_from_end_to_end():
@@ -135,12 +137,12 @@ def test_softmax_survives_large_scores():
 
 
 def test_equal_seeds_make_equal_models():
-    models = [Transformer(SHAPE, seed=seed) for seed in (5, 5, 6)]
-    first, equal, other = ([p.data for p in model.parameters()] for model in models)
-    assert all(np.array_equal(a, b) for a, b in zip(first, equal, strict=True))
-    assert not np.array_equal(first[0], other[0])
+    first, equal, other = (initial_weights(SHAPE, seed) for seed in (5, 5, 6))
+    assert all(np.array_equal(first[name], equal[name]) for name in first)
+    assert not np.array_equal(first["embedding.weight"], other["embedding.weight"])
 
 
-def test_parameters_have_names_of_their_own():
-    names = [param.name for param in Transformer(SHAPE).parameters()]
-    assert len(set(names)) == len(names) == 4 * SHAPE.layers + 2
+def test_parameters_are_the_weights_by_name():
+    model = make_model()
+    shapes = {param.name: param.data.shape for param in model.parameters()}
+    assert list(shapes.items()) == list(weight_shapes(SHAPE).items())

@@ -1,0 +1,43 @@
+"""The command line of the example: what it takes, and the sentence for what it does not."""
+
+import typing
+
+import pytest
+
+from options import FRAMEWORKS, parse_options
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_framework_can_be_chosen(monkeypatch, framework):
+    monkeypatch.setattr(typing, "override", None, raising=False)
+    options = parse_options(["--framework", framework])
+    assert (options.framework, options.dtype) == (framework, "float32")
+
+
+def test_numpy_is_the_default():
+    assert parse_options([]).framework == "numpy"
+
+
+def test_torch_takes_bfloat16():
+    assert parse_options(["--framework", "torch", "--dtype", "bfloat16"]).dtype == "bfloat16"
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        parse_options(list(arguments))
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("train_lm.py: error: ")
+
+
+@pytest.mark.parametrize("framework", ["numpy", "jax"])
+def test_other_frameworks_refuse_bfloat16(capsys, framework):
+    assert refusal(capsys, "--framework", framework, "--dtype", "bfloat16") == (
+        f"--dtype must be float32 with --framework {framework}; got bfloat16. "
+        "Add --framework torch, or leave --dtype out."
+    )
+
+
+def test_lucid_refuses_a_python_it_cannot_run_on(capsys, monkeypatch):
+    monkeypatch.delattr(typing, "override", raising=False)
+    sentence = refusal(capsys, "--framework", "lucid")
+    assert sentence.startswith("--framework lucid must have Python 3.12 or later; got 3.")
