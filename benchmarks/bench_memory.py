@@ -6,12 +6,21 @@ mpirun -n 2 python benchmarks/bench_memory.py
 import argparse
 import ctypes
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 from mpi4py import MPI
 
-from names import BYTES_PER_PARAMETER, MEMORY_NUMEL, NEED_TORCH, SHARDOPT
-from peers import CONTENDERS, DTYPE, PEERS, Problem, gloo, load_torch, share_of_cores
+from faces import FACES
+from names import (
+    BYTES_PER_PARAMETER,
+    MEMORY_NUMEL,
+    NEED_TORCH,
+    SHARDOPT,
+    THROUGH_TORCH,
+    THROUGH_TORCH_BFLOAT16,
+)
+from peers import CONTENDERS, DTYPE, PEERS, Contender, Problem, gloo, load_torch, share_of_cores
 from record import Ratio, Result, report
 
 STEPS = 2
@@ -34,17 +43,30 @@ def main() -> None:
     names = [name for name in CONTENDERS if name not in left_out]
     problem = Problem(comm, arguments.numel, arguments.tensors, threads)
     with gloo(comm, has_torch):
-        figures = {BYTES_PER_PARAMETER.format(name): growth(name, problem) for name in names}
+        makers = {name: CONTENDERS[name] for name in names}
+        if has_torch:
+            makers |= {name: FACES[name][1] for name in (THROUGH_TORCH, THROUGH_TORCH_BFLOAT16)}
+        figures = {
+            BYTES_PER_PARAMETER.format(name): growth(make, problem) for name, make in makers.items()
+        }
     if comm.rank == 0:
         report(evaluate(problem, figures))
 
 
 def evaluate(problem: Problem, figures: dict[str, float]) -> Result:
     """Draw the ratios from the growth per parameter."""
-    needed = 4 + 4 * problem.comm.size + 8  # parameters, every rank's gradients, two moments
-    distance = abs(figures[BYTES_PER_PARAMETER.format(SHARDOPT)] / needed - 1)
-    text = f"{SHARDOPT}: distance from 4 + 4 x {problem.comm.size} + 8 bytes, relative"
-    ratios = [Ratio(text, distance, 0.02, at_least=False)]
+    ranks = problem.comm.size
+    ratios = []
+    for name, width, others, text in (
+        (SHARDOPT, 4, 8, "8"),  # parameters, every rank's gradients, two moments
+        (THROUGH_TORCH, 4, 8, "8"),
+        (THROUGH_TORCH_BFLOAT16, 2, 12, "8 + 4"),  # and the masters
+    ):
+        nbytes = figures.get(BYTES_PER_PARAMETER.format(name))
+        if nbytes is not None:
+            distance = abs(nbytes / (width * (1 + ranks) + others) - 1)
+            title = f"{name}: from {width} + {width} x {ranks} + {text} bytes, relative"
+            ratios.append(Ratio(title, distance, 0.02, at_least=False))
     title = f"Memory of the node after {STEPS} steps: growth of the summed Pss"
     return Result(
         "memory",
@@ -60,15 +82,15 @@ def evaluate(problem: Problem, figures: dict[str, float]) -> Result:
     )
 
 
-def growth(name: str, problem: Problem) -> float:
+def growth(make: Callable[[Problem], Contender], problem: Problem) -> float:
     """Bytes that all ranks together need more for each parameter than with one parameter."""
-    before = stepping_nbytes(name, Problem(problem.comm, 1, 1, problem.threads))
-    return (stepping_nbytes(name, problem) - before) / problem.numel
+    before = stepping_nbytes(make, Problem(problem.comm, 1, 1, problem.threads))
+    return (stepping_nbytes(make, problem) - before) / problem.numel
 
 
-def stepping_nbytes(name: str, problem: Problem) -> int:
+def stepping_nbytes(make: Callable[[Problem], Contender], problem: Problem) -> int:
     """Sum the ranks' proportional set sizes while a contender trains. Collective: every rank."""
-    contender = CONTENDERS[name](problem)
+    contender = make(problem)
     for _ in range(STEPS):
         contender.step()
     gc.collect()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-from names import FOREACH, OVERHEAD_NUMEL, SHARDOPT
+from faces import ShardoptTorch
+from names import FOREACH, OVERHEAD_NUMEL, SHARDOPT, THROUGH_TORCH
 from peers import DTYPE, Problem, Shardopt, load_torch
 from record import Ratio, Result, medians, report, sample
 
@@ -35,14 +36,18 @@ def main() -> None:
             problem.fill_grad(param.grad.numpy(), tensor)
             params.append(param)
         contenders[FOREACH] = repeat(torch.optim.NAdam(params, foreach=True).step)
+        through_torch = ShardoptTorch(problem)
+        contenders[THROUGH_TORCH] = repeat(through_torch.step)
     runs_s, others = sample(contenders, arguments.rounds)
     samples_s = {name: [value / STEPS for value in values] for name, values in runs_s.items()}
     ours.close()
     times_s = medians(samples_s)
     ratios = []
     if FOREACH in times_s:
-        ratio = times_s[SHARDOPT] / times_s[FOREACH]
-        ratios.append(Ratio(f"{SHARDOPT} / {FOREACH}", ratio, 1.0, at_least=False))
+        through_torch.close()
+        for name in (SHARDOPT, THROUGH_TORCH):
+            ratio = times_s[name] / times_s[FOREACH]
+            ratios.append(Ratio(f"{name} / {FOREACH}", ratio, 1.0, at_least=False))
     title = f"step() of {arguments.tensors} tensors: overhead (mean of {STEPS} steps)"
     claimed = arguments.numel == OVERHEAD_NUMEL
     numel = arguments.numel

@@ -4,9 +4,7 @@ mpirun -n 2 python benchmarks/bench_step.py
 """
 
 import argparse
-from collections.abc import Mapping
 
-import numpy as np
 from mpi4py import MPI
 
 from names import (
@@ -20,11 +18,18 @@ from names import (
     STEP_NUMEL,
     ZERO_REDUNDANCY,
 )
-from peers import CONTENDERS, DTYPE, PEERS, Contender, Problem, gloo, load_torch, share_of_cores
+from peers import (
+    CONTENDERS,
+    DTYPE,
+    PEERS,
+    Problem,
+    gloo,
+    load_torch,
+    require_alike,
+    share_of_cores,
+)
 from record import Ratio, Result, Samples, medians, report, sample
 from triad import Triad
-
-LARGEST_MEAN_DIFFERENCE = 1e-5
 
 
 def main() -> None:
@@ -52,23 +57,6 @@ def main() -> None:
             contender.close()
     if comm.rank == 0:
         report(evaluate(problem, samples_s, triad.nbytes), others)
-
-
-def require_alike(contenders: Mapping[str, Contender], num_tensors: int) -> None:
-    """Make sure that all contenders have done the same work.
-
-    Raises:
-        RuntimeError: One of them holds other parameters.
-    """
-    for tensor in range(num_tensors):
-        ours = contenders[SHARDOPT].tensor(tensor)
-        for name, contender in contenders.items():
-            difference = float(np.abs(contender.tensor(tensor) - ours).mean(dtype=np.float64))
-            if not difference <= LARGEST_MEAN_DIFFERENCE:
-                raise RuntimeError(
-                    f"{name} must compute what shardopt computes; got parameters of tensor "
-                    f"{tensor} that differ by {difference:.2g} on average. Mend the contender."
-                )
 
 
 def evaluate(problem: Problem, samples_s: Samples, triad_nbytes: int) -> Result:

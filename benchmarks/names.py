@@ -9,7 +9,11 @@ SHARDOPT = "shardopt"
 REDUCE_SCATTER = "MPI reduce-scatter + kernel + allgather"
 ZERO_REDUNDANCY = "all_reduce + ZeroRedundancyOptimizer"
 REPLICATED = "all_reduce + NAdam on every rank"
-NEED_TORCH = (ZERO_REDUNDANCY, REPLICATED)
+THROUGH_TORCH = "shardopt.torch"
+THROUGH_TORCH_BFLOAT16 = "shardopt.torch, bfloat16"
+THROUGH_JAX = "shardopt.jax"
+THROUGH_LUCID = "shardopt.lucid"
+NEED_TORCH = (ZERO_REDUNDANCY, REPLICATED, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16)
 
 FOREACH = "torch.optim.NAdam(foreach=True)"
 KERNEL = "kernel"

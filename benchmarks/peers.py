@@ -3,7 +3,7 @@
 import importlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from shardopt.stagger import staggered_zeros
 
 DTYPE = "float32"
 GRAD_SIZE = 0.01
+LARGEST_MEAN_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,20 @@ class Problem:
         """Where each tensor begins and ends in the flattened model."""
         cuts = [self.numel * i // self.num_tensors for i in range(self.num_tensors + 1)]
         return [(cuts[i], cuts[i + 1]) for i in range(self.num_tensors)]
+
+    def param(self, tensor: int) -> FloatArray:
+        """A tensor's initial value, the same on every rank, in an array of its own."""
+        start, stop = self.bounds()[tensor]
+        array = np.empty(stop - start, DTYPE)
+        self.fill_param(array, tensor)
+        return array
+
+    def grad(self, tensor: int) -> FloatArray:
+        """This rank's gradient of a tensor, in an array of its own."""
+        start, stop = self.bounds()[tensor]
+        array = np.empty(stop - start, DTYPE)
+        self.fill_grad(array, tensor)
+        return array
 
     def fill_param(self, array: FloatArray, tensor: int) -> None:
         """Write a tensor's initial value, the same on every rank, into a C-contiguous array."""
@@ -77,12 +92,10 @@ class Shardopt:
     """This project."""
 
     def __init__(self, problem: Problem) -> None:
-        self._params = []
-        for tensor, (start, stop) in enumerate(problem.bounds()):
-            array = np.empty(stop - start, DTYPE)
-            problem.fill_param(array, tensor)
-            self._params.append(Parameter(array, f"tensor{tensor}"))
-        del array  # the optimizer brings the memory
+        self._params = [
+            Parameter(problem.param(tensor), f"tensor{tensor}")
+            for tensor in range(problem.num_tensors)
+        ]
         self._optimizer = NAdam(self._params, comm=problem.comm)
         for tensor, param in enumerate(self._params):
             problem.fill_grad(param.grad, tensor)
@@ -214,6 +227,23 @@ CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
     REPLICATED: replicated,
 }
 PEERS = [name for name in CONTENDERS if name != SHARDOPT]
+
+
+def require_alike(contenders: Mapping[str, Contender], num_tensors: int) -> None:
+    """Make sure that all contenders have done the same work.
+
+    Raises:
+        RuntimeError: One of them holds other parameters.
+    """
+    for tensor in range(num_tensors):
+        ours = contenders[SHARDOPT].tensor(tensor)
+        for name, contender in contenders.items():
+            difference = float(np.abs(contender.tensor(tensor) - ours).mean(dtype=np.float64))
+            if not difference <= LARGEST_MEAN_DIFFERENCE:
+                raise RuntimeError(
+                    f"{name} must compute what shardopt computes; got parameters of tensor "
+                    f"{tensor} that differ by {difference:.2g} on average. Mend the contender."
+                )
 
 
 def load_torch(threads: int) -> Any | None:

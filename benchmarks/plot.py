@@ -25,6 +25,10 @@ from names import (
     RESULTS_FOLDER,
     SHARDOPT,
     STEP_NUMEL,
+    THROUGH_JAX,
+    THROUGH_LUCID,
+    THROUGH_TORCH,
+    THROUGH_TORCH_BFLOAT16,
     ZERO_REDUNDANCY,
 )
 
@@ -37,6 +41,13 @@ LABELS = {
     REDUCE_SCATTER: "MPI reduce-scatter,\nour kernel, allgather",
     ZERO_REDUNDANCY: "torch all_reduce +\nZeroRedundancyOptimizer",
     REPLICATED: "torch all_reduce +\nNAdam on every rank",
+}
+FRAMEWORKS = {
+    SHARDOPT: "NumPy",
+    THROUGH_TORCH: "PyTorch",
+    THROUGH_TORCH_BFLOAT16: "PyTorch, bfloat16",
+    THROUGH_JAX: "JAX: gradients copied in, new arrays out",
+    THROUGH_LUCID: "lucid: gradients copied in",
 }
 INK, PALE_INK, OURS, THEIRS, MARK = "#24292f", "#6e7781", "#0b7a75", "#c3cad1", "#c2410c"
 
@@ -51,11 +62,11 @@ def main() -> None:
     parser.add_argument("--png", action="store_true", help="draw a PNG beside the SVG")
     arguments = parser.parse_args()
     steps = newest("step", STEP_NUMEL)
-    memory = newest("memory", MEMORY_NUMEL)
+    memory, faces = newest("memory", MEMORY_NUMEL), newest("faces", STEP_NUMEL)
     drawn = [line for line in steps if line["mpi"].startswith(arguments.mpi)]
     if drawn:
         draw_step_time(drawn, [".svg", ".png"] if arguments.png else [".svg"])
-    text = "\n\n".join(figures(steps, memory))
+    text = "\n\n".join(figures(steps, memory, faces))
     print(text)
     if arguments.readme is not None:
         rewrite(arguments.readme, text)
@@ -156,8 +167,8 @@ def nanoseconds(line: Line, name: str) -> float:
 # -- the tables ------------------------------------------------------------------------------------
 
 
-def figures(steps: Sequence[Line], memory: Sequence[Line]) -> list[str]:
-    """Write the README's part: the picture, the two tables, where they come from."""
+def figures(steps: Sequence[Line], memory: Sequence[Line], faces: Sequence[Line]) -> list[str]:
+    """Write the README's part: the picture, the tables, where they come from."""
     parts = []
     if steps:
         alt = "Time of a step for each parameter: shardopt and its peers, on 2 and on 4 ranks"
@@ -165,6 +176,8 @@ def figures(steps: Sequence[Line], memory: Sequence[Line]) -> list[str]:
         parts.append(f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}")
     if memory:
         parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
+    if faces:
+        parts += [faces_table(faces), _origin(faces)]
     return parts
 
 
@@ -197,6 +210,21 @@ def memory_table(lines: Sequence[Line]) -> str:
         rows.append(cells)
     head = ["Memory of a node, bytes per parameter (= GB per 10⁹ parameters)", *_heads()]
     return _markdown(head, rows)
+
+
+def faces_table(lines: Sequence[Line]) -> str:
+    """Write the time of a step through each framework, in ns a parameter."""
+    rows = []
+    for name, label in FRAMEWORKS.items():
+        there = [name in line["samples_s"] for line in lines]
+        if any(there):
+            cells = [
+                f"{nanoseconds(line, name):.2f}" if has else ""
+                for line, has in zip(lines, there, strict=True)
+            ]
+            rows.append([label, *cells])
+    head = ["Step through each framework, ns per parameter"]
+    return _markdown([*head, *(f"{line['ranks']} ranks, {line['mpi']}" for line in lines)], rows)
 
 
 def rewrite(readme: Path, text: str) -> None:

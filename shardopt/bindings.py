@@ -218,7 +218,7 @@ class Binding:
         if self._face.holds_data(self.param, self._data_view):
             return None
         array = self._face.data(self.param, self.name)
-        self._require_like(array, self.data, "data")
+        require_like("data", self.name, array, self.data)
         return array
 
     def find_new_grad(self) -> tuple[bool, FloatArray | None]:
@@ -231,7 +231,7 @@ class Binding:
             return not self._face.is_blank(self.param, self._grad_view), None
         array = self._face.grad(self.param, self.name)
         if array is not None:
-            self._require_like(array, self.grad, "grad")
+            require_like("grad", self.name, array, self.grad)
         return array is not None, array
 
     def write_grad(self, array: FloatArray) -> None:
@@ -243,14 +243,20 @@ class Binding:
         """Zero the gradient in the window: other ranks add what is there."""
         self.grad[...] = 0
 
-    def _require_like(self, array: FloatArray, view: FloatArray, what: str) -> None:
-        for attribute in ("shape", "dtype"):
-            wanted, got = getattr(view, attribute), getattr(array, attribute)
-            if wanted != got:
-                raise PartitionError(
-                    f"{what} of parameter {self.name!r} must keep {attribute} {wanted}; got {got}. "
-                    "Convert it back, or build a new optimizer for the changed model."
-                )
+
+def require_like(what: str, name: str, array: FloatArray, wanted: FloatArray) -> None:
+    """Refuse a value or gradient of parameter ``name`` that does not fit.
+
+    Raises:
+        PartitionError: ``array`` has another shape or dtype than ``wanted``.
+    """
+    for attribute in ("shape", "dtype"):
+        keep, got = getattr(wanted, attribute), getattr(array, attribute)
+        if keep != got:
+            raise PartitionError(
+                f"{what} of parameter {name!r} must keep {attribute} {keep}; got {got}. "
+                "Convert it back, or build a new optimizer for the changed model."
+            )
 
 
 def require_disjoint(names: Sequence[str], arrays: Sequence[FloatArray]) -> None:

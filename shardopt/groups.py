@@ -84,7 +84,7 @@ def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
 
 
 def group_values(group: Group) -> Group:
-    """A group without its parameters, as state dicts keep it."""
+    """What of a group a state dict may change: all but its parameters and their names."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 

@@ -7,7 +7,7 @@ from functools import reduce
 from operator import or_
 from typing import Any, Generic, NamedTuple, Self
 
-from shardopt.bindings import Binding, Face, P, read_before_write, require_disjoint
+from shardopt.bindings import Binding, Face, P, read_before_write, require_disjoint, require_like
 from shardopt.groups import Group, HyperparamsReader, name_params, require_distinct
 from shardopt.kernels.base import FloatArray
 from shardopt.nadam import HYPERPARAM_NAMES, Hyperparams
@@ -123,6 +123,10 @@ class Registry(Generic[P]):
             [binding.name for binding in self.bindings] + names,
             [binding.data for binding in self.bindings] + arrays,
         )
+        for param, name, array in zip(params, names, arrays, strict=True):
+            grad = self.face.grad(param, name)
+            if grad is not None:
+                require_like("grad", name, grad, array)
         group_of = [
             len(self.param_groups) + i for i, group in enumerate(groups) for _ in group["params"]
         ]

@@ -61,7 +61,8 @@ class StepReport:
 
     def news(self, before: "StepReport") -> Iterator[Warning]:
         """Tell what is wrong now that was not known after the step before."""
-        if self.skipped and not before.skipped and self.loss_scale == 1.0:
+        found = self.grad_norm is not None  # else it was the caller, or GradScaler, that knew
+        if self.skipped and found and not before.skipped and self.loss_scale == 1.0:
             yield NonFiniteWarning(
                 f"step {self.step} was skipped on all ranks: gradients must be finite; got a norm "
                 f"of {self.grad_norm}. Lower lr, or look for the step where the loss began to grow."
@@ -73,7 +74,7 @@ class StepReport:
             )
         if self.num_updated == 0 and before.num_updated != 0:
             yield NoGradientWarning(
-                f"step {self.step} changed nothing: some parameter must have a gradient on some "
+                f"step {self.step} updated nothing: some parameter must have a gradient on some "
                 "rank; got none. Call backward before step, and build the optimizer after anything "
                 "that makes new parameters, such as load_state_dict(assign=True)."
             )

@@ -5,6 +5,7 @@ An entry of ``state`` is whole when its moments have the parameter's shape, and 
 What stands here of moments holds for masters too.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,8 @@ def _parse_state(
     groups: Sequence[Group],
     face: Face[Any],
 ) -> ParsedState:
+    is_dict, got = isinstance(state_dict, Mapping), type(state_dict).__name__
+    _require(is_dict, "state_dict", "have the form of torch's", got, _OWN_FORMAT)
     for key in ("state", "param_groups"):
         rule = f"have the key {key!r}"
         _require(key in state_dict, "state_dict", rule, sorted(state_dict), _OWN_FORMAT)
@@ -292,7 +295,7 @@ def _parse_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -
         _require(len(got) == len(indices), name, f"be {len(indices)}", len(got), _OTHER_MODEL)
         _require(got == indices, name, f"be numbered {indices}", got, _OTHER_MODEL)
         first += len(indices)
-        values = group_values({**old, **new})
+        values = group_values({**old, **copy.deepcopy(dict(new))})  # it may hold tensors
         try:
             Hyperparams.from_group(values)
         except HyperparamsError as error:
@@ -329,7 +332,7 @@ def _packed_groups(groups: Sequence[Group]) -> list[Group]:
     packed, first = [], 0
     for group in groups:
         indices = list(range(first, first + len(group["params"])))
-        packed.append({**group_values(group), "params": indices})
+        packed.append({**group, "params": indices})
         first += len(indices)
     return packed
 

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from shardopt.comm.rollcall import RollCall
 from shardopt.comm.topology import Topology
-from shardopt.errors import RankMismatchError, ShardoptError
+from shardopt.errors import RankMismatchError
 
 _T = TypeVar("_T")
 _TROUBLE = -1
@@ -122,13 +122,10 @@ class Agreement:
 
 
 def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """Call ``function``; what it raises is handed back, to be agreed upon first.
-
-    Apart from shardopt's own errors that is what frameworks raise about bad arguments.
-    """
+    """Call ``function``; what it raises is handed back, to be agreed upon first."""
     try:
         return function(), None
-    except (ShardoptError, TypeError, ValueError) as error:
+    except Exception as error:
         return None, error
 
 

@@ -1,0 +1,56 @@
+"""close() gives everything back: memory, gradients, hooks and references."""
+
+import gc
+import weakref
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from shardopt.torch import NAdam
+from tests.refusal import POLICY
+from tests.torch.twins import Twins, loss_of, make_model, params_of
+
+pytestmark = pytest.mark.mpi
+
+
+def test_close_takes_everything_back(comm):
+    with Twins(comm, lr=0.1) as twins:
+        twins.step()
+        windows = [param.data_ptr() for param in params_of(twins.opt)]
+    for param, window in zip(params_of(twins.opt), windows, strict=True):
+        assert param.grad is None
+        assert not param._post_accumulate_grad_hooks
+        assert param.data_ptr() != window
+    twins.assert_same()
+    plain = torch.optim.NAdam(twins.ours.parameters(), lr=0.1)  # a model like any other
+    loss_of(twins.ours, 0, 0).backward()
+    plain.step()
+    with NAdam(twins.ours.parameters(), comm=comm, policy=POLICY) as again:
+        loss_of(twins.ours, 0, 0).backward()
+        again.step()
+        assert again.last_step.num_updated == 6
+
+
+def test_nothing_is_left_of_a_closed_optimizer(comm):
+    model = make_model()
+    opt = NAdam(model.parameters(), comm=comm, policy=POLICY)
+    loss_of(model, 0, comm.rank).backward()
+    opt.step()
+    opt.close()
+    left = [weakref.ref(opt), weakref.ref(opt.core), *map(weakref.ref, model.parameters())]
+    del opt, model
+    gc.collect()
+    assert [ref for ref in left if ref() is not None] == []
+
+
+def test_a_view_that_is_still_held_stays_readable(comm):
+    with Twins(comm, lr=0.1) as twins:
+        twins.step()
+        held = twins.ours[0].weight.data, twins.ours[0].weight.grad
+        values = [tensor.clone() for tensor in held]
+    with Twins(comm):
+        pass  # would take the addresses if they had been given up
+    assert all(map(torch.equal, held, values))
