@@ -8,15 +8,8 @@ import argparse
 from mpi4py import MPI
 
 from faces import installed_faces
-from names import (
-    REDUCE_SCATTER,
-    SHARDOPT,
-    STEP_NUMEL,
-    THROUGH_TORCH,
-    THROUGH_TORCH_BFLOAT16,
-    ZERO_REDUNDANCY,
-)
-from peers import CONTENDERS, DTYPE, Problem, gloo, load_torch, require_alike, share_of_cores
+from names import SHARDOPT, STEP_NUMEL, THROUGH_TORCH_BFLOAT16
+from peers import DTYPE, Problem, load_torch, require_alike, share_of_cores
 from record import Ratio, Result, Samples, medians, report, sample
 
 
@@ -29,18 +22,15 @@ def main() -> None:
     arguments = parser.parse_args()
     comm = MPI.COMM_WORLD
     threads = share_of_cores(comm)
-    has_torch = load_torch(threads) is not None
-    peers = [REDUCE_SCATTER, *([ZERO_REDUNDANCY] if has_torch else [])]
-    makers = installed_faces() | {name: CONTENDERS[name] for name in peers}
+    load_torch(threads)
     problem = Problem(comm, arguments.numel, arguments.tensors, threads)
-    with gloo(comm, has_torch):
-        contenders = {name: make(problem) for name, make in makers.items()}
-        runs = {name: contender.step for name, contender in contenders.items()}
-        samples_s, others = sample(runs, arguments.rounds, comm=comm)
-        rounded = contenders.pop(THROUGH_TORCH_BFLOAT16, None)
-        require_alike(contenders, arguments.tensors)
-        for contender in [*contenders.values(), *([] if rounded is None else [rounded])]:
-            contender.close()
+    contenders = {name: make(problem) for name, make in installed_faces().items()}
+    runs = {name: contender.step for name, contender in contenders.items()}
+    samples_s, others = sample(runs, arguments.rounds, comm=comm)
+    exact = [name for name in contenders if name != THROUGH_TORCH_BFLOAT16]
+    require_alike({name: contenders[name] for name in exact}, arguments.tensors)
+    for contender in contenders.values():
+        contender.close()
     if comm.rank == 0:
         report(evaluate(problem, samples_s), others)
 
@@ -48,16 +38,10 @@ def main() -> None:
 def evaluate(problem: Problem, samples_s: Samples) -> Result:
     """Draw the ratios from the samples."""
     times_s = medians(samples_s)
-    targets = {(ZERO_REDUNDANCY, THROUGH_TORCH): 8.0, (REDUCE_SCATTER, THROUGH_TORCH): 3.0}
     ratios = [
-        Ratio(f"{peer} / {face}", times_s[peer] / times_s[face], target)
-        for (peer, face), target in targets.items()
-        if peer in times_s and face in times_s
-    ]
-    ratios += [
-        Ratio(f"{face} / {SHARDOPT}", times_s[face] / times_s[SHARDOPT])
-        for face in times_s
-        if face not in (SHARDOPT, REDUCE_SCATTER, ZERO_REDUNDANCY)
+        Ratio(f"{face} / {SHARDOPT}", time_s / times_s[SHARDOPT])
+        for face, time_s in times_s.items()
+        if face != SHARDOPT
     ]
     title = f"step() by framework: {problem.num_tensors} tensors, time of the slowest rank"
     return Result(

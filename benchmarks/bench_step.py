@@ -7,6 +7,7 @@ import argparse
 
 from mpi4py import MPI
 
+from faces import ShardoptTorch
 from names import (
     ALL_AXPYS,
     ALL_TRIADS,
@@ -16,6 +17,7 @@ from names import (
     REPLICATED,
     SHARDOPT,
     STEP_NUMEL,
+    THROUGH_TORCH,
     ZERO_REDUNDANCY,
 )
 from peers import (
@@ -48,6 +50,8 @@ def main() -> None:
     problem = Problem(comm, arguments.numel, arguments.tensors, threads)
     with gloo(comm, has_torch):
         contenders = {name: CONTENDERS[name](problem) for name in names}
+        if has_torch:
+            contenders[THROUGH_TORCH] = ShardoptTorch(problem)
         triad = Triad(arguments.numel, DTYPE, threads)  # of each rank, far beyond the caches
         runs = {name: contender.step for name, contender in contenders.items()}
         runs |= {ALL_TRIADS: triad.triad, ALL_AXPYS: triad.axpy}
@@ -75,9 +79,10 @@ def evaluate(problem: Problem, samples_s: Samples, triad_nbytes: int) -> Result:
     ours_s = times_s[SHARDOPT]
     targets = {ZERO_REDUNDANCY: 8.0, REDUCE_SCATTER: 3.0, REPLICATED: None}
     ratios = [
-        Ratio(f"{name} / {SHARDOPT}", times_s[name] / ours_s, target)
+        Ratio(f"{name} / {ours}", times_s[name] / times_s[ours], target)
+        for ours in (SHARDOPT, THROUGH_TORCH)
         for name, target in targets.items()
-        if name in times_s
+        if name in times_s and ours in times_s
     ]
     ratios += [
         Ratio(f"{SHARDOPT} / its bytes at triad's rate", ours_s / triad_limit_s, 1.15, False),

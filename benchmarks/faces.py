@@ -24,7 +24,7 @@ class ShardoptTorch:
         ]
         self._optimizer = face.NAdam(self._params, comm=problem.comm)
         for tensor, param in enumerate(self._params):
-            param.grad.copy_(torch.from_numpy(problem.grad(tensor)))
+            (param * torch.from_numpy(problem.grad(tensor)).to(kind)).sum().backward()
 
     def step(self) -> None:
         """See ``Contender``."""

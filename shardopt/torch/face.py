@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardopt.kernels.base import FloatArray
     from shardopt.nadam import Hyperparams
 
+_SCAN_NUMEL = 1 << 14
 _DTYPES = {
     torch.float16,
     torch.bfloat16,
@@ -80,7 +81,7 @@ class _TorchFace(Face[Tensor]):
         return view.is_shown_by(param.grad)
 
     def is_blank(self, param: Tensor, view: _View) -> bool:
-        return param not in self._touched and not view.array.any()
+        return param not in self._touched and not _any_nonzero(view.array)
 
     def updated(self, params: Sequence[Tensor]) -> None:
         # The kernel writes past torch's back: a graph that saved the old values must not go on.
@@ -131,6 +132,12 @@ class _View:
             and tensor.layout is torch.strided  # others have no address
             and look_of(tensor) == self._look
         )
+
+
+def _any_nonzero(array: FloatArray) -> bool:
+    """Whether anything is not zero; quick where much is not."""
+    flat = array.reshape(-1)
+    return any(flat[i : i + _SCAN_NUMEL].any() for i in range(0, flat.size, _SCAN_NUMEL))
 
 
 def make_face() -> Face[Tensor]:
