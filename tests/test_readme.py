@@ -5,24 +5,41 @@ from pathlib import Path
 
 import pytest
 
+from tests.frameworks import environment_for, require
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_the_example_trains(mpirun, num_ranks):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    batches = """
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+BATCHES = """
 import numpy as np
 rng = np.random.default_rng(0)
 truth = rng.standard_normal((512, 10)).astype(np.float32) / 20
-xs = rng.standard_normal((200, 32, 512)).astype(np.float32)
+xs = rng.standard_normal((400, 32, 512)).astype(np.float32)
 batches = [(x, x @ truth) for x in xs]
 """
-    check = "\nassert np.abs(error).mean() < 0.8 * np.abs(batches[0][1]).mean()\nprint('trained')\n"
-    job = mpirun(num_ranks, source=batches + example + check)
+AS_TENSORS = {
+    "torch": "import torch\nbatches = [tuple(map(torch.from_numpy, batch)) for batch in batches]\n",
+    "lucid": "import lucid\nbatches = [tuple(map(lucid.Tensor, batch)) for batch in batches]\n",
+}
+CHECK = """
+opt.close()
+first = float((batches[0][1] ** 2).mean().item())
+assert float(loss.item()) < 0.5 * first, (loss, first)
+print("trained")
+"""
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "lucid", "numpy"])
+def test_an_example_trains(mpirun, tmp_path, framework):
+    require(framework)
+    (example,) = [text for text in EXAMPLES if f"shardopt.{framework}" in text]
+    source = BATCHES + AS_TENSORS.get(framework, "") + example + CHECK
+    job = mpirun(2, source=source, env=environment_for(framework, tmp_path))
     assert job.returncode == 0, job.output
-    assert job.stdout.count("trained") == num_ranks
+    assert job.stdout.count("trained") == 2
 
 
 def test_linked_files_exist():
