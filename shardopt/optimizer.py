@@ -355,7 +355,8 @@ class ShardedNAdam(Generic[P]):
         survey = found or Survey()
         number = self.last_step.step + 1
         hypers = [hyper.values() for hyper in survey.hypers]
-        own = StepInputs(survey.present, survey.replaced_mask, loss_scale, overflowed)
+        scale = 1.0 if error is not None else float(loss_scale)
+        own = StepInputs(survey.present, survey.replaced_mask, scale, overflowed)
         self._pipeline.sync()
         equal = self._agreement.agree(
             lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},

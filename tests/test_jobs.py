@@ -191,7 +191,7 @@ def test_a_rank_that_never_builds_the_optimizer_ends_the_job(run):
     assert_ended_by(job, f"shardopt.errors.RankFailureError: {told}")
 
 
-def test_a_rank_whose_parameters_fail_does_not_hang_the_others(run):
+def test_a_rank_whose_parameters_fail_is_an_error_on_all(run):
     job = run(
         2,
         """
@@ -199,15 +199,14 @@ def parameters():
     yield Parameter(np.zeros(3, np.float32))
     if last:
         raise OSError("no such weights")
-comm.Barrier()
 try:
-    opt = NAdam(parameters(), policy=ShardPolicy(timeout_s=2))
-except OSError:
-    live_on()
+    NAdam(parameters())
+except OSError as error:
+    print(error, flush=True)
 """,
     )
-    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come to step 0")
-    assert "of rank 1, last seen in step 0" in job.stderr
+    assert job.returncode == 0, job.output
+    assert job.stdout.count("rank 1: no such weights") == 2
 
 
 # -- the launcher ----------------------------------------------------------------------------------

@@ -139,6 +139,9 @@ class NAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients over ranks and update the parameters.
 
+        Call ``zero_grad`` before the next backward: with ``max_grad_norm`` or ``check_finite``
+        gradients hold sums over ranks afterwards.
+
         Collective: every rank.
 
         Args:
