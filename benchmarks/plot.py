@@ -169,11 +169,15 @@ def nanoseconds(line: Line, name: str) -> float:
 
 def figures(steps: Sequence[Line], memory: Sequence[Line], faces: Sequence[Line]) -> list[str]:
     """Write the README's part: the picture, the tables, where they come from."""
-    parts = []
+    parts: list[str] = []
     if steps:
         alt = "Time of a step for each parameter: shardopt and its peers, on 2 and on 4 ranks"
         parts += [f"![{alt}](benchmarks/plots/step_time.svg)", step_table(steps)]
-        parts.append(f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}")
+        parts.append(
+            "The limit is the bytes that a step must move, at the bandwidth of a simple loop (axpy) "
+            "on all ranks in the same run; a step, which reads more streams at once, may pass it. "
+            f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}"
+        )
     if memory:
         parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
     if faces:
@@ -186,7 +190,7 @@ def step_table(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         ours = nanoseconds(line, SHARDOPT)
-        cells = [f"{line['ranks']} ranks, {line['mpi']}", f"**{ours:.2f}**"]
+        cells = [_setting(line), f"**{ours:.2f}**"]
         for name in CONTENDERS[1:]:
             there = name in line["samples_s"]
             value = nanoseconds(line, name) if there else 0.0
@@ -202,7 +206,7 @@ def memory_table(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         found = line["figures"]
-        cells = [f"{line['ranks']} ranks, {line['mpi']}"]
+        cells = [_setting(line)]
         for name in CONTENDERS:
             value = found.get(BYTES_PER_PARAMETER.format(name))
             cells.append("" if value is None else f"{value:.1f}")
@@ -224,7 +228,7 @@ def faces_table(lines: Sequence[Line]) -> str:
             ]
             rows.append([label, *cells])
     head = ["Step through each framework, ns per parameter"]
-    return _markdown([*head, *(f"{line['ranks']} ranks, {line['mpi']}" for line in lines)], rows)
+    return _markdown([*head, *map(_setting, lines)], rows)
 
 
 def rewrite(readme: Path, text: str) -> None:
@@ -238,6 +242,12 @@ def rewrite(readme: Path, text: str) -> None:
     if not pattern.search(old):
         raise ValueError(f"{readme} must have {BEGIN} and {END}; got neither. Put both in.")
     readme.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", old, count=1))
+
+
+def _setting(line: Line) -> str:
+    cores = line["machine"]["cores"]
+    crowded = f" on {cores} cores" if line["ranks"] > cores else ""
+    return f"{line['ranks']} ranks{crowded}, {line['mpi']}"
 
 
 def _heads() -> list[str]:

@@ -185,7 +185,7 @@ class NAdam(ShardedNAdam[_Leaf]):
         finally:  # a step that was refused takes over nothing
             self._offered = None, None
             for leaf, view in zip(self._leaves, views, strict=True):
-                leaf.data = view
+                leaf.data, leaf.grad = view, None
         return self.params
 
     def _survey(self, loss_scale: float) -> Survey:

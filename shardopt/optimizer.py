@@ -171,15 +171,16 @@ class ShardedNAdam(Generic[P]):
         poisoned_name = self._finish_step(poisoned)
         watch.lap("finish")
         before = self.last_step
+        none = skipped or not self.partition.params
         self.last_step = StepReport(
-            number,
-            grad_norm,
-            clip_factor,
-            skipped,
-            inputs.loss_scale,
-            None if skipped or not self.partition.params else inputs.present.bit_count(),
-            watch.seconds,
-            survey.copied_nbytes,
+            step=number,
+            grad_norm=grad_norm,
+            clip_factor=clip_factor,
+            skipped=skipped,
+            loss_scale=inputs.loss_scale,
+            num_updated=None if none else inputs.present.bit_count(),
+            seconds=watch.seconds,
+            copied_nbytes=survey.copied_nbytes,
         ).diagnosed(poisoned_name, before)
         for warning in self.last_step.news(before):
             tell(warning, aloud=self._topology.rank == 0)
@@ -355,8 +356,8 @@ class ShardedNAdam(Generic[P]):
         survey = found or Survey()
         number = self.last_step.step + 1
         hypers = [hyper.values() for hyper in survey.hypers]
-        scale = 1.0 if error is not None else float(loss_scale)
-        own = StepInputs(survey.present, survey.replaced_mask, scale, overflowed)
+        scale = 1.0 if error is not None else as_real("loss_scale", loss_scale)
+        own = StepInputs(survey.present, survey.replaced_mask, scale, bool(overflowed))
         self._pipeline.sync()
         equal = self._agreement.agree(
             lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},

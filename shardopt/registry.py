@@ -94,12 +94,12 @@ class Registry(Generic[P]):
 
     def __init__(self, face: Face[P], partition: Partition) -> None:
         self.face = face
-        self._of_mask: tuple[int, list[P]] = 0, []
         self.partition = partition
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
         self._reader = HyperparamsReader()
         self._windows: list[FloatArray] = []
+        self._of_mask: tuple[int, list[P]] = 0, []  # the last mask's parameters: it seldom changes
 
     def plan(self, make: Callable[[], list[Group]]) -> Addition:
         """Lay out new groups behind the present ones.

@@ -199,7 +199,8 @@ def _parse_entry(
     moment_keys = [key for key in state_keys(spec.dtype) if key != "master" or key in entry]
     keys = {*_SCALARS, *moment_keys} | ({"slices"} if slices is not None else set())
     rule = f"have the keys {', '.join(sorted(keys))}"
-    _require(set(entry) == keys, f"state of {spec.name!r}", rule, sorted(entry), _OTHER_MODEL)
+    got = set(entry) - {"master"} | (keys & {"master"})  # of 16 bits, and useful to them alone
+    _require(got == keys, f"state of {spec.name!r}", rule, sorted(entry), _OTHER_MODEL)
     parsed.clocks.append(_parse_clock(entry, spec.name))
     parsed.moments.append(_zero_moments(spec))  # a master of zero follows the parameter
     shape = spec.shape

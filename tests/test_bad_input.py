@@ -369,3 +369,23 @@ def test_empty_parameters_are_adopted(comm):
 def test_a_node_for_each_rank_is_refused(comm):
     with refused(comm, PartitionError, f"share one node; got {comm.size} nodes"):
         make_optimizer(comm, policy=ShardPolicy(timeout_s=20, share_node=False))
+
+
+class OddError(Exception):
+    """It wants two arguments and cannot travel."""
+
+    def __init__(self, name, size):
+        super().__init__(f"no layer {name} of size {size}")
+        self.handler = lambda: name
+
+
+@BOTH_WAYS
+def test_an_error_that_cannot_travel_is_told_in_its_words(comm, alone):
+    def parameters():
+        yield from make_params()
+        if errs(comm, alone):
+            raise OddError("h", 3)
+
+    with pytest.raises(RuntimeError, match="OddError: no layer h of size 3") as caught:
+        make_optimizer(comm, parameters())
+    assert str(caught.value).startswith(f"rank {comm.size - 1}: ") == (alone and comm.size > 1)

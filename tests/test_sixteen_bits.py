@@ -139,6 +139,16 @@ def test_loss_scales_are_taken_out(comm, dtype):
         assert opt.last_step.grad_norm == pytest.approx(norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.array, int])
+def test_a_loss_scale_may_be_any_number(comm, kind):
+    values = initial(dtype="float64")
+    params, oracle = make_params(values), Oracle(values)
+    with NAdam(params, comm=comm) as opt:
+        train(opt, params, comm, "float64", range(3), oracle, scale=kind(4))
+        assert_same(params, oracle)
+        assert type(opt.last_step.loss_scale) is float
+
+
 def test_loss_scales_may_differ_between_ranks(comm):
     values = initial()
     params, oracle = make_params(values), Oracle(values)
@@ -171,6 +181,22 @@ def test_a_loss_scale_out_of_range_is_refused(comm, scale, alone):
         mine = scale if not alone or comm.rank == comm.size - 1 else 2.0
         with refused(comm, HyperparamsError, "loss_scale must be", alone=alone):
             opt.step(loss_scale=mine)
+
+
+def test_a_state_with_masters_goes_into_a_model_in_float32(comm):
+    values = initial(dtype="bfloat16")
+    params = make_params(values)
+    with NAdam(params, comm=comm) as opt:
+        write(params, all_grads(0, comm, "bfloat16")[comm.rank])
+        opt.step()
+        state = comm.bcast(opt.gather_state_dict())
+    wide = make_params([value.astype(np.float32) for value in values])
+    with NAdam(wide, comm=comm) as opt:
+        opt.load_state_dict(state)
+        again = comm.bcast(opt.gather_state_dict())["state"]
+    for index, entry in again.items():
+        np.testing.assert_array_equal(entry["exp_avg"], state["state"][index]["exp_avg"])
+        assert "master" not in entry
 
 
 @SIXTEEN

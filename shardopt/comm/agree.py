@@ -6,6 +6,7 @@ brought to ``agree``. There ranks compare one integer, a digest of all that must
 where digests differ do they tell each other what they have, and raise the same error everywhere.
 """
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -126,7 +127,18 @@ def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
     try:
         return function(), None
     except Exception as error:
-        return None, error
+        return None, _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or another with its words if other ranks could not read or raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        type(error)(str(error))
+    except Exception:
+        words = f"{type(error).__name__}: {error}"
+        return RuntimeError(words).with_traceback(error.__traceback__)
+    return error
 
 
 def digest_of(*values: object) -> int:

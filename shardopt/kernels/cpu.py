@@ -69,7 +69,7 @@ class CpuKernel:
                 )
             )  # fmt: skip
 
-        flags = [flag for flag in self._run(piece, plan.start, plan.stop) if flag != ALL_FINITE]
+        flags = [flag for flag in self._run(piece, plan.start, plan.stop) if flag >= 0]
         return min(flags, default=ALL_FINITE)
 
     def reduce(

@@ -1,7 +1,7 @@
 """What the CPU kernel runs: Numba loops at the speed of memory, without fast-math.
 
-Everything compiled stands in this file: Numba keeps code on disk until the file of the function
-called from Python changes, whatever became of the functions that it calls.
+Everything compiled stands in this file, constants included: Numba keeps code on disk until the file
+of the function called from Python changes, whatever became of what it took from elsewhere.
 
 [Note: loops the compiler can vectorise]
 Every loop indexes slices by one ``i`` from 0 (two offsets in one loop cost a factor of six) and
@@ -30,8 +30,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
-from shardopt.kernels.base import ALL_FINITE, FloatArray
-from shardopt.partition import CHUNK_NUMEL
+from shardopt.kernels.base import FloatArray
 
 STAND_INS = {
     np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
@@ -291,8 +290,11 @@ def update(
     segments: Any,
     coefficients: FloatArray,
 ) -> int:
-    """Update the segments' parts within [start, stop); see ``Kernel.update``."""
-    poisoned = ALL_FINITE
+    """Update the segments' parts within [start, stop); see ``Kernel.update``.
+
+    Returns the position of the first block with a parameter that is not finite, or -1.
+    """
+    poisoned = -1
     for segment in range(segments.shape[0]):
         begin, end = max(segments[segment, 0], start), min(segments[segment, 1], stop)
         scalars = coefficients[segments[segment, 2]]
@@ -307,7 +309,7 @@ def update(
             else:
                 _update_block(total, block, master[local:local_end], m, v, scalars)
                 _round(master[local:local_end], block)
-            if poisoned == ALL_FINITE and _is_poisoned(block):
+            if poisoned < 0 and _is_poisoned(block):
                 poisoned = begin
             begin = block_end
     return poisoned
@@ -338,10 +340,14 @@ def reduce(
     stop: int,
     square_sums: FloatArray,
 ) -> None:
-    """Reduce the chunks of [start, stop); see ``Kernel.reduce``. ``first`` is the shard's start."""
+    """Reduce the chunks of [start, stop); see ``Kernel.reduce``.
+
+    ``first`` is the shard's start; ``partials`` has rows as long as a chunk.
+    """
     accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
-    for begin in range(start, stop, CHUNK_NUMEL):
-        total = _sum_sources(grads, begin, begin + CHUNK_NUMEL, partials)
+    chunk_numel = partials.shape[1]
+    for begin in range(start, stop, chunk_numel):
+        total = _sum_sources(grads, begin, begin + chunk_numel, partials)
         if out is not None and grads.shape[0] > 1:
-            _copy(total, out[begin : begin + CHUNK_NUMEL])
-        square_sums[(begin - first) // CHUNK_NUMEL] = _square_sum(total, accumulators)
+            _copy(total, out[begin : begin + chunk_numel])
+        square_sums[(begin - first) // chunk_numel] = _square_sum(total, accumulators)

@@ -122,6 +122,7 @@ class _View:
         self._complex = is_complex
         self._look = look_of(self.tensor())
 
+    @torch.inference_mode(False)  # else backward could not write to it later
     def tensor(self) -> Tensor:
         tensor = as_tensor(self.array)
         return as_complex(tensor) if self._complex else tensor
@@ -147,7 +148,9 @@ def make_face() -> Face[Tensor]:
 
 def _require_ordinary(param: Tensor, name: str) -> None:
     problem = None
-    if not param.is_leaf:
+    if torch.nn.parameter.is_lazy(param):
+        problem = "initialised; got a lazy one. Run the model once before"
+    elif not param.is_leaf:
         problem = f"a leaf; got a result of {param.grad_fn}. Pass what it was computed from"
     elif param.is_inference():
         problem = "no inference tensor; got one. Make it outside torch.inference_mode()"

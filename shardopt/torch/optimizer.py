@@ -37,12 +37,13 @@ class NAdam(torch.optim.Optimizer):
     any torch optimizer.
 
     ``p.data`` becomes a view of memory that all ranks of a node share: what one writes there, all
-    see, and ``p.data.mul_(0.5)`` on two ranks halves twice. Copying the same values there on all
-    ranks, as ``load_state_dict`` does, is fine; else put another tensor in its place, and
-    initialise before the optimizer is built. ``p.grad`` becomes a view of memory of this rank, into
-    which autograd accumulates; after ``zero_grad()`` it is zero instead of None, and a parameter
-    that no backward has reached since counts as one without a gradient all the same. The moments
-    are sharded: ``state`` stays empty, ``state_dict`` and ``gather_state_dict`` have them.
+    see, and ``p.data.mul_(0.5)`` on two ranks halves twice. All ranks may copy the same values in,
+    as ``load_state_dict`` does, once none needs the old ones; else put another tensor in its
+    place, and initialise before the optimizer is built. ``p.grad`` becomes a view of memory of
+    this rank, into which autograd accumulates; after ``zero_grad()`` it is zero instead of None,
+    and a parameter that no backward has reached since counts as one without a gradient all the
+    same. The moments are sharded: ``state`` stays empty, ``state_dict`` and ``gather_state_dict``
+    have them.
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
     moments are float32. Complex parameters are pairs of reals, as in torch.
@@ -63,7 +64,8 @@ class NAdam(torch.optim.Optimizer):
         capturable: Must be False.
         differentiable: Must be False.
         variant: Whose NAdam: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        max_grad_norm: Clip the global norm of the averaged gradient to this.
+        max_grad_norm: Clip the global norm of the averaged gradient to this, in the place of
+            ``clip_grad_norm_``, which would see this rank's gradient alone.
         comm: The ranks that train together; None is COMM_WORLD.
         policy: How to shard.
 

@@ -187,7 +187,7 @@ REFUSED = {
     "sparse": (lambda: torch.ones(3).to_sparse(), PartitionError, "must be dense; got layout"),
     "retained": (retained, PartitionError, "parameter 'param0' must be a leaf; got a result of"),
     "grad_dtype": (with_grad_dtype, PartitionError, "without a grad_dtype of its own; got"),
-    "lazy": (lambda: torch.nn.LazyLinear(3).weight, ValueError, "uninitialized parameter"),
+    "lazy": (lambda: torch.nn.LazyLinear(3).weight, PartitionError, "must be initialised; got a"),
     "non-leaf": (lambda: torch.ones(3, requires_grad=True) * 2, ValueError, "non-leaf Tensor"),
     "number": (lambda: 3.0, TypeError, "can only optimize Tensors"),
 }

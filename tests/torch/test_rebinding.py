@@ -128,6 +128,36 @@ def test_values_written_in_place_are_used(comm, write):
         twins.assert_same()
 
 
+def test_tensors_may_be_exchanged_for_a_while(comm):
+    """As for an evaluation with averaged weights, at which ranks need not keep step."""
+    with Twins(comm, lr=0.1) as twins:
+        twins.step()
+        before = [param.detach().clone() for param in params_of(twins.opt)]
+        own = [param.data for param in params_of(twins.opt)]
+        for param in params_of(twins.opt):
+            param.data = torch.zeros_like(param)
+        assert not any(param.any() for param in params_of(twins.opt))
+        for param, data in zip(params_of(twins.opt), own, strict=True):
+            param.data = data
+        assert all(map(torch.equal, params_of(twins.opt), before))
+        twins.step()
+        twins.assert_same()
+        assert twins.opt.last_step.copied_nbytes == 0
+
+
+def test_gradients_bound_in_inference_mode_can_be_accumulated_into(comm):
+    with Twins(comm, lr=0.1) as twins:
+        with torch.inference_mode():
+            for opt in twins.both:
+                for param in params_of(opt):
+                    param.grad = None
+                opt.zero_grad()
+        twins.backward()
+        for opt in twins.both:
+            opt.step()
+        twins.assert_same()
+
+
 @pytest.mark.filterwarnings("ignore::shardopt.errors.NoGradientWarning")
 @pytest.mark.mpi(min_size=2)
 def test_the_lowest_rank_that_replaced_a_value_decides(comm):
