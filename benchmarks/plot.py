@@ -174,8 +174,8 @@ def figures(steps: Sequence[Line], memory: Sequence[Line], faces: Sequence[Line]
         alt = "Time of a step for each parameter: shardopt and its peers, on 2 and on 4 ranks"
         parts += [f"![{alt}](benchmarks/plots/step_time.svg)", step_table(steps)]
         parts.append(
-            "The limit is the bytes that a step must move, at the bandwidth of a simple loop (axpy) "
-            "on all ranks in the same run; a step, which reads more streams at once, may pass it. "
+            "The limit is the bytes that a step must move, at the bandwidth of a simple loop, an "
+            "axpy, on all ranks in the same run; a step, which reads more streams, may pass it. "
             f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}"
         )
     if memory:
