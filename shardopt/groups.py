@@ -10,6 +10,11 @@ from shardopt.nadam import HYPERPARAM_NAMES, Hyperparams
 Group = dict[str, Any]
 
 
+def defaults_of(arguments: Mapping[str, Any]) -> Group:
+    """The hyperparameters among a constructor's arguments, given as its ``locals()``."""
+    return {name: arguments[name] for name in HYPERPARAM_NAMES}
+
+
 def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
     """Complete param groups with the defaults.
 

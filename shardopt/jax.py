@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from shardopt.bindings import ArrayFace
 from shardopt.dtypes import DTYPES, compute_dtype
 from shardopt.errors import PartitionError
-from shardopt.groups import make_groups
+from shardopt.groups import defaults_of, make_groups
 from shardopt.optimizer import ShardedNAdam
 from shardopt.policy import ShardPolicy
 
@@ -108,16 +108,7 @@ class NAdam(ShardedNAdam[_Leaf]):
         comm: MPI.Intracomm | None = None,
         policy: ShardPolicy | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "variant": variant,
-        }
+        defaults = defaults_of(locals())
         self._leaves: list[_Leaf] = []
         self._offered: tuple[Any, Any] = None, None
 

@@ -11,7 +11,7 @@ from lucid.optim import Optimizer
 
 from shardopt.bindings import ArrayFace
 from shardopt.errors import PartitionError
-from shardopt.groups import make_groups
+from shardopt.groups import defaults_of, make_groups
 from shardopt.nadam import mu_product_at
 from shardopt.optimizer import ShardedNAdam
 from shardopt.policy import ShardPolicy
@@ -81,16 +81,7 @@ class NAdam(ShardedNAdam[Parameter]):
         comm: MPI.Intracomm | None = None,
         policy: ShardPolicy | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "variant": variant,
-        }
+        defaults = defaults_of(locals())
         super().__init__(
             lambda: make_groups(params, defaults),
             face=_LucidFace(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardopt.errors import HyperparamsError, ShardoptError
+from shardopt.groups import defaults_of
 from shardopt.optimizer import ShardedNAdam
 from shardopt.policy import ShardPolicy
 from shardopt.torch.face import make_face
@@ -101,17 +102,10 @@ class NAdam(torch.optim.Optimizer):
         policy: ShardPolicy | None = None,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
+            **defaults_of(locals()),
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
-            "variant": variant,
         }
         init = super().__init__
 
