@@ -11,7 +11,7 @@ from peers import Contender, Problem, Shardopt
 from shardopt.kernels.base import FloatArray
 
 
-class ShardoptTorch:
+class ShardoptTorch(Shardopt):
     """``shardopt.torch``, with gradients in ``p.grad`` as autograd leaves them."""
 
     def __init__(self, problem: Problem, dtype: str = "float32") -> None:
@@ -26,22 +26,10 @@ class ShardoptTorch:
         for tensor, param in enumerate(self._params):
             (param * torch.from_numpy(problem.grad(tensor)).to(kind)).sum().backward()
 
-    def step(self) -> None:
-        """See ``Contender``."""
-        self._optimizer.step()
-
     def tensor(self, index: int) -> FloatArray:
         """See ``Contender``."""
         array: FloatArray = self._params[index].detach().float().numpy()
         return array
-
-    def close(self) -> None:
-        """See ``Contender``."""
-        params, self._params = self._params, []
-        for param in params:  # lest each rank is given a copy
-            param.data = param.data[:0]
-        del param
-        self._optimizer.close()
 
 
 class ShardoptJax:

@@ -92,11 +92,11 @@ class Shardopt:
     """This project."""
 
     def __init__(self, problem: Problem) -> None:
-        self._params = [
+        self._params: list[Any] = [
             Parameter(problem.param(tensor), f"tensor{tensor}")
             for tensor in range(problem.num_tensors)
         ]
-        self._optimizer = NAdam(self._params, comm=problem.comm)
+        self._optimizer: Any = NAdam(self._params, comm=problem.comm)
         for tensor, param in enumerate(self._params):
             problem.fill_grad(param.grad, tensor)
 

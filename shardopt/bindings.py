@@ -93,12 +93,20 @@ class Face(Protocol[P]):
         ...
 
 
-class ArrayFace(Face[P]):
+class _HoldsArrays(Protocol):
+    data: Any
+    grad: Any
+
+
+A = TypeVar("A", bound=_HoldsArrays, contravariant=True)
+
+
+class ArrayFace(Face[A]):
     """The face of parameters whose ``data`` and ``grad`` are attributes that hold NumPy arrays."""
 
     grads_from_start = False
 
-    def name(self, param: P) -> str | None:
+    def name(self, param: A) -> str | None:
         """None; see ``Face.name``."""
         return None
 
@@ -106,40 +114,40 @@ class ArrayFace(Face[P]):
         """The entry as it is."""
         return entry
 
-    def view(self, param: P, array: FloatArray) -> FloatArray:
+    def view(self, param: A, array: FloatArray) -> FloatArray:
         """The array itself."""
         return array
 
-    def bind_data(self, param: P, view: FloatArray) -> None:
+    def bind_data(self, param: A, view: FloatArray) -> None:
         """See ``Face.bind_data``."""
-        param.data = view  # type: ignore[attr-defined]  # see the class's docstring
+        param.data = view
 
-    def bind_grad(self, param: P, view: FloatArray) -> None:
+    def bind_grad(self, param: A, view: FloatArray) -> None:
         """See ``Face.bind_grad``."""
-        param.grad = view  # type: ignore[attr-defined]
+        param.grad = view
 
-    def blank_grad(self, param: P, view: FloatArray) -> None:
+    def blank_grad(self, param: A, view: FloatArray) -> None:
         """Unbind the view: nobody could tell whether an array was written to."""
-        param.grad = None  # type: ignore[attr-defined]
+        param.grad = None
 
-    def holds_data(self, param: P, view: FloatArray) -> bool:
+    def holds_data(self, param: A, view: FloatArray) -> bool:
         """See ``Face.holds_data``."""
-        return _is_view(param.data, view)  # type: ignore[attr-defined]
+        return _is_view(param.data, view)
 
-    def holds_grad(self, param: P, view: FloatArray) -> bool:
+    def holds_grad(self, param: A, view: FloatArray) -> bool:
         """See ``Face.holds_grad``."""
-        return _is_view(param.grad, view)  # type: ignore[attr-defined]
+        return _is_view(param.grad, view)
 
-    def is_blank(self, param: P, view: FloatArray) -> bool:
+    def is_blank(self, param: A, view: FloatArray) -> bool:
         """False: blanking unbinds."""
         return False
 
-    def updated(self, params: Sequence[P]) -> None:
+    def updated(self, params: Sequence[A]) -> None:
         """Nothing keeps count."""
 
-    def release(self, param: P) -> None:
+    def release(self, param: A) -> None:
         """See ``Face.release``."""
-        param.grad = None  # type: ignore[attr-defined]
+        param.grad = None
 
 
 class Binding:
