@@ -27,6 +27,11 @@ def has_master(dtype: str) -> bool:
     return np.dtype(dtype).itemsize == 2
 
 
+def state_keys(dtype: str) -> tuple[str, ...]:
+    """Names of the arrays that are the state of a parameter of ``dtype``."""
+    return ("exp_avg", "exp_avg_sq", "master") if has_master(dtype) else ("exp_avg", "exp_avg_sq")
+
+
 def is_floating(dtype: np.dtype) -> bool:
     """Whether ``dtype`` is real floating point, bfloat16 included."""
     return dtype.kind == "f" or dtype == _BFLOAT16

@@ -21,6 +21,10 @@ class CheckpointError(ShardoptError, ValueError):
     """A state dict or a checkpoint does not fit this optimizer, or is damaged."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved: something is missing, changed, or too much."""
+
+
 class SharedMemoryError(ShardoptError, MemoryError):
     """The node's shared memory is too small for the windows."""
 
@@ -51,3 +55,11 @@ class NonFiniteWarning(RuntimeWarning):
 
 class NoGradientWarning(RuntimeWarning):
     """A step found no gradient to go by."""
+
+
+class CheckpointWarning(RuntimeWarning):
+    """A checkpoint could not be saved, or was passed over when the newest was looked for."""
+
+
+class RandomStreamWarning(RuntimeWarning):
+    """Random streams could not be continued and were seeded anew."""

@@ -179,7 +179,7 @@ class NAdam(ShardedNAdam[_Leaf]):
                 leaf.data, leaf.grad = view, None
         return self.params
 
-    def _survey(self, loss_scale: float) -> Survey:
+    def _survey(self) -> Survey:
         """Look at what ``step`` was given too; what is wrong with it is agreed upon."""
         grads, params = self._offered
         new_grads = _arrays_like("grad", grads, self._structure, self._leaves)
@@ -190,7 +190,7 @@ class NAdam(ShardedNAdam[_Leaf]):
             leaf.grad = grad
             if data is not None and not _is_same(data, leaf.data):
                 leaf.data = data
-        return super()._survey(loss_scale)
+        return super()._survey()
 
 
 # The optimizer is no data: under tree_map, and as optax's state, it has no leaves.

@@ -1,19 +1,17 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Self
 
-import numpy as np
 from mpi4py import MPI
 
 from shardopt._version import __version__
+from shardopt.accord import Accord, Follower
 from shardopt.bindings import Binding, Face, P
 from shardopt.comm.abort import install_abort_hook
-from shardopt.comm.agree import Agreement, Description, attempt, digest_of
-from shardopt.comm.topology import cores_per_rank, make_topology
+from shardopt.comm.agree import Agreement, Description, attempt
+from shardopt.comm.topology import Topology, cores_per_rank, make_topology
 from shardopt.comm.window import shortage
 from shardopt.errors import (
     CheckpointError,
@@ -24,8 +22,9 @@ from shardopt.errors import (
     ShardoptError,
 )
 from shardopt.groups import Group, make_group
+from shardopt.kernels.base import FloatArray
 from shardopt.kernels.cpu import CpuKernel
-from shardopt.nadam import as_real
+from shardopt.nadam import Clock, as_real
 from shardopt.partition import Partition, plan_partition
 from shardopt.pipeline import Pipeline
 from shardopt.planner import MemoryReport, plan_memory
@@ -33,10 +32,8 @@ from shardopt.policy import ShardPolicy
 from shardopt.registry import (
     Addition,
     Registry,
-    StepInputs,
     Survey,
     describe_addition,
-    describe_hypers,
 )
 from shardopt.report import StepReport, Stopwatch, tell
 from shardopt.schedule import Schedule
@@ -79,6 +76,7 @@ class ShardedNAdam(Generic[P]):
     Attributes:
         last_step: What the last ``step()`` did.
         comm: The communicator given.
+        num_cores: This rank's share of those it may run on.
     """
 
     def __init__(
@@ -103,14 +101,15 @@ class ShardedNAdam(Generic[P]):
         self._closed = False
         self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
         self._agreement = Agreement(topology, policy.timeout_s)
-        num_cores = cores_per_rank(topology)
-        self._kernel = CpuKernel(policy.threads or num_cores)
+        self.num_cores = cores_per_rank(topology)
+        self._kernel = CpuKernel(policy.threads or self.num_cores)
         self._pipeline = Pipeline(
             self._agreement.rollcall, self._kernel, max_grad_norm, policy.check_finite
         )
         layout = plan_partition((), topology.num_nodes, topology.node_size, policy.bucket_nbytes)
         self._registry = Registry(face, layout)
         self._schedule = Schedule(layout)
+        self._accord = Accord(self._agreement, self._registry, self._pipeline)
         try:
             self.extend("NAdam()", make)
         except RankFailureError:
@@ -152,7 +151,8 @@ class ShardedNAdam(Generic[P]):
         """
         loss = None if closure is None else closure()
         number, watch = self.last_step.step + 1, Stopwatch()
-        survey, inputs = self._enter_step(loss_scale, overflowed)
+        self._require_open()
+        survey, inputs = self._accord.enter_step(self._survey, number, loss_scale, overflowed)
         watch.lap("agree")
         grad_scale = 1.0 / self._topology.world_size / inputs.loss_scale
         grad_norm, clip_factor, skipped = None, 1.0, inputs.overflowed
@@ -168,9 +168,9 @@ class ShardedNAdam(Generic[P]):
             poisoned = self._pipeline.update(self._schedule, rows, reduced=reduced)
             self._registry.updated(inputs.present)
         watch.lap("update")
-        poisoned_name = self._finish_step(poisoned)
+        poisoned_name, bids = self._accord.finish_step(poisoned, number)
         watch.lap("finish")
-        before = self.last_step
+        before = self.last_step.healed() if inputs.replaced else self.last_step
         none = skipped or not self.partition.params
         self.last_step = StepReport(
             step=number,
@@ -184,6 +184,7 @@ class ShardedNAdam(Generic[P]):
         ).diagnosed(poisoned_name, before)
         for warning in self.last_step.news(before):
             tell(warning, aloud=self._topology.rank == 0)
+        self._accord.tell_followers(bids)
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -223,13 +224,13 @@ class ShardedNAdam(Generic[P]):
         """
         self._require_open()
         addition, error = attempt(lambda: self._plan(make))
-        self._enter_call(call, {**self._settings, **describe_addition(addition)}, error)
+        self.enter_call(call, {**self._settings, **describe_addition(addition)}, error)
         assert addition is not None
         partition = addition.partition
         sections = range(len(self.partition.sections), len(partition.sections))
         first_here = self._topology.node_rank == 0
         error = shortage(window_nbytes(partition, sections)) if first_here else None
-        self._enter_call(call, {}, error)
+        self.enter_call(call, {}, error)
         storages = self._pipeline.storages
         storages += [SectionStorage(partition, index, self._topology) for index in sections]
         bindings = self._registry.commit(addition, storages)
@@ -268,7 +269,7 @@ class ShardedNAdam(Generic[P]):
             error = CheckpointError(
                 f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
             )
-        self._enter_call("gather_state_dict()", {"root": root}, error)
+        self.enter_call("gather_state_dict()", {"root": root}, error)
         return gather_state(
             self.partition,
             self._pipeline.storages,
@@ -299,16 +300,70 @@ class ShardedNAdam(Generic[P]):
                 state_dict, self.partition, storages, self.param_groups, self._registry.face
             )
         )
-        self._enter_call("load_state_dict()", {}, error)
+        self.enter_call("load_state_dict()", {}, error)
         state = share_parsed(parsed, self.partition, self._topology)
         steps = [clock.step for clock in state.clocks]
         groups = {"the state's steps": steps, "the state's param_groups": state.groups}
-        self._enter_call("load_state_dict()", groups)
+        self.enter_call("load_state_dict()", groups)
         load_parsed(state, self.partition, storages)
-        self._schedule.set_clocks(state.clocks)
-        self.last_step = self.last_step.healed()
-        for group, values in zip(self.param_groups, state.groups, strict=True):
+        self.take_over(state.groups, state.clocks, self.last_step.healed())
+
+    # -- for checkpoints ---------------------------------------------------------------------------
+
+    @property
+    def core(self) -> Self:
+        """What all faces have in common: this."""
+        return self
+
+    @property
+    def topology(self) -> Topology:
+        """The ranks, with communicators of shardopt's own."""
+        return self._topology
+
+    @property
+    def storages(self) -> Sequence[SectionStorage]:
+        """The memory of each section."""
+        return self._pipeline.storages
+
+    @property
+    def clocks(self) -> Sequence[Clock]:
+        """How far each parameter has come."""
+        return self._schedule.clocks
+
+    @property
+    def followers(self) -> list[Follower]:
+        """What goes on beside the steps; the same on every rank."""
+        return self._accord.followers
+
+    def enter_call(
+        self, call: str, description: Description, error: Exception | None = None
+    ) -> None:
+        """Make sure that all ranks make the same call alike; see ``Agreement``. Collective."""
+        self._require_open()
+        self._accord.enter_call(call, description, error, step=self.last_step.step)
+
+    def find_replaced(self) -> dict[int, FloatArray]:
+        """Find parameters that were replaced since the last step; see ``Registry``."""
+        return self._registry.find_replaced()
+
+    def adopt(self, replaced: Mapping[int, FloatArray]) -> None:
+        """Take over replaced parameters now, rather than in the next step. Collective."""
+        if self._accord.adopt(replaced, self.last_step.step):
+            self.last_step = self.last_step.healed()
+
+    def take_over(
+        self, groups: Sequence[Group], clocks: Sequence[Clock], report: StepReport
+    ) -> None:
+        """Go on from other hyperparameters and clocks, moments being in place already."""
+        self._schedule.set_clocks(clocks)
+        self.last_step = report
+        for group, values in zip(self.param_groups, groups, strict=True):
             group.update(values)
+
+    def take_over_params(self) -> None:
+        """Let parameters be what has been written into the windows. Collective."""
+        self._accord.meet(self.last_step.step, "load")
+        self._registry.rebind()
 
     # -- about it ----------------------------------------------------------------------------------
 
@@ -328,7 +383,9 @@ class ShardedNAdam(Generic[P]):
         """
         if self._closed:
             return
-        self._enter_call("close()", {})
+        for follower in list(self.followers):
+            follower.finish()
+        self.enter_call("close()", {})
         self._release()
 
     def __enter__(self) -> Self:
@@ -345,69 +402,16 @@ class ShardedNAdam(Generic[P]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _enter_step(self, loss_scale: float, overflowed: bool) -> tuple[Survey, StepInputs]:
-        """Agree on a step and make everyone's gradients readable.
-
-        Returns:
-            This rank's survey, and what all ranks go by.
-        """
-        self._require_open()
-        found, error = attempt(lambda: self._survey(loss_scale))
-        survey = found or Survey()
-        number = self.last_step.step + 1
-        hypers = [hyper.values() for hyper in survey.hypers]
-        scale = 1.0 if error is not None else as_real("loss_scale", loss_scale)
-        own = StepInputs(survey.present, survey.replaced_mask, scale, bool(overflowed))
-        self._pipeline.sync()
-        equal = self._agreement.agree(
-            lambda: {"the call": "step()", "the step": number, **describe_hypers(survey.hypers)},
-            error,
-            digest=digest_of("step()", number, hypers, own.words()),
-            step=number,
-            phase="agree",
-        )
-        everyone = [own] * self._topology.world_size if equal else self._agreement.gather(own)
-        inputs = StepInputs.merge(everyone)
-        copied_nbytes = survey.copied_nbytes
-        if inputs.replaced:  # of several values the lowest rank's wins
-            taken = StepInputs.merge(everyone[: self._topology.rank]).replaced
-            copied_nbytes += self._registry.adopt(survey.replaced, ~taken)
-            self.last_step = self.last_step.healed()
-        if own.loss_scale != inputs.loss_scale:
-            self._pipeline.scale_grads(inputs.loss_scale / own.loss_scale)
-        if inputs.replaced or len({each.loss_scale for each in everyone}) > 1:
-            self._pipeline.sync()
-            self._agreement.all_equal(0, number, "adopt")
-        self._pipeline.sync()
-        return replace(survey, copied_nbytes=copied_nbytes), inputs
-
-    def _survey(self, loss_scale: float) -> Survey:
-        if not 0.0 < as_real("loss_scale", loss_scale) < math.inf:
-            raise HyperparamsError(
-                f"loss_scale must be a finite number > 0; got {loss_scale}. Leave it out for 1."
-            )
+    def _survey(self) -> Survey:
         return self._registry.survey()
-
-    def _finish_step(self, poisoned: int | None) -> str | None:
-        """Make the updated parameters readable and tell all ranks which is poisoned first."""
-        self._pipeline.sync()
-        none = len(self._registry.bindings)
-        mine = np.array([none if poisoned is None else poisoned])
-        step = self.last_step.step + 1
-        first = self._agreement.rollcall.allreduce(mine, MPI.MIN, step, "finish")[0]
-        self._pipeline.sync()
-        return None if first == none else self._registry.bindings[first].name
 
     def _publish_initial(self, bindings: Sequence[Binding]) -> None:
         """Copy rank 0's values into the windows and bind all parameters to them."""
-        self._pipeline.sync()
-        self._agreement.all_equal(0, 0, "allocate")  # every owner has touched its pages
+        self._accord.meet(0, "allocate")  # every owner has touched its pages
         if self._topology.rank == 0:
             for binding in bindings:
                 binding.fill()
-        self._pipeline.sync()
-        self._agreement.all_equal(0, 0, "publish")
-        self._pipeline.sync()
+        self._accord.meet(0, "publish")
         for binding in bindings:
             binding.bind()
 
@@ -417,12 +421,6 @@ class ShardedNAdam(Generic[P]):
         for dtype in {param.spec.dtype for param in addition.partition.params}:
             self._kernel.prepare(dtype)
         return addition
-
-    def _enter_call(
-        self, call: str, description: Description, error: Exception | None = None
-    ) -> None:
-        self._require_open()
-        self._agreement.enter_call(call, description, error, step=self.last_step.step)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -160,19 +160,28 @@ class Registry(Generic[P]):
             HyperparamsError: A hyperparameter is out of range.
         """
         hypers = self._reader.read(self.param_groups)
+        replaced = self.find_replaced()
         present = 0
-        new_data: dict[int, FloatArray] = {}
         new_grads: dict[int, FloatArray] = {}
         for index, binding in enumerate(self.bindings):
-            data = binding.find_new_data()
-            if data is not None:
-                new_data[index] = data
             has_grad, grad = binding.find_new_grad()
             present |= has_grad << index
             if grad is not None:
                 new_grads[index] = grad
-        new_data = read_before_write(new_data, self._windows)
-        return Survey(hypers, new_data, present, self._take_grads(present, new_grads))
+        return Survey(hypers, replaced, present, self._take_grads(present, new_grads))
+
+    def find_replaced(self) -> dict[int, FloatArray]:
+        """Find arrays that have taken the place of parameters' views of the window.
+
+        Raises:
+            PartitionError: One has another shape or dtype.
+        """
+        replaced: dict[int, FloatArray] = {}
+        for index, binding in enumerate(self.bindings):
+            data = binding.find_new_data()
+            if data is not None:
+                replaced[index] = data
+        return read_before_write(replaced, self._windows)
 
     def adopt(self, replaced: Mapping[int, FloatArray], winners: int) -> int:
         """Bind replaced parameters to the window again.
@@ -216,6 +225,12 @@ class Registry(Generic[P]):
             params = [b.param for index, b in enumerate(self.bindings) if present >> index & 1]
             self._of_mask = present, params
         self.face.updated(self._of_mask[1])
+
+    def rebind(self) -> None:
+        """Let every parameter show the window, whatever has taken its place; it has a new value."""
+        for binding in self.bindings:
+            binding.bind_data()
+        self.face.updated([binding.param for binding in self.bindings])
 
     def release(self) -> None:
         """Untie all parameters from the windows."""

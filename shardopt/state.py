@@ -14,13 +14,13 @@ import numpy as np
 
 from shardopt.bindings import Face
 from shardopt.comm.topology import Topology
-from shardopt.dtypes import compute_dtype, is_floating
+from shardopt.dtypes import compute_dtype, is_floating, state_keys
 from shardopt.errors import CheckpointError, HyperparamsError
 from shardopt.groups import Group, group_values
 from shardopt.kernels.base import FloatArray
 from shardopt.nadam import Clock, Hyperparams
 from shardopt.partition import ParamSpec, Partition, Shard
-from shardopt.storage import SectionStorage, state_keys
+from shardopt.storage import SectionStorage
 
 StateDict = dict[str, Any]
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from shardopt.comm.topology import Topology
 from shardopt.comm.window import Window
-from shardopt.dtypes import compute_dtype, has_master
+from shardopt.dtypes import compute_dtype, has_master, state_keys
 from shardopt.kernels.base import FloatArray
 from shardopt.partition import Partition, PlacedParam, Section, Shard
 from shardopt.stagger import row_numel, staggered_zeros
@@ -85,11 +85,6 @@ class SectionStorage:
         self.zero_grads()
         for array in self.state.values():
             array[:] = 0
-
-
-def state_keys(dtype: str) -> tuple[str, ...]:
-    """Names of the arrays that are the state of a parameter of ``dtype``."""
-    return ("exp_avg", "exp_avg_sq", "master") if has_master(dtype) else ("exp_avg", "exp_avg_sq")
 
 
 def window_nbytes(partition: Partition, sections: range) -> int:

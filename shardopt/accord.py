@@ -1,0 +1,154 @@
+"""What ranks agree on around a step, beside the numbers themselves."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from shardopt.comm.agree import Agreement, Description, attempt, digest_of
+from shardopt.errors import HyperparamsError
+from shardopt.kernels.base import FloatArray
+from shardopt.nadam import as_real
+from shardopt.pipeline import Pipeline
+from shardopt.registry import Registry, StepInputs, Survey, describe_hypers
+
+
+class Follower(Protocol):
+    """Something that goes on beside the steps of all ranks, and takes notice at their ends."""
+
+    def bid(self) -> int:
+        """What this rank brings to the end of a step."""
+        ...
+
+    def step_ended(self, least: int) -> None:
+        """Learn the least that any rank has brought; called on all ranks after the same step."""
+        ...
+
+    def finish(self) -> None:
+        """Come to an end: the optimizer is about to be closed. Collective."""
+        ...
+
+
+class Accord:
+    """The meetings of all ranks: at the beginning and end of a step, and at other calls.
+
+    Collective: every method.
+
+    Args:
+        agreement: The ranks.
+        registry: This rank's parameters.
+        pipeline: Its memory.
+
+    Attributes:
+        followers: The same on every rank, in the same order.
+    """
+
+    def __init__(self, agreement: Agreement, registry: Registry[Any], pipeline: Pipeline) -> None:
+        self.followers: list[Follower] = []
+        self._agreement = agreement
+        self._registry = registry
+        self._pipeline = pipeline
+
+    def enter_call(
+        self, call: str, description: Description, error: Exception | None, *, step: int
+    ) -> None:
+        """See ``Agreement.enter_call``."""
+        self._agreement.enter_call(call, description, error, step=step)
+
+    def meet(self, step: int, phase: str) -> None:
+        """Wait for all ranks; what they have written to windows before can be read after."""
+        self._pipeline.sync()
+        self._agreement.all_equal(0, step, phase)
+        self._pipeline.sync()
+
+    def enter_step(
+        self, look: Callable[[], Survey], step: int, loss_scale: float, overflowed: bool
+    ) -> tuple[Survey, StepInputs]:
+        """Agree on a step and make everyone's gradients readable.
+
+        Args:
+            look: Surveys this rank's parameters; what it raises is agreed upon.
+            step: Number of the step.
+            loss_scale: See ``ShardedNAdam.step``.
+            overflowed: See ``ShardedNAdam.step``.
+
+        Returns:
+            This rank's survey, and what all ranks go by.
+        """
+        found, error = attempt(lambda: _look(look, loss_scale))
+        survey = found or Survey()
+        hypers = [hyper.values() for hyper in survey.hypers]
+        scale = 1.0 if error is not None else as_real("loss_scale", loss_scale)
+        own = StepInputs(survey.present, survey.replaced_mask, scale, bool(overflowed))
+        self._pipeline.sync()
+        equal = self._agreement.agree(
+            lambda: {"the call": "step()", "the step": step, **describe_hypers(survey.hypers)},
+            error,
+            digest=digest_of("step()", step, hypers, own.words()),
+            step=step,
+            phase="agree",
+        )
+        num_ranks = self._agreement.topology.world_size
+        everyone = [own] * num_ranks if equal else self._agreement.gather(own)
+        inputs = StepInputs.merge(everyone)
+        copied_nbytes = survey.copied_nbytes
+        if inputs.replaced:
+            masks = [each.replaced for each in everyone]
+            copied_nbytes += self._adopt(survey.replaced, masks)
+        if own.loss_scale != inputs.loss_scale:
+            self._pipeline.scale_grads(inputs.loss_scale / own.loss_scale)
+        if inputs.replaced or len({each.loss_scale for each in everyone}) > 1:
+            self.meet(step, "adopt")
+        self._pipeline.sync()
+        return replace(survey, copied_nbytes=copied_nbytes), inputs
+
+    def adopt(self, replaced: Mapping[int, FloatArray], step: int) -> bool:
+        """Take over parameters that have been replaced on some rank, as a step would.
+
+        Returns:
+            Whether there were any.
+        """
+        masks = self._agreement.gather(sum(1 << index for index in replaced))
+        if not any(masks):
+            return False
+        self._adopt(replaced, masks)
+        self.meet(step, "adopt")
+        return True
+
+    def finish_step(self, poisoned: int | None, step: int) -> tuple[str | None, list[int]]:
+        """Make the updated parameters readable.
+
+        Returns:
+            The first parameter that is poisoned on any rank, and for each of the followers the
+            least that they have brought.
+        """
+        self._pipeline.sync()
+        none = len(self._registry.bindings)
+        mine = [none if poisoned is None else poisoned, *(f.bid() for f in self.followers)]
+        rollcall = self._agreement.rollcall
+        first, *least = map(int, rollcall.allreduce(np.array(mine), MPI.MIN, step, "finish"))
+        self._pipeline.sync()
+        return None if first == none else self._registry.bindings[first].name, least
+
+    def tell_followers(self, least: Sequence[int]) -> None:
+        """Let followers go on, when the step itself is over: they may raise."""
+        for follower, bid in zip(list(self.followers), least, strict=True):
+            follower.step_ended(bid)
+
+    def _adopt(self, replaced: Mapping[int, FloatArray], masks: Sequence[int]) -> int:
+        """Of several values of a parameter the lowest rank's wins; gives the bytes copied."""
+        taken = 0
+        for mask in masks[: self._agreement.topology.rank]:
+            taken |= mask
+        return self._registry.adopt(replaced, ~taken)
+
+
+def _look(look: Callable[[], Survey], loss_scale: float) -> Survey:
+    if not 0.0 < as_real("loss_scale", loss_scale) < math.inf:
+        raise HyperparamsError(
+            f"loss_scale must be a finite number > 0; got {loss_scale}. Leave it out for 1."
+        )
+    return look()

@@ -1,0 +1,111 @@
+"""What goes on beside training: a save under way, and the wait for a signal."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+from shardopt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+    from types import FrameType
+
+    from shardopt.checkpoint.saving import Committed, Saving
+    from shardopt.optimizer import ShardedNAdam
+
+
+class InFlight:
+    """A save that goes on at the ends of steps, once all ranks have done their jobs.
+
+    Collective: construction, and every method but ``bid``.
+
+    Args:
+        saving: Just begun.
+        core: Whose steps are taken.
+        landed: Called with what came of it, and with whether that was at the end of a step.
+    """
+
+    def __init__(
+        self,
+        saving: Saving,
+        core: ShardedNAdam[Any],
+        landed: Callable[[Committed | CheckpointError, bool], None],
+    ) -> None:
+        self._saving = saving
+        self._core = core
+        self._landed = landed
+        self._job: Future[Any] | None = next(saving)
+        core.followers.append(self)
+
+    def bid(self) -> int:
+        """Whether this rank's job is done."""
+        return int(self._job is None or self._job.done())
+
+    def step_ended(self, least: int) -> None:
+        """Go on if the jobs of all ranks are done."""
+        if least:
+            self._go_on(in_step=True)
+
+    def finish(self) -> None:
+        """Wait for all jobs."""
+        while self._job is not None:
+            self._job.exception()  # waits
+            self._go_on(in_step=False)
+
+    def _go_on(self, *, in_step: bool) -> None:
+        outcome: Committed | CheckpointError
+        try:
+            self._job = next(self._saving)
+        except StopIteration as end:
+            outcome = end.value
+        except CheckpointError as error:
+            outcome = error
+        else:
+            return
+        self._job = None
+        self._core.followers.remove(self)
+        self._landed(outcome, in_step)
+
+
+class SignalWatch:
+    """Lets all ranks know, after the same step, of a signal that came to any of them.
+
+    Args:
+        core: Whose steps are taken.
+        signals: Those caught from now on.
+        heard: Called after each step with the signal, or None.
+    """
+
+    def __init__(
+        self,
+        core: ShardedNAdam[Any],
+        signals: Sequence[signal.Signals],
+        heard: Callable[[signal.Signals | None], None],
+    ) -> None:
+        self._core = core
+        self._heard = heard
+        self._caught = 0
+        self._before = {number: signal.signal(number, self._catch) for number in signals}
+        core.followers.append(self)
+
+    def bid(self) -> int:
+        """The signal that came to this rank, negative; 0 for none."""
+        caught, self._caught = self._caught, 0
+        return -caught
+
+    def step_ended(self, least: int) -> None:
+        """Tell of the signal."""
+        self._heard(signal.Signals(-least) if least else None)
+
+    def finish(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if self in self._core.followers:
+            self._core.followers.remove(self)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self._caught = number
