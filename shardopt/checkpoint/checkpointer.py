@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from shardopt.checkpoint import disk
 from shardopt.checkpoint.directory import StepFolder, list_checkpoints, step_names, superfluous
 from shardopt.checkpoint.followers import InFlight, SignalWatch
@@ -98,7 +100,7 @@ class Checkpointer:
             CheckpointError: This save failed, or the one before did; on every rank.
         """
         self.wait()
-        core = opt.core
+        core, step = opt.core, int(step) if isinstance(step, np.integer) else step
         plan = Plan(
             call="Checkpointer.save()",
             step=step,
@@ -202,8 +204,12 @@ class Checkpointer:
         """
         self._stop_watching()
         chosen = signals or (signal.SIGTERM, signal.SIGUSR1)
-        opt.core.enter_call("Checkpointer.save_on_signal()", {"signals": chosen})
-        self._watch = SignalWatch(opt.core, chosen, self._hear)
+        self._watch, error = attempt(lambda: SignalWatch(opt.core, chosen, self._hear))
+        try:
+            opt.core.enter_call("Checkpointer.save_on_signal()", {"signals": chosen}, error)
+        except Exception:
+            self._stop_watching()
+            raise
 
     def close(self) -> None:
         """Wait for what is under way, and give signals back. Collective."""

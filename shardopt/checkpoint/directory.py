@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from shardopt.checkpoint.manifest import MANIFEST_NAME
 
-_NAME = re.compile(r"step-(\d{12,18})(?:\.(\d{1,9}))?")
+_NAME = re.compile(r"step-(\d{12,19})(?:\.(\d{1,9}))?")
 
 
 class StepFolder(NamedTuple):

@@ -102,7 +102,7 @@ class SignalWatch:
     def finish(self) -> None:
         """Let signals do what they did before."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
         if self in self._core.followers:
             self._core.followers.remove(self)

@@ -338,7 +338,10 @@ def _os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "Nothing that was there before has changed: see to the disk and save again"
+        if isinstance(error, FileNotFoundError):
+            remedy = "All ranks must see the folder, and nobody may remove it"
         raise CheckpointError(
             f"a checkpoint must be written to {str(folder)!r}; got {error.strerror or error}. "
-            "Nothing that was there before has changed: see to the disk and save again."
+            f"{remedy}."
         ) from error
