@@ -83,7 +83,9 @@ class Checkpointer:
         self._writer: ThreadPoolExecutor | None = None
         self._swept = False
 
-    def save(self, step: int, opt: HasCore, extra: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, step: int | np.integer, opt: HasCore, extra: Mapping[str, Any] | None = None
+    ) -> None:
         """Save a checkpoint; see ``shardopt.checkpoint.save`` for what is in it.
 
         Waits for the one before, if that is still being written.
@@ -100,12 +102,12 @@ class Checkpointer:
             CheckpointError: This save failed, or the one before did; on every rank.
         """
         self.wait()
-        core, step = opt.core, int(step) if isinstance(step, np.integer) else step
+        core, number = opt.core, int(step) if isinstance(step, np.integer) else step
         plan = Plan(
             call="Checkpointer.save()",
-            step=step,
+            step=number,
             folder=self._directory,
-            names=lambda: step_names(step),
+            names=lambda: step_names(number),
             submit=run_here,
             after_commit=self._tidy,
         )
@@ -117,13 +119,13 @@ class Checkpointer:
             self._staged.copy(image, core.num_cores)
             return self._staged
 
-        def landed(outcome: Committed | CheckpointError, in_step: bool) -> None:
+        def landed(outcome: Committed | CheckpointError, awaited: bool) -> None:
             self._in_flight = None
             if isinstance(outcome, Committed):
                 _tell_problem(core, outcome)
                 return
             self._failure = outcome
-            if in_step:
+            if not awaited:
                 _tell(core, f"a checkpoint could not be saved, as wait() will say, too: {outcome}")
 
         saving = start_saving(replace(plan, submit=self._submit, stage=stage), opt, extra)
@@ -175,7 +177,7 @@ class Checkpointer:
             CheckpointError: It could not be saved; on every rank.
         """
         if self._in_flight is not None:
-            self._in_flight.finish()
+            self._in_flight.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise type(failure)(str(failure)) from failure

@@ -24,7 +24,7 @@ class InFlight:
     Args:
         saving: Just begun.
         core: Whose steps are taken.
-        landed: Called with what came of it, and with whether that was at the end of a step.
+        landed: Called with what came of it, and with whether somebody waits for that.
     """
 
     def __init__(
@@ -46,15 +46,19 @@ class InFlight:
     def step_ended(self, least: int) -> None:
         """Go on if the jobs of all ranks are done."""
         if least:
-            self._go_on(in_step=True)
+            self._go_on(awaited=False)
 
     def finish(self) -> None:
         """Wait for all jobs."""
+        self.wait(awaited=False)
+
+    def wait(self, *, awaited: bool = True) -> None:
+        """Wait for all jobs, as the user does."""
         while self._job is not None:
             self._job.exception()  # waits
-            self._go_on(in_step=False)
+            self._go_on(awaited=awaited)
 
-    def _go_on(self, *, in_step: bool) -> None:
+    def _go_on(self, *, awaited: bool) -> None:
         outcome: Committed | CheckpointError
         try:
             self._job = next(self._saving)
@@ -66,7 +70,7 @@ class InFlight:
             return
         self._job = None
         self._core.followers.remove(self)
-        self._landed(outcome, in_step)
+        self._landed(outcome, awaited)
 
 
 class SignalWatch:

@@ -12,6 +12,7 @@ need not.
 3. Tell all ranks how it ended.
 """
 
+import os
 import platform
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -198,9 +199,10 @@ def _begin(plan: Plan, core: ShardedNAdam[Any], extra: Mapping[str, Any] | None)
         encode(group_values(group), f"param_groups[{i}]", rank, arrays)
         for i, group in enumerate(core.param_groups)
     ]
-    first = next(iter(plan.names()))
-    unfinished = f"{disk.UNFINISHED_PREFIX}{first}-{secrets.token_hex(4)}"
     with _os_errors(plan.folder):
+        free = (name for name in plan.names() if not os.path.lexists(plan.folder / name))
+        name = next(free, None) or _refuse_existing(plan)
+        unfinished = f"{disk.UNFINISHED_PREFIX}{name}-{secrets.token_hex(4)}"
         disk.make_unfinished(plan.folder / unfinished)
     return _Begun(replaced, arrays, per_rank, (everyones, groups), unfinished)
 
@@ -305,8 +307,13 @@ def _commit(
             with suppress(FileExistsError):
                 disk.commit(folder, plan.folder / name)
                 return Committed(plan.folder / name, plan.after_commit(plan.folder / name))
+    return _refuse_existing(plan)
+
+
+def _refuse_existing(plan: Plan) -> NoReturn:
+    last = list(plan.names())[-1]
     raise CheckpointError(
-        f"path must not exist; got {str(plan.folder / name)!r}, which is there already. Choose "
+        f"path must not exist; got {str(plan.folder / last)!r}, which is there already. Choose "
         "another, or use a Checkpointer."
     )
 
