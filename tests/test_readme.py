@@ -42,6 +42,40 @@ def test_an_example_trains(mpirun, tmp_path, framework):
     assert job.stdout.count("trained") == 2
 
 
+CHECKPOINTS = """
+import torch
+from mpi4py import MPI
+from shardopt.torch import NAdam
+
+torch.manual_seed(0)
+batches = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(LENGTH)]
+model = torch.nn.Linear(4, 1)
+opt = NAdam(model.parameters())
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=400)
+taken = []
+
+def train_step(x, y):
+    opt.zero_grad()
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    opt.step()
+    scheduler.step()
+    taken.append(opt.last_step.step)
+
+"""
+
+
+def test_the_example_of_checkpoints_resumes(mpirun):
+    require("torch")
+    (example,) = [text for text in EXAMPLES if "Checkpointer(" in text]
+    for num_ranks, length, taken, saved in (2, 250, "1 250 250", 200), (3, 320, "201 320 120", 300):
+        ending = "print(f'{taken[0]} {taken[-1]} {len(taken)} {scheduler.last_epoch}\\n', end='')"
+        source = CHECKPOINTS.replace("LENGTH", str(length)) + example + ending
+        job = mpirun(num_ranks, source=source)
+        assert job.returncode == 0, job.output
+        assert job.stdout.splitlines() == [f"{taken} {length}"] * num_ranks
+        assert (mpirun.folder / "checkpoints" / f"step-{saved:012d}").is_dir()
+
+
 def test_linked_files_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
