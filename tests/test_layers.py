@@ -17,6 +17,12 @@ def test_import_shardopt_is_light():
     assert not loaded.intersection(HEAVY)
 
 
+def test_the_command_line_needs_neither_mpi_nor_numba():
+    loaded = modules_loaded_by("import shardopt.cli")
+    assert "shardopt.cli.ckpt.prune" in loaded
+    assert not loaded.intersection((*HEAVY, "rich"))
+
+
 def test_the_optimizer_loads_what_it_needs_when_asked_for():
     loaded = modules_loaded_by("import shardopt; shardopt.NAdam")
     assert {"mpi4py", "numba", "shardopt.numpy"} <= loaded

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from shardopt.checkpoint.manifest import MANIFEST_NAME
 
-_NAME = re.compile(r"step-(\d{12,19})(?:\.(\d{1,9}))?")
+STEP_NAME = re.compile(r"step-(\d{12,19})(?:\.(\d{1,9}))?")
 
 
 class StepFolder(NamedTuple):
@@ -39,7 +39,7 @@ def list_checkpoints(directory: Path) -> list[StepFolder]:
     """
     found = []
     for path in directory.iterdir() if directory.exists() else ():
-        match = _NAME.fullmatch(path.name)
+        match = STEP_NAME.fullmatch(path.name)
         if match and (path / MANIFEST_NAME).exists():
             found.append(StepFolder(int(match[1]), int(match[2] or 0), path))
     return sorted(found)

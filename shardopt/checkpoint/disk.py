@@ -168,11 +168,19 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def leftovers(directory: Path) -> list[Path]:
+    """Find what dead jobs have left unfinished in a directory of checkpoints."""
+    return [
+        folder
+        for folder in directory.iterdir()
+        if folder.name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX)) and _is_abandoned(folder)
+    ]
+
+
 def remove_leftovers(directory: Path) -> None:
     """Remove what dead jobs have left unfinished in a directory of checkpoints."""
-    for folder in directory.iterdir():
-        if folder.name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX)) and _is_abandoned(folder):
-            discard(folder)
+    for folder in leftovers(directory):
+        discard(folder)
 
 
 def _is_abandoned(folder: Path) -> bool:

@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 from shardopt.checkpoint.manifest import itemsize
 from shardopt.errors import CheckpointError
-from shardopt.kernels.copying import copy_past_cache
 
 Bytes = NDArray[np.uint8]
 
 HEADER_ALIGNMENT = 4096  # of data in the file: direct reads and writes, and mmap, need it
 PIECE_NBYTES = 8 << 20
 
-_NAMES = {
+SAFETENSORS_DTYPES = {
     **{"bool": "BOOL", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"},
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
     **{"complex64": "F32", "complex128": "F64"},
 }
+"""What safetensors calls our dtypes; a complex number is two real ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class FileImage:
             stop = position + source.size
             numel = item.array.size * (2 if item.dtype.startswith("complex") else 1)
             entries[item.name] = {
-                "dtype": _NAMES[item.dtype],
+                "dtype": SAFETENSORS_DTYPES[item.dtype],
                 "shape": [numel],
                 "data_offsets": [position, stop],
             }
@@ -84,13 +84,7 @@ class FileImage:
             self._sources.append(source)
             self._starts.append(stop)
             position = stop
-        if len(entries) != len(items):
-            names = [item.name for item in items]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(
-                f"names of tensors must be unique in a file; got {twice!r} twice. Rename the "
-                "parameter that looks like a part of another."
-            )
+        _require_names([item.name for item in items])
         header = _header(entries, firsts)
         self.header_nbytes = header.size
         self.nbytes = header.size + position
@@ -143,6 +137,8 @@ class StagedImage:
 
     def copy(self, image: FileImage, num_threads: int) -> None:
         """Take over a whole file."""
+        from shardopt.kernels.copying import copy_past_cache  # here: readers do without Numba
+
         padded = -(-image.nbytes // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
         self.reserve(padded)
         self.nbytes = image.nbytes
@@ -171,6 +167,17 @@ def aligned_empty(nbytes: int) -> Bytes:
     memory = np.empty(nbytes + HEADER_ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % HEADER_ALIGNMENT
     return memory[start : start + nbytes]
+
+
+def _require_names(names: Sequence[str]) -> None:
+    seen = {"__metadata__"}  # what the format itself puts there
+    for name in names:
+        if name in seen:
+            raise CheckpointError(
+                f"names of tensors must be unique in a file; got {name!r} again. Rename the "
+                "parameter that is called like something else."
+            )
+        seen.add(name)
 
 
 def _header(entries: dict[str, Any], firsts: dict[str, Any]) -> Bytes:

@@ -59,7 +59,8 @@ def read_manifest_text(path: Path) -> bytes:
     """Read the bytes of a checkpoint's manifest; see ``from_text``."""
     try:
         with (path / MANIFEST_NAME).open("rb") as file:
-            return file.read(MAX_MANIFEST_NBYTES + 1)
+            nbytes = os.fstat(file.fileno()).st_size  # read() makes room for what it is asked for
+            return file.read(min(nbytes, MAX_MANIFEST_NBYTES) + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.exists():
             raise CheckpointError(
@@ -118,6 +119,7 @@ class Reader:
         wanted: Iterable[Wanted],
         num_threads: int = 1,
         advance: Callable[[int], object] | None = None,
+        damage: Callable[[int, int, DamagedCheckpointError], object] | None = None,
     ) -> None:
         """Read and verify runs of bytes, each into its target.
 
@@ -125,6 +127,8 @@ class Reader:
             wanted: In any order; targets do not overlap.
             num_threads: Threads that read and hash.
             advance: Called, by any thread, with the number of bytes read since.
+            damage: Called likewise with file, chunk and error of each damaged chunk. Without it the
+                first one is raised.
 
         Raises:
             DamagedCheckpointError: A chunk is not what was written; names the file and the chunk.
@@ -138,7 +142,7 @@ class Reader:
         def run(task: "_Task") -> None:
             if not hasattr(buffers, "own"):
                 buffers.own = aligned_empty(CHUNK_NBYTES)
-            self._run(task, buffers.own)
+            self._run(task, buffers.own, damage)
             if advance is not None:
                 advance(task.nbytes)
 
@@ -208,9 +212,14 @@ class Reader:
             except OSError as error:
                 raise damaged(f"file {path.name}", "be readable", error.strerror or "") from error
 
-    def _run(self, task: "_Task", buffer: Bytes) -> None:
+    def _run(
+        self,
+        task: "_Task",
+        buffer: Bytes,
+        damage: Callable[[int, int, DamagedCheckpointError], object] | None,
+    ) -> None:
         """Read and verify chunk by chunk, so that each is hashed while it is in the cache."""
-        entry, fd = self.manifest.files[task.file], self._fds[task.file]
+        entry = self.manifest.files[task.file]
         first = task.first * CHUNK_NBYTES
         for chunk in range(task.first, task.last):
             start = chunk * CHUNK_NBYTES
@@ -219,18 +228,27 @@ class Reader:
                 content = buffer[: stop - start]
             else:
                 content = task.target[start - first : stop - first]
-            _read_full(fd, content, start, entry.name)
-            if xxhash.xxh3_128_hexdigest(content.data) != entry.digest(chunk):
-                raise damaged(
-                    f"chunk {chunk} of file {entry.name}",
-                    f"have the digest {entry.digest(chunk)}",
-                    f"another (bytes {start} to {stop})",
-                )
+            try:
+                self._read_chunk(task.file, chunk, content)
+            except DamagedCheckpointError as error:
+                if damage is None:
+                    raise
+                damage(task.file, chunk, error)
             for run in task.parts:
                 if run.target is not None:
                     low, high = max(run.offset, start), min(run.offset + run.nbytes, stop)
                     part = content[low - start : high - start]
                     np.copyto(run.target[low - run.offset : high - run.offset], part)
+
+    def _read_chunk(self, file: int, chunk: int, content: Bytes) -> None:
+        entry, start = self.manifest.files[file], chunk * CHUNK_NBYTES
+        _read_full(self._fds[file], content, start, entry.name)
+        if xxhash.xxh3_128_hexdigest(content.data) != entry.digest(chunk):
+            raise damaged(
+                f"chunk {chunk} of file {entry.name}",
+                f"have the digest {entry.digest(chunk)}",
+                f"another (bytes {start} to {start + len(content)})",
+            )
 
 
 def wanted_slices(

@@ -58,12 +58,13 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
     return {"$array": [file, len(arrays) - 1]}
 
 
-def decode(value: Any, array: Callable[[int, int], Array], depth: int = 0) -> Any:
+def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
     """Turn JSON of ``encode`` back into the value.
 
     Args:
         value: The JSON.
-        array: Gives the array of a file and index, or raises ``IndexError``.
+        array: Gives the array of a file and index, or what stands for it; or raises
+            ``IndexError``.
         depth: How deep in a larger value it is.
 
     Raises:
@@ -103,7 +104,7 @@ def _encode_mapping(
 
 
 def _decode_items(
-    content: list[Any], array: Callable[[int, int], Array], depth: int
+    content: list[Any], array: Callable[[int, int], Any], depth: int
 ) -> dict[Any, Any]:
     def inner(item: Any) -> Any:
         return decode(item, array, depth + 1)

@@ -215,3 +215,13 @@ def test_parameters_without_names_are_matched_by_position(comm, mpi_tmp_path):
         train(opt, range(3, 4))
         load(mpi_tmp_path / "b", opt)
         assert [p.data.tobytes() for p in params_of(opt)] == [p.data.tobytes() for p in nameless]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "w::exp_avg"])
+def test_names_that_would_be_others_in_a_file(comm, mpi_tmp_path, name):
+    specs = [("w", (3,), "float32"), (name, (3,), "float32")]
+    with build(comm, specs=specs) as opt:
+        with pytest.raises(CheckpointError, match="names of tensors must be unique in a file"):
+            save(mpi_tmp_path / "a", opt)
+        assert comm.bcast(list(mpi_tmp_path.iterdir())) == []
+        train(opt, range(1))

@@ -1,0 +1,8 @@
+"""``python -m shardopt.cli`` is ``shardopt``."""
+
+import sys
+
+from shardopt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What a command is.
+
+A command is a file with a ``COMMAND`` in it. Its group's ``__init__`` lists it, and ``GROUPS`` in
+``shardopt.cli`` lists the group.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NoReturn
+
+
+class Exit(IntEnum):
+    """Exit codes."""
+
+    FINE = 0
+    PROBLEMS = 1
+    USAGE = 2
+    INTERRUPTED = 130  # as shells report SIGINT
+    BROKEN_PIPE = 141  # and SIGPIPE
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        name: As it is typed.
+        summary: A line for the list of commands.
+        details: What else ``--help`` says of it.
+        example: How it is used.
+        exit_codes: What 0 and 1 mean.
+        add_arguments: Describes its arguments to a parser.
+        run: Does it and gives the exit code. What it raises as a ``ShardoptError`` or ``OSError``
+            becomes a sentence on stderr.
+    """
+
+    name: str
+    summary: str
+    details: str
+    example: str
+    exit_codes: tuple[str, str]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands that belong together, ``shardopt NAME COMMAND``."""
+
+    name: str
+    summary: str
+    commands: Sequence[Command]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong with the arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        name = " ".join(self.prog.split()[:2])
+        text = f"arguments must be as --help says; got: {message}. Try: {self.prog} --help."
+        self.exit(Exit.USAGE, f"{name}: {text}\n")
+
+
+def add_group(parsers: Any, group: Group) -> None:
+    """Add a group of commands to ``add_subparsers()`` of a parser."""
+    parser = parsers.add_parser(
+        group.name, help=group.summary, description=_sentence(group.summary)
+    )
+    names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in group.commands:
+        fine, problems = command.exit_codes
+        inner = names.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{_sentence(command.summary)}\n\n{command.details}",
+            epilog=f"example:\n  {command.example}\n\n"
+            f"exit code:\n  0  {fine}\n  1  {problems}\n"
+            "  2  wrong arguments, nothing there, or no access",
+        )
+        command.add_arguments(inner)
+        inner.set_defaults(run=command.run, parser=inner, prog=parser.prog)
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."

@@ -1,0 +1,75 @@
+"""What ``extra`` and the param groups hold, as text: arrays by dtype and shape, unread."""
+
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shardopt.checkpoint.manifest import ArrayEntry, Manifest
+from shardopt.checkpoint.values import decode
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Stands for an array that lies in a file."""
+
+    file: int
+    index: int
+    entry: ArrayEntry
+
+    def __str__(self) -> str:
+        return f"array({self.entry.dtype}, {list(self.entry.shape)})"
+
+    __repr__ = __str__
+
+
+def decode_values(manifest: Manifest, value: Any) -> Any:
+    """Decode a value of a manifest without reading its arrays.
+
+    Raises:
+        DamagedCheckpointError: It is none.
+    """
+
+    def stand_in(file: int, index: int) -> StoredArray:
+        return StoredArray(file, index, manifest.files[file].arrays[index])
+
+    return decode(value, stand_in)
+
+
+def decode_groups(manifest: Manifest) -> list[Any]:
+    """Decode the hyperparameters of the param groups."""
+    return [decode_values(manifest, group) for group in manifest.groups]
+
+
+def decode_extra(manifest: Manifest) -> dict[str, Any]:
+    """Decode ``extra``: ``per_rank`` in it is a list; empty if there is none."""
+    extra = decode_values(manifest, manifest.extra["replicated"])
+    per_rank = decode_values(manifest, manifest.extra["per_rank"])
+    content = extra if isinstance(extra, dict) else {} if extra is None else {"extra": extra}
+    return content if per_rank is None else {**content, "per_rank": per_rank}
+
+
+def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Give each value within a value: ``extra['rng'][0]``, 5. Lists of plain values stay whole."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple) and any(map(_is_nested, value)):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{name}[{index}]")
+    else:
+        yield name, value
+
+
+def abbreviate(value: Any) -> str:
+    """Write a value in one line that is not too long."""
+    return _SHORT.repr(value)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple | StoredArray)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 72
+_SHORT.maxlong = 24

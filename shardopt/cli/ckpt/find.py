@@ -1,0 +1,171 @@
+"""Which checkpoints there are, and how they are, as far as that is seen without reading data."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardopt.checkpoint.directory import STEP_NAME
+from shardopt.checkpoint.disk import REMOVED_PREFIX, UNFINISHED_PREFIX
+from shardopt.checkpoint.manifest import MANIFEST_NAME, Manifest
+from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.errors import CheckpointError
+
+COMPLETE, DAMAGED, UNFINISHED, REMOVED = "complete", "damaged", "unfinished", "removed"
+
+_FILE_SUFFIX = ".safetensors"
+_FILE_PREFIX = "rank-"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint, whole or not.
+
+    Attributes:
+        path: Its folder.
+        state: COMPLETE, DAMAGED, UNFINISHED (never committed) or REMOVED (in part).
+        problems: What is wrong with a damaged one.
+        step: As the manifest or else the folder's name has it.
+        nbytes: Of the files that are there.
+        created: When, as the manifest has it.
+        world_size: Ranks that saved it.
+        num_params: Its parameters.
+        numel: Elements of all of them.
+    """
+
+    path: Path
+    state: str
+    problems: tuple[str, ...]
+    step: int | None
+    nbytes: int
+    created: str = ""
+    world_size: int | None = None
+    num_params: int | None = None
+    numel: int | None = None
+
+    @property
+    def age(self) -> tuple[int, str, str]:
+        """Sorts the newest last."""
+        return (-1 if self.step is None else self.step, self.created, self.path.name)
+
+
+def find(path: Path) -> list[Path]:
+    """Find the checkpoints at a path: itself, if it is one, or those that the directory holds.
+
+    Raises:
+        CheckpointError: It is no folder.
+    """
+    if not path.is_dir():
+        got = "is no folder" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"path must be a checkpoint or a directory of them; got {str(path)!r}, which {got}. "
+            "Pass the directory that checkpoints were saved to."
+        )
+    if _looks_like_one(path.absolute()):
+        return [path]
+    return [child for child in sorted(path.iterdir()) if child.is_dir() and _looks_like_one(child)]
+
+
+def find_all(paths: Sequence[Path], leftovers: bool = True) -> list[Path]:
+    """Find the checkpoints at several paths.
+
+    Args:
+        paths: Checkpoints, or directories of them.
+        leftovers: Whether a directory's unfinished and removed ones count, too.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = [
+        folder
+        for path in paths
+        for folder in find(path)
+        if leftovers or folder == path or not is_leftover(folder)
+    ]
+    if not found:
+        raise CheckpointError(
+            f"path must hold a checkpoint; got {', '.join(map(repr, map(str, paths)))}, without "
+            "any. Pass the directory that checkpoints were saved to."
+        )
+    return found
+
+
+def require_one(path: Path) -> Path:
+    """See that a path is one checkpoint.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
+    found = find_all([path])
+    if found != [path]:
+        raise CheckpointError(
+            f"path must be one checkpoint; got {str(path)!r}, a directory of {len(found)}. Name "
+            f"one of them: {found[-1]}."
+        )
+    return path
+
+
+def is_leftover(folder: Path) -> bool:
+    """Whether a folder's name says that it is no checkpoint yet, or no longer."""
+    return folder.absolute().name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX))
+
+
+def summarize(folder: Path) -> Summary:
+    """Look at a checkpoint, but not at its data."""
+    step, nbytes = _named_step(folder), folder_nbytes(folder)
+    if is_leftover(folder):
+        removed = folder.absolute().name.startswith(REMOVED_PREFIX)
+        return Summary(folder, REMOVED if removed else UNFINISHED, (), step, nbytes)
+    try:
+        manifest = read_manifest(folder)
+    except (CheckpointError, OSError) as error:
+        return Summary(folder, DAMAGED, (str(error),), step, nbytes)
+    problems = file_problems(folder, manifest)
+    return Summary(
+        folder,
+        DAMAGED if problems else COMPLETE,
+        problems,
+        manifest.step,
+        nbytes,
+        manifest.created,
+        manifest.world_size,
+        len(manifest.params),
+        manifest.param_numel,
+    )
+
+
+def file_problems(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Say which files are missing, of another size, or surplus."""
+    with Reader(folder, manifest) as reader:
+        return tuple(map(str, reader.file_problems()))
+
+
+def folder_nbytes(folder: Path) -> int:
+    """Size of all files below a folder, as far as they can be seen."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:  # it is being removed
+                continue
+    return total
+
+
+def _looks_like_one(folder: Path) -> bool:
+    if is_leftover(folder) or STEP_NAME.fullmatch(folder.name):
+        return True
+    try:
+        with os.scandir(folder) as entries:
+            return any(
+                entry.name == MANIFEST_NAME
+                or (entry.name.startswith(_FILE_PREFIX) and entry.name.endswith(_FILE_SUFFIX))
+                for entry in entries
+            )
+    except OSError:
+        return False
+
+
+def _named_step(folder: Path) -> int | None:
+    match = STEP_NAME.search(folder.absolute().name)
+    return int(match[1]) if match else None

@@ -1,0 +1,148 @@
+"""Checkpoints of any content, made without MPI, and the command line called from a test."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from shardopt.checkpoint import disk
+from shardopt.checkpoint.image import FileImage, Item
+from shardopt.checkpoint.manifest import (
+    MANIFEST_NAME,
+    ArrayEntry,
+    FileEntry,
+    Manifest,
+    ParamEntry,
+    Slice,
+    file_name,
+    from_text,
+    to_text,
+)
+from shardopt.checkpoint.values import encode
+from shardopt.cli import main
+
+FORM = re.compile(r"shardopt ckpt: .+ must .+; got.+\. .+\.\n", re.DOTALL)
+
+
+def zero_state(params):
+    """State arrays of zeros, masters of the parameters' values, for ``make``."""
+    state = {}
+    for name, array in params.items():
+        wide = np.float32 if array.dtype.itemsize == 2 else array.dtype
+        state[name] = {key: np.zeros(array.size, wide) for key in ("exp_avg", "exp_avg_sq")}
+        if array.dtype.itemsize == 2:
+            state[name]["master"] = array.reshape(-1).astype(np.float32)
+    return state
+
+
+def make(path, params, state=None, step=7, num_files=2, extra=None, lr=0.1):
+    """Write a checkpoint as ``num_files`` ranks would; ``params`` are arrays by name."""
+    state = zero_state(params) if state is None else state
+    arrays: list[Any] = []
+    json_extra = encode(extra or {}, "extra", 0, arrays)
+    path.mkdir(parents=True)
+    slices = [{key: [] for key in ("param", *state[name])} for name in params]
+    files = []
+    for rank in range(num_files):
+        items, places = [], []
+        for index, (name, array) in enumerate(params.items()):
+            for key, values in {"param": array, **state[name]}.items():
+                flat = values.reshape(-1)
+                start, stop = (flat.size * r // num_files for r in (rank, rank + 1))
+                if start < stop:
+                    label = name if key == "param" else f"{name}::{key}"
+                    if "::" in name:  # it would look like a part of another
+                        label += f"[0:{flat.size}]"
+                    items.append(Item(label, values.dtype.name, start, flat[start:stop]))
+                    places.append((index, key, start, stop))
+        held = arrays if rank == 0 else []
+        items += [Item(f"extra/rank-00000/{i}", a.dtype.name, 0, a) for i, a in enumerate(held)]
+        image = FileImage(items)
+        digests = disk.write_file(path / file_name(rank, num_files), image)
+        for (index, key, start, stop), offset in zip(places, image.offsets, strict=False):
+            slices[index][key].append(Slice(start, stop, rank, offset))
+        offsets = image.offsets[len(places) :]
+        entries = [ArrayEntry(a.dtype.name, a.shape, o) for a, o in zip(held, offsets, strict=True)]
+        files.append(
+            FileEntry(
+                file_name(rank, num_files),
+                image.nbytes,
+                image.header_nbytes,
+                digests,
+                tuple(entries),
+            )
+        )
+    manifest = Manifest(
+        step=step,
+        world_size=num_files,
+        num_steps=step,
+        loss_scale=1.0,
+        params=tuple(
+            ParamEntry(name, array.dtype.name, array.shape, 0, step, 0.5)
+            for name, array in params.items()
+        ),
+        slices=tuple(slices),
+        groups=[{"lr": lr, "betas": {"$tuple": [0.9, 0.999]}}],
+        extra={"replicated": json_extra, "per_rank": None},
+        files=tuple(files),
+        created=f"2025-01-02T03:04:{step % 60:02d}+00:00",
+        attempt="0",
+        writer={"shardopt": "0"},
+    )
+    disk.write_manifest(path, to_text(manifest))
+    return path
+
+
+def alter_manifest(path, **changes):
+    """Write the manifest anew with other fields, and a digest that fits."""
+    file = path / MANIFEST_NAME
+    manifest = replace(from_text(file.read_bytes()), **changes)
+    file.write_bytes(to_text(manifest))
+    return manifest
+
+
+def manifest_of(path):
+    return from_text((path / MANIFEST_NAME).read_bytes())
+
+
+def flip(file, offset):
+    """Change one bit of a file."""
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        byte = opened.read(1)[0]
+        opened.seek(offset)
+        opened.write(bytes([byte ^ 1]))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call of the command line gave."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self):
+        return json.loads(self.stdout)
+
+
+def call(capsys, *words):
+    """Run ``shardopt ckpt`` with some words, in this process."""
+    capsys.readouterr()
+    try:
+        code = main(["ckpt", *map(str, words)])
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return Result(int(code), captured.out, captured.err)
+
+
+def refused(result, *told):
+    """The call must have been refused in one sentence that has each of ``told`` in it."""
+    assert result.code == 2
+    assert FORM.fullmatch(result.stderr), result.stderr
+    assert not [words for words in told if words not in result.stderr], result.stderr
