@@ -197,7 +197,7 @@ def step_coefficients(hyper: Hyperparams, clock: Clock, grad_scale: float) -> St
 
 def as_real(name: str, value: object) -> float:
     """Take a number, a 0-d array or a one-element tensor."""
-    with suppress(RuntimeError, TypeError, ValueError):  # a tensor of two raises the first
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # tensors: the second
         if not isinstance(value, str):  # float() would read it
             return float(value)  # type: ignore[arg-type]  # duck-typed: they have __float__
     raise HyperparamsError(f"{name} must be a real number; got {value!r}. Pass a float.")

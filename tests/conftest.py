@@ -54,6 +54,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("mpirun")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long forms of tests, unless ``-m`` speaks of them."""
+    if "long" in config.getoption("-m"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.fixture
 def comm() -> Iterator["MPI.Intracomm"]:
     """All ranks of the run, in a communicator of the test's own."""

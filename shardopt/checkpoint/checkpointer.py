@@ -256,7 +256,7 @@ class Checkpointer:
         _, error = attempt(lambda: self._reserve(core))
         found = None
         if core.topology.rank == 0 and error is None:
-            found, error = attempt(lambda: list_checkpoints(self._directory))
+            found, error = attempt(lambda: list_checkpoints(self._directory, stripped=True))
         if isinstance(error, OSError):
             error = CheckpointError(
                 f"directory must be readable; got {error.strerror} for {str(self._directory)!r}. "

@@ -31,8 +31,12 @@ def step_names(step: int) -> Iterator[str]:
     return itertools.chain([name], (f"{name}.{repeat}" for repeat in range(1, 10**9)))
 
 
-def list_checkpoints(directory: Path) -> list[StepFolder]:
+def list_checkpoints(directory: Path, stripped: bool = False) -> list[StepFolder]:
     """Find the checkpoints of a directory, oldest step first; none if there is no directory.
+
+    Args:
+        directory: Where to look.
+        stripped: Give also those that have lost their manifest.
 
     Raises:
         OSError: The directory cannot be read.
@@ -40,7 +44,7 @@ def list_checkpoints(directory: Path) -> list[StepFolder]:
     found = []
     for path in directory.iterdir() if directory.exists() else ():
         match = STEP_NAME.fullmatch(path.name)
-        if match and (path / MANIFEST_NAME).exists():
+        if match and path.is_dir() and (stripped or (path / MANIFEST_NAME).exists()):
             found.append(StepFolder(int(match[1]), int(match[2] or 0), path))
     return sorted(found)
 

@@ -7,7 +7,9 @@ from typing import Any, NoReturn
 
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 
-_MAX_DIGITS = 1000  # a state of random numbers has integers of 128 bits and more
+MAX_INTEGER_BITS = 3300  # a state of random numbers has integers of 128 bits and more
+
+_MAX_DIGITS = 1000  # so many bits have less
 _MAX_COUNT = 1 << 62
 _MAX_DIMENSIONS = 64
 _SHOWN_LENGTH = 80
@@ -15,7 +17,11 @@ _SHOWN_LENGTH = 80
 
 def damaged(what: str, rule: str, got: object) -> DamagedCheckpointError:
     """Make the error that says what is wrong with a checkpoint."""
-    shown = got if isinstance(got, str) else repr(got)
+    try:
+        plain = isinstance(got, str) and got != "" and got.isprintable()
+        shown = str(got) if plain else repr(got)
+    except RecursionError:
+        shown = "something very deep"
     if len(shown) > _SHOWN_LENGTH:
         shown = shown[:_SHOWN_LENGTH] + "..."
     return DamagedCheckpointError(f"{what} must {rule}; got {shown}. Use another checkpoint.")

@@ -22,6 +22,8 @@ Bytes = NDArray[np.uint8]
 HEADER_ALIGNMENT = 4096  # of data in the file: direct reads and writes, and mmap, need it
 PIECE_NBYTES = 8 << 20
 
+_METADATA = "__metadata__"  # what the format itself puts among the names
+
 SAFETENSORS_DTYPES = {
     **{"bool": "BOOL", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"},
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
@@ -61,7 +63,7 @@ class FileImage:
         offsets: Where each of the items begins.
 
     Raises:
-        CheckpointError: Two items have one name.
+        CheckpointError: Two items have one name, or one a name that safetensors reserves.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -170,7 +172,7 @@ def aligned_empty(nbytes: int) -> Bytes:
 
 
 def _require_names(names: Sequence[str]) -> None:
-    seen = {"__metadata__"}  # what the format itself puts there
+    seen = {_METADATA}
     for name in names:
         if name in seen:
             raise CheckpointError(
@@ -184,7 +186,7 @@ def _header(entries: dict[str, Any], firsts: dict[str, Any]) -> Bytes:
     """Make the header of a safetensors file: its length, JSON, and spaces up to a page."""
     sharding = json.dumps(firsts, separators=(",", ":"))
     metadata = {"format": "pt", "DCP_SHARDING_INFO": sharding}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text = json.dumps({_METADATA: metadata, **entries}, separators=(",", ":")).encode()
     nbytes = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
     content = (nbytes - 8).to_bytes(8, "little") + text.ljust(nbytes - 8)
     return np.frombuffer(content, np.uint8)

@@ -20,7 +20,7 @@ from shardopt.checkpoint.reader import Reader, Wanted, read_manifest_text, wante
 from shardopt.checkpoint.saving import HasCore
 from shardopt.checkpoint.snapshot import owned_parts
 from shardopt.comm.agree import attempt
-from shardopt.errors import CheckpointError, DamagedCheckpointError, HyperparamsError
+from shardopt.errors import CheckpointError, DamagedCheckpointError
 from shardopt.groups import Group, group_values
 from shardopt.nadam import Clock, Hyperparams
 from shardopt.optimizer import ShardedNAdam
@@ -58,7 +58,7 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
         _, error = attempt(lambda: reader.read(content.first_pass(core, manifest), core.num_cores))
         try:
             _agree(core, error)
-        except CheckpointError:
+        except Exception:
             content.blank()
             raise
         _, error = attempt(lambda: reader.read(content.second_pass(), core.num_cores))
@@ -184,8 +184,9 @@ def _read_groups(groups: Sequence[Group], reader: Reader) -> list[Group]:
             raise damaged(f"param_groups[{index}]", "be a dict", type(values).__name__)
         values = group_values({**group, **values})
         try:
-            Hyperparams.from_group(values)
-        except HyperparamsError as error:
+            hyper = Hyperparams.from_group(values)
+            _ = bool(hyper.maximize), bool(hyper.decays_decoupled)
+        except (TypeError, ValueError) as error:  # HyperparamsError, or of arrays
             raise damaged(f"param_groups[{index}]", "be valid", str(error)) from None
         read.append(values)
     return read

@@ -36,7 +36,7 @@ ARRAY_DTYPES = (
     *("complex64", "complex128"),
 )
 
-_FILE_NAME = re.compile(r"rank-\d{5,9}-of-\d{5,9}\.safetensors")
+_FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
 _DIGEST_LENGTH = 32
 _ITEMSIZES = {"bool": 1} | {
     name: int(re.sub(r"\D", "", name)) // 8 for name in ARRAY_DTYPES if name != "bool"

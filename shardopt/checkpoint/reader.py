@@ -7,6 +7,7 @@ a request, or one that several share, is read into a buffer, hashed, and copied 
 """
 
 import os
+import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -58,9 +59,14 @@ def read_manifest(path: Path) -> Manifest:
 def read_manifest_text(path: Path) -> bytes:
     """Read the bytes of a checkpoint's manifest; see ``from_text``."""
     try:
-        with (path / MANIFEST_NAME).open("rb") as file:
-            nbytes = os.fstat(file.fileno()).st_size  # read() makes room for what it is asked for
-            return file.read(min(nbytes, MAX_MANIFEST_NBYTES) + 1)
+        with open(path / MANIFEST_NAME, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):  # of a device there is no end
+                raise damaged(str(path / MANIFEST_NAME), "be a file", "something else")
+            if status.st_size > MAX_MANIFEST_NBYTES:
+                rule = f"have at most {MAX_MANIFEST_NBYTES} bytes"
+                raise damaged(MANIFEST_NAME, rule, status.st_size)
+            return file.read(status.st_size + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not path.exists():
             raise CheckpointError(
@@ -70,6 +76,10 @@ def read_manifest_text(path: Path) -> bytes:
         raise damaged(str(path), f"hold a {MANIFEST_NAME}", "none") from error
     except OSError as error:
         raise damaged(str(path / MANIFEST_NAME), "be readable", error.strerror or "") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe would wait for a writer
 
 
 class Reader:
@@ -164,12 +174,25 @@ class Reader:
         return array
 
     def decode(self, value: Any) -> Any:
-        """Decode a value of the manifest, reading the arrays that it refers to."""
-        return decode(value, self.array)
+        """Decode a value of the manifest, reading the arrays that it refers to.
+
+        Each is referred to once: else a small file could fill any memory.
+        """
+        read = set()
+
+        def array(file: int, index: int) -> NDArray[Any]:
+            if (file, index) in read:
+                raise damaged("an array of extra", "be referred to once", [file, index])
+            read.add((file, index))
+            return self.array(file, index)
+
+        return decode(value, array)
 
     def extra(self) -> dict[str, Any] | None:
         """Read what was saved as ``extra``; ``per_rank`` in it has an entry for each rank."""
         extra: dict[str, Any] | None = self.decode(self.manifest.extra["replicated"])
+        if not isinstance(extra, dict | None):
+            raise damaged("extra", "be a dict or None", type(extra).__name__)
         per_rank = self.manifest.extra["per_rank"]
         if per_rank is None:
             return extra

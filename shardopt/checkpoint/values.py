@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.checkpoint.fields import Fields, damaged
+from shardopt.checkpoint.fields import MAX_INTEGER_BITS, Fields, damaged
 from shardopt.checkpoint.manifest import ARRAY_DTYPES
-from shardopt.errors import CheckpointError
+from shardopt.errors import CheckpointError, DamagedCheckpointError
 
 Array = NDArray[Any]
 
@@ -39,8 +39,17 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) is bool:
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, such as an enum, too
+    if isinstance(value, int):
+        if value.bit_length() > MAX_INTEGER_BITS:
+            raise CheckpointError(
+                f"{where} must have at most {MAX_INTEGER_BITS} bits; got {value.bit_length()}. "
+                "Save it as text, or leave it out."
+            )
+        return int.__int__(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if depth == _MAX_DEPTH:
@@ -52,8 +61,6 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
     if isinstance(value, list | tuple):
         items = [encode(v, f"{where}[{i}]", file, arrays, depth + 1) for i, v in enumerate(value)]
         return {"$tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, int | str):  # of a subclass, such as an enum
-        return value.__class__.__mro__[-2](value)
     arrays.append(_as_array(value, where))
     return {"$array": [file, len(arrays) - 1]}
 
@@ -79,7 +86,7 @@ def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
     if len(value) != 1 or not next(iter(value)).startswith("$"):
         return {key: decode(item, array, depth + 1) for key, item in value.items()}
     ((kind, content),) = value.items()
-    if kind == "$float" and content in _SPECIAL_FLOATS:
+    if kind == "$float" and isinstance(content, str) and content in _SPECIAL_FLOATS:
         return _SPECIAL_FLOATS[content]
     if kind == "$tuple" and isinstance(content, list):
         return tuple(decode(content, array, depth + 1))
@@ -100,7 +107,25 @@ def _encode_mapping(
     items = {key: inner(item, f"{where}[{key!r}]") for key, item in value.items()}
     if all(type(key) is str and not key.startswith("$") for key in items):
         return items
-    return {"$items": [[inner(key, f"a key of {where}"), item] for key, item in items.items()]}
+    keys = [_encode_key(key, f"a key of {where}", depth + 1) for key in items]
+    return {"$items": [[key, item] for key, item in zip(keys, items.values(), strict=True)]}
+
+
+def _encode_key(key: Any, where: str, depth: int) -> Any:
+    """Encode what comes back as a key: arrays do not, though torch's tensors are hashable."""
+    encoded = encode(key, where, 0, [], depth)
+    try:
+        hash(decode(encoded, _no_array))
+    except (DamagedCheckpointError, TypeError):
+        raise CheckpointError(
+            f"{where} must be None, a number, text or a tuple of those; got {type(key).__name__}. "
+            "Convert it, or leave it out."
+        ) from None
+    return encoded
+
+
+def _no_array(file: int, index: int) -> Array:
+    raise IndexError
 
 
 def _decode_items(
@@ -111,6 +136,8 @@ def _decode_items(
 
     try:
         return {inner(key): inner(item) for key, item in content}
+    except DamagedCheckpointError:  # a ValueError, which says more
+        raise
     except (TypeError, ValueError):  # no pair, or a key that cannot be one
         raise damaged("a value", "be one that was saved", content) from None
 
