@@ -31,3 +31,24 @@ BYTES_PER_PARAMETER = "{}, bytes/parameter"
 LIMIT = "limit of memory, ns/parameter"
 QUIET = 0.05
 """Other jobs may take this share of the cores; beyond it, times say more about them."""
+
+DCP = "torch DCP async_save"
+DCP_KEPT = "torch DCP async_save, stager kept"
+TORCH_SAVE = "torch.save + fsync"
+SYNCHRONOUS = "shardopt, asynchronous=False"
+MEMCPY = "memcpy"
+DIRECT_WRITE = "direct write + fsync"
+BARE_READ = "preadv, nothing verified"
+STEP, COMPUTE = "step", "compute"
+
+# What is measured of a contender, in seconds.
+STALL = "{}: stall"
+WRITTEN = "{}: durable after the stall"
+DURABLE = "{}: durable after the call"
+CPU = "{}: CPU of a rank"
+LOAD = "{}: load"
+LOAD_OVER = "{}: load over a state"
+BESIDE = "{}: {} meanwhile"
+GROWTH = "{}: {} takes beyond, MB"
+
+CHECKPOINT_NBYTES = 1 << 30

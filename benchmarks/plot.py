@@ -15,20 +15,33 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from names import (
+    BARE_READ,
+    BESIDE,
     BYTES_PER_PARAMETER,
+    CHECKPOINT_NBYTES,
+    CPU,
+    DCP,
+    DCP_KEPT,
+    DIRECT_WRITE,
+    DURABLE,
     FOLDER,
     LIMIT,
+    LOAD,
+    MEMCPY,
     MEMORY_NUMEL,
     QUIET,
     REDUCE_SCATTER,
     REPLICATED,
     RESULTS_FOLDER,
     SHARDOPT,
+    STALL,
+    STEP,
     STEP_NUMEL,
     THROUGH_JAX,
     THROUGH_LUCID,
     THROUGH_TORCH,
     THROUGH_TORCH_BFLOAT16,
+    TORCH_SAVE,
     ZERO_REDUNDANCY,
 )
 
@@ -49,6 +62,12 @@ FRAMEWORKS = {
     THROUGH_JAX: "JAX: gradients copied in, new arrays out",
     THROUGH_LUCID: "lucid: gradients copied in",
 }
+SAVERS = {
+    SHARDOPT: "shardopt",
+    DCP: "torch DCP `async_save`",
+    DCP_KEPT: "the same, its stager kept",
+    TORCH_SAVE: "`torch.save` and fsync, a file a rank",
+}
 INK, PALE_INK, OURS, THEIRS, MARK = "#24292f", "#6e7781", "#0b7a75", "#c3cad1", "#c2410c"
 
 Line = dict[str, Any]
@@ -63,27 +82,30 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = newest("step", STEP_NUMEL)
     memory, faces = newest("memory", MEMORY_NUMEL), newest("faces", STEP_NUMEL)
+    checkpoints = newest("checkpoint", nbytes_per_rank=CHECKPOINT_NBYTES)
     drawn = [line for line in steps if line["mpi"].startswith(arguments.mpi)]
     if drawn:
         draw_step_time(drawn, [".svg", ".png"] if arguments.png else [".svg"])
-    text = "\n\n".join(figures(steps, memory, faces))
+    text = "\n\n".join(figures(steps, memory, faces, checkpoints))
     print(text)
     if arguments.readme is not None:
         rewrite(arguments.readme, text)
 
 
-def newest(benchmark: str, numel: int) -> list[Line]:
+def newest(benchmark: str, numel: int | None = None, **settings: int) -> list[Line]:
     """Read the newest line for each number of ranks and each MPI, quiet ones first.
 
     Args:
         benchmark: Name of the file.
-        numel: Only results of models of this size.
+        numel: Only results of models of this size; None takes all.
+        **settings: Only results of these settings.
     """
     path = RESULTS_FOLDER / f"{benchmark}.jsonl"
     if not path.exists():
         return []
     lines = [json.loads(text) for text in path.read_text().splitlines()]
-    lines = [line for line in lines if line["numel"] == numel]
+    lines = [line for line in lines if numel in (None, line["numel"])]
+    lines = [line for line in lines if settings.items() <= line["settings"].items()]
     lines.sort(key=lambda line: ((line["others"] or 0.0) <= QUIET, line["date"]))
     last = {(line["ranks"], line["mpi"].split()[0]): line for line in lines}
     return [last[kind] for kind in sorted(last)]
@@ -167,7 +189,12 @@ def nanoseconds(line: Line, name: str) -> float:
 # -- the tables ------------------------------------------------------------------------------------
 
 
-def figures(steps: Sequence[Line], memory: Sequence[Line], faces: Sequence[Line]) -> list[str]:
+def figures(
+    steps: Sequence[Line],
+    memory: Sequence[Line],
+    faces: Sequence[Line],
+    checkpoints: Sequence[Line],
+) -> list[str]:
     """Write the README's part: the picture, the tables, where they come from."""
     parts: list[str] = []
     if steps:
@@ -182,6 +209,15 @@ def figures(steps: Sequence[Line], memory: Sequence[Line], faces: Sequence[Line]
         parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
     if faces:
         parts += [faces_table(faces), _origin(faces)]
+    if checkpoints:
+        parts += map(checkpoint_table, checkpoints)
+        parts.append(
+            "In parentheses: how many times the limit. That is a memcpy of as many bytes on all "
+            "ranks at once; a direct write of them, with as many requests in flight, and an fsync, "
+            f"in which the disk gave {_disk_speeds(checkpoints)} GB/s; a read that verifies "
+            "nothing; a step with nothing beside it. Loads are from the page cache. "
+            f"{_origin(checkpoints)}"
+        )
     return parts
 
 
@@ -231,6 +267,31 @@ def faces_table(lines: Sequence[Line]) -> str:
     return _markdown([*head, *map(_setting, lines)], rows)
 
 
+def checkpoint_table(line: Line) -> str:
+    """Write what it costs to save and load, in seconds, for one number of ranks."""
+    whats = (STALL, CPU, DURABLE, LOAD, BESIDE.format("{}", STEP))
+    limits = [
+        median(line["samples_s"][name]) if name else None
+        for name in (MEMCPY, None, DIRECT_WRITE, BARE_READ, STEP)
+    ]
+    rows = []
+    for name, label in SAVERS.items():
+        times = [line["samples_s"].get(what.format(name)) for what in whats]
+        if any(times):
+            cells = [
+                f"{median(each):.2f}{f' ({median(each) / limit:.2f})' if limit else ''}"
+                if each
+                else ""
+                for each, limit in zip(times, limits, strict=True)
+            ]
+            rows.append([label, *(f"**{cell}**" if name == SHARDOPT else cell for cell in cells)])
+    rows.append(["limit", *(f"{limit:.2f}" if limit else "" for limit in limits)])
+    size = f"{line['settings']['nbytes_per_rank'] / 2**30:g} GiB a rank"
+    head = [f"Checkpoint of {size}, {_setting(line)}; seconds"]
+    columns = ("training waits", "CPU of a rank", "durable after", "load", "a step meanwhile")
+    return _markdown([*head, *columns], rows)
+
+
 def rewrite(readme: Path, text: str) -> None:
     """Put ``text`` between the markers of a file.
 
@@ -248,6 +309,15 @@ def _setting(line: Line) -> str:
     cores = line["machine"]["cores"]
     crowded = f" on {cores} cores" if line["ranks"] > cores else ""
     return f"{line['ranks']} ranks{crowded}, {line['mpi']}"
+
+
+def _disk_speeds(lines: Sequence[Line]) -> str:
+    speeds = [
+        line["ranks"] * line["settings"]["nbytes_per_rank"]
+        / median(line["samples_s"][DIRECT_WRITE]) / 1e9
+        for line in lines
+    ]  # fmt: skip
+    return " and ".join(f"{speed:.1f}" for speed in speeds)
 
 
 def _heads() -> list[str]:

@@ -101,21 +101,40 @@ def sample(
         Seconds by contender, and the share of the cores that other jobs took meanwhile.
     """
     samples: Samples = {name: [] for name in contenders}
-    all_before_s, own_before_s = _cores_spent_s(), time.process_time()
-    begin_s = time.perf_counter()
+    neighbours = Neighbours(comm)
     for number in range(-warmup, rounds):
         for name, run in contenders.items():
-            time.sleep(_PAUSE_S)
-            comm.Barrier()
-            start_s = time.perf_counter()
-            run()
-            spent_s = comm.allreduce(time.perf_counter() - start_s, MPI.MAX)
+            spent_s = slowest_s(run, comm)
             if number >= 0:
                 samples[name].append(spent_s)
-    own_s = comm.allreduce(time.process_time() - own_before_s)
-    others_s = max(0.0, _cores_spent_s() - all_before_s - own_s)
-    share = others_s / (time.perf_counter() - begin_s) / (os.cpu_count() or 1)
-    return samples, comm.allreduce(share, MPI.MAX)
+    return samples, neighbours.share()
+
+
+def slowest_s(run: Callable[[], object], comm: MPI.Intracomm) -> float:
+    """Let all ranks begin at once, and give the time of the slowest. Collective."""
+    time.sleep(_PAUSE_S)
+    comm.Barrier()
+    start_s = time.perf_counter()
+    run()
+    slowest: float = comm.allreduce(time.perf_counter() - start_s, MPI.MAX)
+    return slowest
+
+
+class Neighbours:
+    """Other jobs, watched from now on. Collective: construction and every method."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._all_s, self._own_s = _cores_spent_s(), time.process_time()
+        self._begin_s = time.perf_counter()
+
+    def share(self) -> float:
+        """Give the share of the cores that they have taken."""
+        own_s = self._comm.allreduce(time.process_time() - self._own_s)
+        others_s = max(0.0, _cores_spent_s() - self._all_s - own_s)
+        share = others_s / (time.perf_counter() - self._begin_s) / (os.cpu_count() or 1)
+        highest: float = self._comm.allreduce(share, MPI.MAX)
+        return highest
 
 
 def medians(samples_s: Samples) -> dict[str, float]:

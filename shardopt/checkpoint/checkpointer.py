@@ -1,7 +1,7 @@
 """Checkpoints of a training run, one after another, written while training goes on."""
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from shardopt.checkpoint.followers import InFlight, SignalWatch
 from shardopt.checkpoint.image import FileImage, StagedImage
 from shardopt.checkpoint.loading import load
 from shardopt.checkpoint.saving import Committed, HasCore, Plan, finish, run_here, start_saving
-from shardopt.checkpoint.snapshot import owned_parts
+from shardopt.checkpoint.snapshot import Layout, lay_out
+from shardopt.checkpoint.values import Array
 from shardopt.comm.agree import attempt
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 from shardopt.optimizer import ShardedNAdam
 from shardopt.report import tell
 
-_ROOM_NBYTES = 1 << 20  # for the header and small arrays, beside what is known to be staged
+_ROOM_NBYTES = 1 << 20  # for small arrays of extra, beside what is known to be staged
 
 
 class Restored(NamedTuple):
@@ -76,6 +77,7 @@ class Checkpointer:
         self._directory = Path(directory).absolute()
         self._keep_last = keep_last
         self._asynchronous = asynchronous
+        self._layout: Layout | None = None
         self._staged = StagedImage()
         self._in_flight: InFlight | None = None
         self._failure: CheckpointError | None = None
@@ -109,6 +111,7 @@ class Checkpointer:
             folder=self._directory,
             names=lambda: step_names(number),
             submit=run_here,
+            layout=self._lay_out,
             after_commit=self._tidy,
         )
         if not self._asynchronous:
@@ -246,10 +249,15 @@ class Checkpointer:
         return self._writer.submit(job)
 
     def _reserve(self, core: ShardedNAdam[Any]) -> None:
-        """Touch the memory that saves will need before training begins."""
+        """Prepare before training begins what saves will need: the layout, and memory, touched."""
         if self._asynchronous:
-            parts = owned_parts(core.partition, core.storages)
-            self._staged.reserve(sum(part.array.nbytes for part in parts) + _ROOM_NBYTES)
+            self._staged.reserve(self._lay_out(core, ()).file.nbytes + _ROOM_NBYTES)
+
+    def _lay_out(self, core: ShardedNAdam[Any], arrays: Sequence[Array]) -> Layout:
+        self._layout = lay_out(
+            core.partition, core.storages, core.topology.rank, arrays, self._layout
+        )
+        return self._layout
 
     def _candidates(self, core: ShardedNAdam[Any], step: int | None) -> list[StepFolder]:
         """Let rank 0 list the checkpoints, newest first, and get ready to save. Collective."""

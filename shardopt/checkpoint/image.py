@@ -8,8 +8,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +32,7 @@ SAFETENSORS_DTYPES = {
 """What safetensors calls our dtypes; a complex number is two real ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A flat array in a file.
 
     Attributes:
@@ -42,57 +40,67 @@ class Item:
         dtype: NumPy's name of it.
         first: Index of its first element in the tensor ``name``, of which other files may have
             other parts.
-        array: Its elements, contiguous.
+        numel: Its elements.
     """
 
     name: str
     dtype: str
     first: int
-    array: NDArray[Any]
+    numel: int
 
 
-class FileImage:
-    """The content of a file, given in pieces.
+class FileLayout:
+    """Where everything is in a file, whatever its values are.
 
     Args:
         items: What it holds. Wide dtypes come first in the file, so that all are aligned.
 
     Attributes:
-        header_nbytes: Where data begins.
+        header: The bytes before the data.
         nbytes: Size of the file.
         offsets: Where each of the items begins.
+        order: Indices of the items as they follow one another.
 
     Raises:
         CheckpointError: Two items have one name, or one a name that safetensors reserves.
     """
 
     def __init__(self, items: Sequence[Item]) -> None:
-        order = sorted(range(len(items)), key=lambda i: -itemsize(items[i].dtype))
+        self.order = sorted(range(len(items)), key=lambda i: -itemsize(items[i].dtype))
         entries, firsts, position = {}, {}, 0
-        self.offsets = [0] * len(items)
-        self._starts, self._sources = [0], []
-        for index in order:
-            item = items[index]
-            source = item.array.reshape(-1).view(np.uint8)
-            stop = position + source.size
-            numel = item.array.size * (2 if item.dtype.startswith("complex") else 1)
-            entries[item.name] = {
-                "dtype": SAFETENSORS_DTYPES[item.dtype],
-                "shape": [numel],
+        offsets = [0] * len(items)
+        for index in self.order:
+            name, dtype, first, numel = items[index]
+            stop = position + numel * itemsize(dtype)
+            entries[name] = {
+                "dtype": SAFETENSORS_DTYPES[dtype],
+                "shape": [numel * (2 if dtype.startswith("complex") else 1)],
                 "data_offsets": [position, stop],
             }
-            firsts[item.name] = {"saved_offsets": [item.first]}
-            self.offsets[index] = position
-            self._sources.append(source)
-            self._starts.append(stop)
+            firsts[name] = {"saved_offsets": [first]}
+            offsets[index] = position
             position = stop
         _require_names([item.name for item in items])
-        header = _header(entries, firsts)
-        self.header_nbytes = header.size
-        self.nbytes = header.size + position
-        self.offsets = [offset + header.size for offset in self.offsets]
-        self._sources.insert(0, header)
-        self._starts = [0, *(start + header.size for start in self._starts)]
+        self.header = _header(entries, firsts)
+        self.nbytes = self.header.size + position
+        self.offsets = [offset + self.header.size for offset in offsets]
+
+
+class FileImage:
+    """The content of a file, given in pieces.
+
+    Args:
+        layout: Of the file.
+        arrays: The values of each item, flat.
+
+    Attributes:
+        nbytes: Size of the file.
+    """
+
+    def __init__(self, layout: FileLayout, arrays: Sequence[NDArray[Any]]) -> None:
+        self.nbytes = layout.nbytes
+        self._sources = [layout.header, *(arrays[i].view(np.uint8) for i in layout.order)]
+        self._starts = [0, *(layout.offsets[i] for i in layout.order), layout.nbytes]
 
     def piece(
         self,

@@ -18,7 +18,7 @@ from shardopt.checkpoint.fields import damaged
 from shardopt.checkpoint.manifest import PARAM_KEY, Manifest, ParamEntry, from_text
 from shardopt.checkpoint.reader import Reader, Wanted, read_manifest_text, wanted_slices
 from shardopt.checkpoint.saving import HasCore
-from shardopt.checkpoint.snapshot import owned_parts
+from shardopt.checkpoint.snapshot import owned_parts, part_arrays
 from shardopt.comm.agree import attempt
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from shardopt.groups import Group, group_values
@@ -77,10 +77,12 @@ def _share_manifest(core: ShardedNAdam[Any], path: Path) -> Manifest:
     text, error = None, None
     if core.topology.rank == 0:
         text, error = attempt(lambda: read_manifest_text(path))
-        if text is not None:
-            _, error = attempt(lambda: from_text(text))
     core.enter_call("load()", {"path": str(path)}, error)
-    return from_text(core.topology.comm.bcast(text))
+    everyones: bytes = core.topology.comm.bcast(text)
+    manifest, error = attempt(lambda: from_text(everyones))
+    _agree(core, error)
+    assert manifest is not None
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def _match(core: ShardedNAdam[Any], reader: Reader) -> _Content:
     never_stepped = all(clock.step == 0 for clock in core.clocks)
     certain: list[Wanted] = []
     disposable: list[Wanted] = []
-    for part in owned_parts(core.partition, core.storages):
+    parts = list(owned_parts(core.partition, core.storages))
+    for part, array in zip(parts, part_arrays(parts, core.storages), strict=True):
         slices = manifest.slices[saved_index[part.param]][part.key]
         pile = disposable if never_stepped and part.key != PARAM_KEY else certain
-        pile += wanted_slices(slices, part.start, part.stop, part.array)
+        pile += wanted_slices(slices, part.start, part.stop, array)
     return _Content(
         groups=_read_groups(core.param_groups, reader),
         clocks=[Clock(entry.step, entry.mu_product) for entry in entries],

@@ -31,7 +31,13 @@ from shardopt.checkpoint import disk
 from shardopt.checkpoint.image import FileImage
 from shardopt.checkpoint.manifest import ArrayEntry, FileEntry, Manifest, file_name, to_text
 from shardopt.checkpoint.reader import Reader
-from shardopt.checkpoint.snapshot import make_items, merge_slices, owned_parts, param_entries
+from shardopt.checkpoint.snapshot import (
+    Layout,
+    lay_out,
+    merge_slices,
+    param_entries,
+    part_arrays,
+)
 from shardopt.checkpoint.values import Array, encode
 from shardopt.comm.agree import attempt
 from shardopt.errors import CheckpointError, ShardoptError
@@ -66,6 +72,7 @@ class Plan:
         folder: Where the checkpoint's folder is to be.
         names: The folder gets the first of these that is free.
         submit: Runs a job, here or elsewhere.
+        layout: Lays out this rank's file, given the arrays in it beside the parameters'.
         stage: What is to be written for an image, for example a copy.
         after_commit: What rank 0 does then, in its job; gives what went wrong with that, or None.
     """
@@ -75,6 +82,9 @@ class Plan:
     folder: Path
     names: Callable[[], Iterable[str]]
     submit: Callable[[Callable[[], Any]], Future[Any]]
+    layout: Callable[[ShardedNAdam[Any], Sequence[Array]], Layout] = lambda core, arrays: lay_out(
+        core.partition, core.storages, core.topology.rank, arrays
+    )
     stage: Callable[[FileImage], disk.Image] = lambda image: image
     after_commit: Callable[[Path], str | None] = lambda _: None
 
@@ -238,22 +248,17 @@ class _Content:
 
 
 def _lay_out(plan: Plan, core: ShardedNAdam[Any], begun: _Begun) -> _Content:
-    topology = core.topology
-    parts = list(owned_parts(core.partition, core.storages))
-    items = make_items(core.partition, parts, topology.rank, begun.arrays)
-    image = FileImage(items)
-    arrays = zip(begun.arrays, image.offsets[len(parts) :], strict=True)
+    topology, layout = core.topology, plan.layout(core, begun.arrays)
+    values = part_arrays(layout.parts, core.storages)
+    image = FileImage(layout.file, [*values, *(array.reshape(-1) for array in begun.arrays)])
+    arrays = zip(begun.arrays, layout.file.offsets[len(values) :], strict=True)
     file = FileEntry(
         name=file_name(topology.rank, topology.world_size),
         nbytes=image.nbytes,
-        header_nbytes=image.header_nbytes,
+        header_nbytes=layout.file.header.size,
         digests="",
         arrays=tuple(ArrayEntry(a.dtype.name, a.shape, offset) for a, offset in arrays),
     )
-    places = [
-        (part.param, part.key, part.start, part.stop, offset)
-        for part, offset in zip(parts, image.offsets[: len(parts)], strict=True)
-    ]
     everyones, groups = begun.shared
     draft = Manifest(
         step=plan.step,
@@ -269,7 +274,7 @@ def _lay_out(plan: Plan, core: ShardedNAdam[Any], begun: _Begun) -> _Content:
         attempt=begun.unfinished.rpartition("-")[2],
         writer=_versions(),
     )
-    return _Content(plan.stage(image), _Written(file, places, begun.per_rank), draft)
+    return _Content(plan.stage(image), _Written(file, layout.places, begun.per_rank), draft)
 
 
 def _write(

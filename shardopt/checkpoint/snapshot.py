@@ -1,15 +1,15 @@
 """What of an optimizer goes into a checkpoint, and under which names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from shardopt.checkpoint.image import Item
+from shardopt.checkpoint.image import FileLayout, Item
 from shardopt.checkpoint.manifest import PARAM_KEY, ParamEntry, Slice
 from shardopt.checkpoint.values import Array
 from shardopt.kernels.base import FloatArray
 from shardopt.nadam import Clock
 from shardopt.partition import Partition
-from shardopt.state import Run, owned_runs
+from shardopt.state import owned_runs
 from shardopt.storage import SectionStorage
 
 
@@ -21,15 +21,17 @@ class Part(NamedTuple):
         key: ``param`` or a key of its state.
         start: Its first element in the flattened parameter.
         stop: One past its last.
-        array: [stop - start], where it lives.
-        bucket: [start, stop) of the parameter's part in one bucket; ``array`` is within it.
+        section: Index of the storage that it lives in.
+        local: Where it is there.
+        bucket: [start, stop) of the parameter's part in one bucket, which the run is within.
     """
 
     param: int
     key: str
     start: int
     stop: int
-    array: FloatArray
+    section: int
+    local: slice
     bucket: tuple[int, int]
 
 
@@ -49,36 +51,74 @@ def owned_parts(partition: Partition, storages: Sequence[SectionStorage]) -> Ite
                     max(0, bucket[0] - param.start),
                     min(param.spec.numel, bucket[1] - param.start),
                 )
-                array = _array(partition, storage, key, run)
-                yield Part(run.param, key, run.start, run.stop, array, within)
+                shift = param.start - storage.section.start
+                shared = slice(run.start + shift, run.stop + shift)
+                local = shared if key == PARAM_KEY else run.local
+                yield Part(run.param, key, run.start, run.stop, index, local, within)
 
 
-def _array(partition: Partition, storage: SectionStorage, key: str, run: Run) -> FloatArray:
-    if key != PARAM_KEY:
-        return storage.state[key][run.local]
-    shift = partition.params[run.param].start - storage.section.start
-    return storage.params[run.start + shift : run.stop + shift]
+def part_arrays(parts: Iterable[Part], storages: Sequence[SectionStorage]) -> list[FloatArray]:
+    """Give the elements of each part, where they live."""
+    wholes = [{PARAM_KEY: storage.params, **storage.state} for storage in storages]
+    return [wholes[part.section][part.key][part.local] for part in parts]
 
 
-def make_items(
-    partition: Partition, parts: Sequence[Part], rank: int, arrays: Sequence[Array]
-) -> list[Item]:
-    """Name parts and arrays for their file.
+class Layout(NamedTuple):
+    """What a rank's file holds, and where; the same in every checkpoint until parameters are added.
 
-    A file has each name once. A rank may own several parts of a parameter larger than a bucket, so
-    those are named after the bucket's elements as well.
+    Attributes:
+        partition: Of the parameters.
+        arrays: (dtype, elements) of each array beside the parts.
+        parts: What this rank owns.
+        places: (param, key, start, stop, offset in the file) of each of the parts.
+        file: All of it.
     """
+
+    partition: Partition
+    arrays: list[tuple[str, int]]
+    parts: list[Part]
+    places: list[tuple[int, str, int, int, int]]
+    file: FileLayout
+
+
+def lay_out(
+    partition: Partition,
+    storages: Sequence[SectionStorage],
+    rank: int,
+    arrays: Sequence[Array],
+    before: Layout | None = None,
+) -> Layout:
+    """Lay out a rank's file: many small parts take longer than to copy what is in them.
+
+    Args:
+        partition: Of the parameters.
+        storages: This rank's.
+        rank: Of those that save.
+        arrays: That are saved, too.
+        before: What this gave before, on the same rank; it is given again if it still holds.
+    """
+    forms = [(array.dtype.name, array.size) for array in arrays]
+    if before is not None and before.partition is partition and before.arrays == forms:
+        return before
+    parts = list(owned_parts(partition, storages))
+    dtypes = [{key: array.dtype.name for key, array in each.state.items()} for each in storages]
     items = []
     for part in parts:
         spec = partition.params[part.param].spec
         name = spec.name if part.key == PARAM_KEY else f"{spec.name}::{part.key}"
+        dtype = spec.dtype if part.key == PARAM_KEY else dtypes[part.section][part.key]
         first, last = part.bucket
-        if (first, last) != (0, spec.numel):
-            name = f"{name}[{first}:{last}]"
-        items.append(Item(name, part.array.dtype.name, part.start - first, part.array))
-    for index, array in enumerate(arrays):
-        items.append(Item(f"extra/rank-{rank:05d}/{index}", array.dtype.name, 0, array))
-    return items
+        if (first, last) != (0, spec.numel):  # a file has each name once, and a rank may own
+            name = f"{name}[{first}:{last}]"  # several parts of what is larger than a bucket
+        items.append(Item(name, dtype, part.start - first, part.stop - part.start))
+    for index, form in enumerate(forms):
+        items.append(Item(f"extra/rank-{rank:05d}/{index}", form[0], 0, form[1]))
+    file = FileLayout(items)
+    places = [
+        (part.param, part.key, part.start, part.stop, offset)
+        for part, offset in zip(parts, file.offsets[: len(parts)], strict=True)
+    ]
+    return Layout(partition, forms, parts, places, file)
 
 
 def merge_slices(

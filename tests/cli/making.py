@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from shardopt.checkpoint import disk
-from shardopt.checkpoint.image import FileImage, Item
+from shardopt.checkpoint.image import FileImage, FileLayout, Item
 from shardopt.checkpoint.manifest import (
     MANIFEST_NAME,
     ArrayEntry,
@@ -46,7 +46,7 @@ def make(path, params, state=None, step=7, num_files=2, extra=None, lr=0.1):
     slices = [{key: [] for key in ("param", *state[name])} for name in params]
     files = []
     for rank in range(num_files):
-        items, places = [], []
+        items, values_of, places = [], [], []
         for index, (name, array) in enumerate(params.items()):
             for key, values in {"param": array, **state[name]}.items():
                 flat = values.reshape(-1)
@@ -55,21 +55,23 @@ def make(path, params, state=None, step=7, num_files=2, extra=None, lr=0.1):
                     label = name if key == "param" else f"{name}::{key}"
                     if "::" in name:  # it would look like a part of another
                         label += f"[0:{flat.size}]"
-                    items.append(Item(label, values.dtype.name, start, flat[start:stop]))
+                    items.append(Item(label, values.dtype.name, start, stop - start))
+                    values_of.append(flat[start:stop])
                     places.append((index, key, start, stop))
         held = arrays if rank == 0 else []
-        items += [Item(f"extra/rank-00000/{i}", a.dtype.name, 0, a) for i, a in enumerate(held)]
-        image = FileImage(items)
+        items += [Item(f"extra/{i}", a.dtype.name, 0, a.size) for i, a in enumerate(held)]
+        layout = FileLayout(items)
+        image = FileImage(layout, [*values_of, *(array.reshape(-1) for array in held)])
         digests = disk.write_file(path / file_name(rank, num_files), image)
-        for (index, key, start, stop), offset in zip(places, image.offsets, strict=False):
+        for (index, key, start, stop), offset in zip(places, layout.offsets, strict=False):
             slices[index][key].append(Slice(start, stop, rank, offset))
-        offsets = image.offsets[len(places) :]
+        offsets = layout.offsets[len(places) :]
         entries = [ArrayEntry(a.dtype.name, a.shape, o) for a, o in zip(held, offsets, strict=True)]
         files.append(
             FileEntry(
                 file_name(rank, num_files),
                 image.nbytes,
-                image.header_nbytes,
+                layout.header.size,
                 digests,
                 tuple(entries),
             )
