@@ -114,6 +114,7 @@ class Mpirun:
         beside_python = Path(sys.executable).with_name("mpirun")
         self.program = str(beside_python) if beside_python.exists() else "mpirun"
         self.folder = folder
+        self.options: Sequence[str] = ()  # for every job
 
     def __call__(
         self,
@@ -135,12 +136,37 @@ class Mpirun:
             env: Environment variables on top of the usual ones.
             options: Options for mpirun itself.
         """
+        job = self.start(num_ranks, *args, source=source, env=env, options=options)
+        try:
+            stdout, stderr = job.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            stdout, stderr = kill_with_ranks(job)
+            pytest.fail(f"the job did not end within {timeout_s} s; it printed:\n{stdout}{stderr}")
+        return Job(job.returncode, stdout, stderr)
+
+    def start(
+        self,
+        num_ranks: int,
+        *args: str | Path,
+        source: str | None = None,
+        env: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+    ) -> subprocess.Popen[str]:
+        """Start a job as a call does, and leave it to the caller to end it."""
         if source is not None:
             script = self.folder / "job.py"
             script.write_text(textwrap.dedent(source), encoding="utf-8")
             args = (script, *args)
-        job = subprocess.Popen(
-            [self.program, *options, "-n", str(num_ranks), sys.executable, *map(str, args)],
+        return subprocess.Popen(
+            [
+                self.program,
+                *self.options,
+                *options,
+                "-n",
+                str(num_ranks),
+                sys.executable,
+                *map(str, args),
+            ],
             cwd=self.folder,
             env=os.environ | read_job_env() | dict(env or {}),
             stdin=subprocess.DEVNULL,
@@ -148,12 +174,6 @@ class Mpirun:
             stderr=subprocess.PIPE,
             text=True,
         )
-        try:
-            stdout, stderr = job.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            stdout, stderr = kill_with_ranks(job)
-            pytest.fail(f"the job did not end within {timeout_s} s; it printed:\n{stdout}{stderr}")
-        return Job(job.returncode, stdout, stderr)
 
 
 def kill_with_ranks(job: subprocess.Popen[str]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Checkpoints of a training run, one after another, written while training goes on."""
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -153,21 +153,27 @@ class Checkpointer:
                 on every rank. The optimizer is as it was.
         """
         self.wait()
-        core, reasons = opt.core, list[str]()
-        for folder in self._candidates(core, step):
+        core, reasons = opt.core, dict[StepFolder, str]()
+        # Looked for again each time, as what is missing may have been removed for a newer one.
+        while folder := self._newest(core, step, reasons):
             try:
                 extra = load(folder.path, opt)
-            except DamagedCheckpointError as damage:
-                reasons.append(f"{folder.path.name}: {damage}")
+            except CheckpointError as error:
+                damaged = isinstance(error, DamagedCheckpointError)
+                if not damaged and core.topology.comm.bcast(folder.path.exists()):
+                    raise
+                reasons[folder] = f"{folder.path.name}: {error}"
                 continue
-            for reason in reasons:
-                _tell(core, f"a newer checkpoint was passed over. {reason}")
+            for passed, reason in reasons.items():
+                if passed > folder:
+                    _tell(core, f"a newer checkpoint was passed over. {reason}")
             return Restored(folder.step, extra, folder.path)
         if reasons or step is not None:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+            got = "; ".join(reasons.values()).rstrip(".") or "none"
             raise CheckpointError(
-                f"{str(self._directory)!r} must hold {wanted} that can be loaded; got "
-                f"{'; '.join(reasons) or 'none'}. Look with: shardopt ckpt verify."
+                f"{str(self._directory)!r} must hold {wanted} that can be loaded; got {got}. Look "
+                "with: shardopt ckpt verify."
             )
         return None
 
@@ -259,8 +265,10 @@ class Checkpointer:
         )
         return self._layout
 
-    def _candidates(self, core: ShardedNAdam[Any], step: int | None) -> list[StepFolder]:
-        """Let rank 0 list the checkpoints, newest first, and get ready to save. Collective."""
+    def _newest(
+        self, core: ShardedNAdam[Any], step: int | None, tried: Container[StepFolder]
+    ) -> StepFolder | None:
+        """Let rank 0 find the newest checkpoint not tried, and get ready to save. Collective."""
         _, error = attempt(lambda: self._reserve(core))
         found = None
         if core.topology.rank == 0 and error is None:
@@ -272,7 +280,8 @@ class Checkpointer:
             )
         core.enter_call("Checkpointer.restore()", {"step": step}, error)
         folders: list[StepFolder] = core.topology.comm.bcast(found)
-        return [folder for folder in reversed(folders) if step in (None, folder.step)]
+        wanted = (folder for folder in reversed(folders) if step in (None, folder.step))
+        return next((folder for folder in wanted if folder not in tried), None)
 
     def _tidy(self, newest: Path) -> str | None:
         """Remove what is not needed any more. On rank 0, on the writer's thread."""

@@ -1,6 +1,7 @@
 """A directory of checkpoints: which steps there are, and which may go."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def list_checkpoints(directory: Path, stripped: bool = False) -> list[StepFolder
         match = STEP_NAME.fullmatch(path.name)
         if match and path.is_dir() and (stripped or (path / MANIFEST_NAME).exists()):
             found.append(StepFolder(int(match[1]), int(match[2] or 0), path))
+        elif match and not os.path.lexists(path):
+            return list_checkpoints(directory, stripped)  # removed just now, for one unknown yet
     return sorted(found)
 
 

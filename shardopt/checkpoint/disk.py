@@ -70,6 +70,9 @@ def sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it has none, as with autofs
+            raise
     finally:
         os.close(fd)
 
@@ -131,6 +134,7 @@ def commit(folder: Path, final: Path) -> None:
 
     Raises:
         FileExistsError: There is something of that name.
+        OSError: That cannot be made durable; the folder has its old name then.
     """
     try:
         os.rename(folder, final)
@@ -138,17 +142,24 @@ def commit(folder: Path, final: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise FileExistsError(errno.EEXIST, "exists already", str(final)) from None
         raise
-    for parent in final.parents:  # any of them may have been made for this
-        with suppress(PermissionError):
-            sync_folder(parent)
+    try:
+        for parent in final.parents:  # any of them may have been made for this
+            with suppress(PermissionError):
+                sync_folder(parent)
+    except OSError:
+        with suppress(OSError):
+            os.rename(final, folder)
+            sync_folder(final.parent)
+        raise
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint: first its name, so that nobody takes what is left of it for one."""
     trash = folder.with_name(f"{REMOVED_PREFIX}{secrets.token_hex(4)}-{folder.name}")
-    os.rename(folder, trash)
-    sync_folder(folder.parent)
-    shutil.rmtree(trash)
+    with suppress(FileNotFoundError):  # another job may be removing it, or what is left of it
+        os.rename(folder, trash)
+        sync_folder(folder.parent)
+        shutil.rmtree(trash)
 
 
 def discard(folder: Path) -> None:
@@ -184,9 +195,10 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether no living process of this machine writes there, nor another one just made it."""
+    """Whether no living process of this machine writes there, nor one of another has just now."""
     try:
-        if time.time() - folder.stat().st_mtime < _YOUNG_S:
+        newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        if time.time() - newest_s < _YOUNG_S:
             return False
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:

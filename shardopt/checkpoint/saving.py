@@ -163,7 +163,7 @@ def start_saving(plan: Plan, opt: HasCore, extra: Mapping[str, Any] | None) -> S
             yield committed
             outcome: Committed = comm.bcast(_outcome(core, plan, committed))
             return outcome
-    except ShardoptError:
+    except Exception:
         if here and begun is not None:
             disk.discard(plan.folder / begun.unfinished)
         raise
@@ -305,8 +305,11 @@ def _commit(
         extra={**draft.extra, PER_RANK: per_rank if any(p is not None for p in per_rank) else None},
     )
     with _os_errors(folder):
-        with Reader(folder, manifest) as reader:
-            reader.require_files()
+        for problem in Reader(folder, manifest).file_problems():
+            raise CheckpointError(
+                f"a checkpoint must be written where rank 0 sees all of it; got, in "
+                f"{str(folder)!r}: {problem} Nothing that was there before has changed."
+            )
         disk.write_manifest(folder, to_text(manifest))
         for name in plan.names():
             with suppress(FileExistsError):
@@ -340,6 +343,12 @@ def _agree(core: ShardedNAdam[Any], plan: Plan, error: Exception | None) -> None
 def _outcome(core: ShardedNAdam[Any], plan: Plan, job: Future[T]) -> T:
     """What a job gave, once it has ended well on all ranks. Collective."""
     result, error = attempt(job.result)
+    if error is not None and not isinstance(error, ShardoptError):
+        failure = CheckpointError(
+            f"a checkpoint must be written to {str(plan.folder)!r}; got {type(error).__name__}: "
+            f"{error}. Nothing that was there before has changed: save again."
+        )
+        failure.__cause__, error = error, failure
     _agree(core, plan, error)
     return result  # type: ignore[return-value]  # no error
 
