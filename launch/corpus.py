@@ -27,6 +27,7 @@ CHUNK_NBYTES = 4 * 1024
 HELD_OUT_ONE_IN = 10
 BINARY_PROBE_NBYTES = 8 * 1024
 COUNT_BLOCK_NBYTES = 1024 * 1024
+WHOLE = slice(None)
 NOT_LIBRARY_CODE = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -38,15 +39,27 @@ class Corpus:
     train: Bytes
     held_out: Bytes
 
+    @property
+    def fingerprint(self) -> str:
+        """A text that is the same for the same bytes, wherever they lie."""
+        checksum = zlib.crc32(self.held_out.data, zlib.crc32(self.train.data))
+        return f"{len(self.train) + len(self.held_out):,} bytes with checksum {checksum:08x}"
+
     def draw_batch(
-        self, generator: np.random.Generator, batch: int, context: int
+        self, generator: np.random.Generator, batch: int, context: int, part: slice = WHOLE
     ) -> tuple[Bytes, Bytes]:
         """Draw random training sequences and, as targets, the byte after each of their bytes.
 
+        Args:
+            generator: Decides which.
+            batch: How many are drawn.
+            context: How long they are.
+            part: Which of them are wanted.
+
         Returns:
-            inputs and targets, each [batch, context].
+            inputs and targets, each [part of batch, context].
         """
-        starts = generator.integers(len(self.train) - context, size=batch)
+        starts = generator.integers(len(self.train) - context, size=batch)[part]
         return split_windows(cut_windows(self.train, starts, context))
 
     def held_out_windows(self, count: int, context: int) -> tuple[Bytes, Bytes]:

@@ -34,6 +34,8 @@ class Options:
     dtype: str
     text: Path | None
     out: Path
+    checkpoint: Path | None
+    save_every: int | None
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:
@@ -70,6 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32", help=dtype_help)
     add("--text", type=Path, help="file or folder to learn from (Python's standard library)")
     add("--out", type=Path, default=default_folder(), help="folder for results (runs/DATE_TIME)")
+    checkpoint_help = (
+        "folder to save the run in; if it holds one, that goes on: with as many sequences a step "
+        "as it began with, on any number of ranks; --steps and --lr may be others (nothing saved)"
+    )
+    add("--checkpoint", type=Path, metavar="DIR", help=checkpoint_help)
+    every_help = "steps from one checkpoint to the next (a tenth of --steps)"
+    add("--save-every", type=int, metavar="STEPS", help=every_help)
     return parser
 
 
@@ -89,8 +98,9 @@ def find_problems(options: Options) -> list[str]:
             ("context", options.context, 2),
             ("batch", options.batch, 1),
             ("seed", options.seed, 0),
+            ("save-every", options.save_every, 1),
         )
-        if value < least
+        if value is not None and value < least
     ]
     if options.width % HEAD_WIDTH:
         nearest = max(1, round(options.width / HEAD_WIDTH)) * HEAD_WIDTH
@@ -99,6 +109,11 @@ def find_problems(options: Options) -> list[str]:
         )
     if not 0 < options.lr < 1:
         problems.append(f"--lr must be between 0 and 1; got {options.lr}. Try 0.004.")
+    if options.save_every is not None and options.checkpoint is None:
+        problems.append(
+            f"--save-every must come with --checkpoint; got {options.save_every} alone. "
+            "Add --checkpoint DIR."
+        )
     if options.dtype != "float32" and options.framework != "torch":
         problems.append(
             f"--dtype must be float32 with --framework {options.framework}; got {options.dtype}. "

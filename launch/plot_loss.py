@@ -34,7 +34,7 @@ def plot_loss(folder: Path) -> Path:
     The picture is put in place whole: a kill leaves the old one or the new one.
     """
     records = run_log.read_log(folder)
-    start = next(record for record in records if record["kind"] == "start")
+    start = [record for record in records if record["kind"] == "start"][-1]
     steps = [record for record in records if record["kind"] == "step"]
     evals = [record for record in records if record["kind"] == "eval"]
 

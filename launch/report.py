@@ -14,6 +14,7 @@ from plot_loss import plot_loss
 from run_log import RunLog
 
 if TYPE_CHECKING:
+    from checkpoints import Origin
     from corpus import Baselines, Corpus
     from options import Options
     from screen import Setting, Step
@@ -26,7 +27,7 @@ REFRESHES_A_SECOND = 4
 class Report:
     """Tells nothing: the report of every rank but 0, so that the training loop knows no ranks."""
 
-    def start(self, setting: Setting, corpus: Corpus, baselines: Baselines) -> None:
+    def start(self, setting: Setting, corpus: Corpus, baselines: Baselines, origin: Origin) -> None:
         """Tell what is going to happen."""
 
     def step(self, step: Step) -> None:
@@ -54,9 +55,10 @@ class MainReport(Report):
             console=self._console, refresh_per_second=REFRESHES_A_SECOND, transient=True
         )
 
-    def start(self, setting: Setting, corpus: Corpus, baselines: Baselines) -> None:
+    def start(self, setting: Setting, corpus: Corpus, baselines: Baselines, origin: Origin) -> None:
         """Print the header, log the setting and show the progress bar."""
         self._baselines = baselines
+        self._origin = origin
         self._averages: Step | None = None
         self._held_out_bits = screen.UNIFORM_BITS
         parts = (
@@ -64,8 +66,11 @@ class MainReport(Report):
             screen.describe_framework(setting, self._options),
             screen.describe_ranks(setting),
         )
+        self._log.begin(origin.run, origin.step)
         self._log.write(
             "start",
+            run=origin.run,
+            step=origin.step,
             caption=" · ".join(part for part in parts if part),
             text=corpus.name,
             unigram_bits=baselines.unigram,
@@ -74,6 +79,9 @@ class MainReport(Report):
             **asdict(setting),
         )
         self._console.print(screen.draw_header(setting, corpus, self._options))
+        if origin.step:
+            self._console.print(screen.draw_origin(origin))
+        self._progress.update(self._progress.task_ids[0], completed=origin.step)
         self._console.print(Text(screen.COLUMNS, style="dim"))
         if self._console.is_terminal:
             self._live.start()
@@ -81,7 +89,9 @@ class MainReport(Report):
     def step(self, step: Step) -> None:
         """Log the step and move the bar."""
         self._log.write("step", **asdict(step))
-        self._averages = average(self._averages, step)
+        # The first step is no measure of the others: JAX compiles the model in it.
+        measured = step.step > self._origin.step + 2
+        self._averages = average(self._averages if measured else None, step)
         self._progress.update(self._progress.task_ids[0], completed=step.step)
         self._live.update(Group(Text(), self._progress, screen.draw_numbers(self._averages)))
 
@@ -111,7 +121,8 @@ class MainReport(Report):
         """
         plot_loss(self._options.out)
         self._end("interrupted")
-        self._console.print(screen.draw_interruption(self._options))
+        step = self._averages.step if self._averages else self._origin.step
+        self._console.print(screen.draw_interruption(self._options, step))
 
     def _end(self, how: str, **fields: object) -> None:
         self._live.stop()
@@ -120,11 +131,8 @@ class MainReport(Report):
 
 
 def average(old: Step | None, new: Step) -> Step:
-    """Let the numbers of ``new`` that jump from step to step move slowly instead.
-
-    The first step is no measure of the others: JAX compiles the model in it.
-    """
-    if old is None or old.step == 1:
+    """Let the numbers of ``new`` that jump from step to step move slowly instead."""
+    if old is None:
         return new
 
     def between(old_value: float, new_value: float) -> float:

@@ -20,6 +20,7 @@ import run_log
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from checkpoints import Origin
     from corpus import Baselines, Corpus
     from options import Options
 
@@ -92,6 +93,12 @@ def draw_header(setting: Setting, corpus: Corpus, options: Options) -> Renderabl
     facts.add_row("", f"{train_mb:.2f} MB to learn from, {held_out_mb:.2f} MB held out")
     title = Text("A language model, trained with sharded NAdam", style="bold")
     return Padding(Group(title, Text(), facts, Text(), draw_memory(setting)), (1, 2), expand=False)
+
+
+def draw_origin(origin: Origin) -> Text:
+    """Say where a run goes on."""
+    saved_by = plural(origin.num_ranks, "rank")
+    return Text(f"  Resumed after step {origin.step:,} from {origin.path}, saved by {saved_by}.\n")
 
 
 def draw_memory(setting: Setting) -> Table:
@@ -186,13 +193,22 @@ def draw_ending(options: Options) -> RenderableType:
     facts.add_column(overflow="fold")
     facts.add_row("curves", str(options.out / plot_loss.FILE_NAME))
     facts.add_row("log", str(options.out / run_log.FILE_NAME))
-    more = f"--steps {4 * options.steps} --width {2 * options.width}"
-    facts.add_row("go on", f"add {more}, or --text PATH for your own text")
+    if options.checkpoint:
+        facts.add_row("checkpoints", str(options.checkpoint))
+        more = f"--steps {2 * options.steps} --out {options.out}"
+        facts.add_row("go on", f"the same command with {more} trains this model further")
+    else:
+        more = f"--steps {4 * options.steps} --width {2 * options.width}"
+        facts.add_row("go on", f"add {more}, or --text PATH for your own text")
     return Padding(facts, (1, 2), expand=False)
 
 
-def draw_interruption(options: Options) -> RenderableType:
-    """Say that the run was stopped and what is left of it."""
-    return Padding(
-        f"Ended early. The log and the curves so far are in {options.out}.", (1, 2), expand=False
-    )
+def draw_interruption(options: Options, step: int) -> RenderableType:
+    """Say that the run was stopped, what is left of it and how to go on."""
+    text = f"Ended early. The log and the curves so far are in {options.out}."
+    if options.checkpoint:
+        text += (
+            f"\nStep {step:,} is saved in {options.checkpoint}: the same command goes on from "
+            f"there, and with --out {options.out} its curves do, too."
+        )
+    return Padding(text, (1, 2), expand=False)

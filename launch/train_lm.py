@@ -1,8 +1,13 @@
 """Train a byte-level transformer with sharded NAdam: mpirun runs this script on every rank.
 
-Every rank draws its own batches and computes its own gradients; ``opt.step()`` averages them over
-the ranks and updates the parameters, of which all ranks of a node share one copy. The model is
-written in NumPy, PyTorch, JAX or lucid; the loop does not know which.
+Every rank takes its share of a step's sequences and computes its own gradients; ``opt.step()``
+averages them over the ranks and updates the parameters, of which all ranks of a node share one
+copy. The model is written in NumPy, PyTorch, JAX or lucid; the loop does not know which.
+
+[Note: the same run on any number of ranks]
+Which sequences a step learns from follows from the seed and the step's number alone. A run that
+goes on from a checkpoint keeps their number, however many ranks share them now: where some have
+more than others, their gradients weigh more, and the average is the one over all sequences.
 """
 
 from __future__ import annotations
@@ -16,8 +21,8 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
+from checkpoints import Checkpoints, Origin, look_for_origin, require_same_run
 from corpus import Bytes, Corpus, count_baselines, load_corpus
-from interruption import Interruption
 from models import find_learner
 from models.base import Learner, Shape, count_weights, generate, initial_weights
 from options import HEAD_WIDTH, Options, parse_options
@@ -53,15 +58,18 @@ def main() -> int:
     )
 
     with learner.opt:
-        run = Run(options, corpus, learner, comm, report)
-        run.announce()
-        with Interruption() as interruption:
-            run.train(interruption)
-        if interruption.exit_code:
+        with Checkpoints(options, learner.opt, comm) as checkpoints:
+            origin = restore(comm, checkpoints)
+            learner.take_loaded()
+            run = Run(options, corpus, learner, comm, report, origin)
+            run.announce()
+            checkpoints.watch(origin, corpus)
+            run.train(checkpoints)
+        if checkpoints.exit_code:
             report.interrupted()
         elif comm.rank == 0:
             report.finish(*run.write_sample())
-    return interruption.exit_code
+    return checkpoints.exit_code
 
 
 def share_cores(comm: MPI.Intracomm) -> int:
@@ -86,15 +94,35 @@ def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type
     try:
         make_learner = find_learner(options.framework)
         corpus = load_corpus(options.text, options.context)
+        if options.checkpoint and comm.rank == 0:
+            origin, saved = look_for_origin(options.checkpoint)
+            if origin is not None:
+                require_same_run(options, corpus, comm.size, origin, saved)
         report = MainReport(options) if comm.rank == 0 else Report()
     except ValueError as error:
         problem = str(error)
+    end_if_any(comm, problem)
+    return corpus, report, make_learner
+
+
+def restore(comm: MPI.Intracomm, checkpoints: Checkpoints) -> Origin:
+    """Go on from a checkpoint, or begin, or end all ranks with one sentence. Collective."""
+    problem = None
+    try:
+        origin = checkpoints.restore()
+    except ValueError as error:
+        problem = str(error)
+    end_if_any(comm, problem)
+    return origin
+
+
+def end_if_any(comm: MPI.Intracomm, problem: str | None) -> None:
+    """End all ranks if one has a problem, and say the first. Collective."""
     problems = [problem for problem in comm.allgather(problem) if problem]
     if problems:
         if comm.rank == 0:
             print(f"train_lm.py: {problems[0]}", file=sys.stderr)
         sys.exit(2)
-    return corpus, report, make_learner
 
 
 @dataclass(frozen=True)
@@ -106,6 +134,7 @@ class Run:
     learner: Learner
     comm: MPI.Intracomm
     report: Report
+    origin: Origin
 
     def announce(self) -> None:
         """Report what is going to happen. Collective."""
@@ -123,36 +152,38 @@ class Run:
             replicated_node_nbytes=memory.replicated_node_nbytes,
         )
         baselines = count_baselines(self.corpus.train, *self.held_out())
-        self.report.start(setting, self.corpus, baselines)
+        self.report.start(setting, self.corpus, baselines, self.origin)
 
-    def train(self, interruption: Interruption) -> None:
-        """Take all steps, or fewer when a rank is interrupted. Collective."""
-        generator = np.random.default_rng([self.options.seed, self.comm.rank])
+    def train(self, checkpoints: Checkpoints) -> None:
+        """Take all steps that are left, or fewer when a rank is interrupted. Collective."""
         interval = math.ceil(self.options.steps / EVALUATIONS)
-        for step in range(1, self.options.steps + 1):
-            any_signal = self.take_step(step, generator, interruption)
-            if any_signal:
-                interruption.share(self.comm)
-                return
-            if step % interval == 0 or step == self.options.steps:
+        for step in range(self.origin.step + 1, self.options.steps + 1):
+            self.take_step(step)
+            interrupted = checkpoints.exit_code > 0
+            if not interrupted and (step % interval == 0 or step == self.options.steps):
                 self.report.evaluation(step, self.evaluate())
+            checkpoints.save_if_due(step)
+            if interrupted:
+                return
 
-    def take_step(
-        self, step: int, generator: np.random.Generator, interruption: Interruption
-    ) -> bool:
-        """Draw, differentiate, update; tells whether any rank got a signal. Collective."""
-        learner, comm, options = self.learner, self.comm, self.options
+    def take_step(self, step: int) -> None:
+        """Draw, differentiate, update. Collective."""
+        learner, comm, options, batch = self.learner, self.comm, self.options, self.origin.batch
         lr = scheduled_lr(step, options)
         for group in learner.opt.param_groups:
             group["lr"] = lr
 
         start_s = perf_counter()
-        inputs, targets = self.corpus.draw_batch(generator, options.batch, options.context)
-        own_nats = learner.loss_and_grads(inputs, targets)
+        # See [Note: the same run on any number of ranks].
+        generator = np.random.default_rng([options.seed, step])
+        share = slice(comm.rank, None, comm.size)
+        inputs, targets = self.corpus.draw_batch(generator, batch, options.context, share)
+        weight = len(inputs) * comm.size / batch
+        own_nats = learner.loss_and_grads(inputs, targets, weight)
         model_s = perf_counter() - start_s
 
         # Also waits for the slowest rank, which would else be counted as time of the optimizer.
-        nats, num_signals = sum_over_ranks(comm, own_nats, interruption.exit_code > 0)
+        (nats,) = sum_over_ranks(comm, weight * own_nats)
         synced_s = perf_counter()
         learner.step()
         end_s = perf_counter()
@@ -162,12 +193,11 @@ class Run:
                 train_bits=nats / comm.size / math.log(2),
                 lr=lr,
                 grad_norm=learner.opt.last_step.grad_norm,
-                tokens_per_s=comm.size * inputs.size / (end_s - start_s),
+                tokens_per_s=batch * options.context / (end_s - start_s),
                 model_ms=1e3 * model_s,
                 optimizer_ms=1e3 * (end_s - synced_s),
             )
         )
-        return num_signals > 0
 
     def held_out(self) -> tuple[Bytes, Bytes]:
         """Return the held-out inputs and targets, the same at every call."""

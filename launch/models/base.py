@@ -81,8 +81,21 @@ class Learner(ABC):
         """Return the cross-entropy of ``targets``."""
 
     @abstractmethod
-    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
-        """Return the loss and leave this rank's gradients where ``step`` finds them."""
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
+        """Return the loss and leave this rank's gradients where ``step`` finds them.
+
+        Args:
+            inputs: Bytes.
+            targets: The byte after each of them.
+            weight: What gradients are multiplied by, but not the loss: more than 1 on a rank that
+                has more sequences than others.
+        """
+
+    def take_loaded(self) -> None:  # noqa: B027  # not abstract
+        """Take over the weights of a checkpoint that was loaded into ``opt``.
+
+        Nothing needs to be done where the model and the optimizer share their memory.
+        """
 
     def step(self) -> None:
         """Average the gradients over ranks and update the weights. Collective."""

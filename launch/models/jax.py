@@ -52,15 +52,19 @@ class Learner(base.Learner):
         """Run the model forward."""
         return float(cross_entropy(self.params, inputs, targets, self.shape))
 
-    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
         """Run forward and backward."""
-        result = loss_and_grads(self.params, inputs, targets, self.shape)
-        loss, self.grads = jax.block_until_ready(result)
+        result = loss_and_grads(self.params, inputs, targets, weight, self.shape)
+        (_, loss), self.grads = jax.block_until_ready(result)
         return float(loss)
 
     def step(self) -> None:
         """Put new weights in the place of the old ones. Collective."""
         self.params = self.opt.step(self.grads)
+
+    def take_loaded(self) -> None:
+        """Put the loaded weights in the place of the old ones: arrays never change."""
+        self.params = self.opt.params
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -101,7 +105,14 @@ def cross_entropy(params: Params, inputs: jax.Array, targets: jax.Array, shape: 
     return -jnp.take_along_axis(scores, targets[..., None], axis=-1).mean()
 
 
-loss_and_grads = jax.jit(jax.value_and_grad(cross_entropy), static_argnames="shape")
+@partial(jax.jit, static_argnames="shape")
+@partial(jax.value_and_grad, has_aux=True)
+def loss_and_grads(
+    params: Params, inputs: jax.Array, targets: jax.Array, weight: float, shape: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Weight the loss for its gradients, and return it without, too."""
+    loss = cross_entropy(params, inputs, targets, shape)
+    return weight * loss, loss
 
 
 def as_tree(weights: Weights) -> Params:

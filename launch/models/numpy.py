@@ -38,10 +38,10 @@ class Learner(base.Learner):
         """Run the model forward."""
         return self.model.loss(inputs, targets)
 
-    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
         """Run forward and backward; the gradients are in ``p.grad``."""
         self.opt.zero_grad()
-        return self.model.loss_and_grads(inputs, targets)
+        return self.model.loss_and_grads(inputs, targets, weight)
 
 
 class Linear:
@@ -212,11 +212,11 @@ class Transformer:
         """Return the mean cross-entropy of ``targets`` [batch, time], in nats a byte."""
         return self._cross_entropy(inputs, targets)[0]
 
-    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
-        """Return the loss and write the gradient of every weight into its ``grad``."""
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
+        """Return the loss and write the gradient of every weight, times ``weight``, to ``grad``."""
         loss, dlogits = self._cross_entropy(inputs, targets)
         dlogits[np.arange(dlogits.shape[0]), targets.ravel()] -= 1
-        dlogits /= dlogits.shape[0]
+        dlogits /= dlogits.shape[0] / weight
         dx = self.norm.backward(self.head.backward(dlogits))
         for block in reversed(self.blocks):
             dx = block.backward(dx, len(inputs))

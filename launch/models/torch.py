@@ -54,11 +54,11 @@ class Learner(base.Learner):
         """Run the model forward."""
         return self._loss(inputs, targets).item()
 
-    def loss_and_grads(self, inputs: Array, targets: Array) -> float:
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
         """Run forward and backward; the gradients are in ``p.grad``."""
         self.opt.zero_grad()
         loss = self._loss(inputs, targets)
-        loss.backward()
+        (weight * loss).backward()
         return loss.item()
 
     def _loss(self, inputs: Array, targets: Array) -> Tensor:

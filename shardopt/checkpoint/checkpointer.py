@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from shardopt.checkpoint.directory import StepFolder, list_checkpoints, step_nam
 from shardopt.checkpoint.followers import InFlight, SignalWatch
 from shardopt.checkpoint.image import FileImage, StagedImage
 from shardopt.checkpoint.loading import load
+from shardopt.checkpoint.reader import Reader, read_manifest
 from shardopt.checkpoint.saving import Committed, HasCore, Plan, finish, run_here, start_saving
 from shardopt.checkpoint.snapshot import Layout, lay_out
 from shardopt.checkpoint.values import Array
@@ -177,6 +179,26 @@ class Checkpointer:
             )
         return None
 
+    def peek(self) -> Restored | None:
+        """Tell what ``restore`` would go on from, without loading or verifying it.
+
+        What is in ``extra`` may decide which model to build. Not collective, and needs no MPI: ask
+        on one rank and broadcast.
+
+        Returns:
+            The newest checkpoint whose manifest can be read, or None.
+
+        Raises:
+            CheckpointError: The directory cannot be read.
+        """
+        for folder in reversed(self._list()):
+            with (
+                suppress(CheckpointError),
+                Reader(folder.path, read_manifest(folder.path)) as reader,
+            ):
+                return Restored(folder.step, reader.extra(), folder.path)
+        return None
+
     def wait(self) -> None:
         """Return when what was saved last would survive a loss of power.
 
@@ -272,16 +294,20 @@ class Checkpointer:
         _, error = attempt(lambda: self._reserve(core))
         found = None
         if core.topology.rank == 0 and error is None:
-            found, error = attempt(lambda: list_checkpoints(self._directory, stripped=True))
-        if isinstance(error, OSError):
-            error = CheckpointError(
-                f"directory must be readable; got {error.strerror} for {str(self._directory)!r}. "
-                "Pass the directory that checkpoints were saved to."
-            )
+            found, error = attempt(self._list)
         core.enter_call("Checkpointer.restore()", {"step": step}, error)
         folders: list[StepFolder] = core.topology.comm.bcast(found)
         wanted = (folder for folder in reversed(folders) if step in (None, folder.step))
         return next((folder for folder in wanted if folder not in tried), None)
+
+    def _list(self) -> list[StepFolder]:
+        try:
+            return list_checkpoints(self._directory, stripped=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"directory must be readable; got {error.strerror} for {str(self._directory)!r}. "
+                "Pass the directory that checkpoints were saved to."
+            ) from error
 
     def _tidy(self, newest: Path) -> str | None:
         """Remove what is not needed any more. On rank 0, on the writer's thread."""

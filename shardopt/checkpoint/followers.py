@@ -90,17 +90,17 @@ class SignalWatch:
     ) -> None:
         self._core = core
         self._heard = heard
-        self._caught = 0
+        self._caught: set[int] = set()
         self._before = {number: signal.signal(number, self._catch) for number in signals}
         core.followers.append(self)
 
     def bid(self) -> int:
-        """The signal that came to this rank, negative; 0 for none."""
-        caught, self._caught = self._caught, 0
-        return -caught
+        """The highest signal that came to this rank, negative; 0 for none."""
+        return -max(self._caught, default=0)
 
     def step_ended(self, least: int) -> None:
-        """Tell of the signal."""
+        """Tell of the signal; others are told of after the next steps."""
+        self._caught.discard(-least)
         self._heard(signal.Signals(-least) if least else None)
 
     def finish(self) -> None:
@@ -112,4 +112,4 @@ class SignalWatch:
             self._core.followers.remove(self)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self._caught = number
+        self._caught.add(number)

@@ -177,6 +177,26 @@ def test_ranks_save_the_same_step_into_the_same_folder(comm, mpi_tmp_path):
         checkpointer.save(3, opt)
 
 
+def test_a_peek_loads_nothing(comm, mpi_tmp_path):
+    checkpointer = Checkpointer(mpi_tmp_path / "saved")
+    assert checkpointer.peek() is None
+    with build(comm) as opt, checkpointer:
+        for step in 3, 4, 5:
+            checkpointer.save(step, opt, {"width": step, "per_rank": comm.rank})
+        checkpointer.wait()
+        extra = {"width": 5, "per_rank": list(range(comm.size))}
+        path = mpi_tmp_path / "saved" / "step-000000000005"
+        assert checkpointer.peek() == (5, extra, path)
+        comm.Barrier()
+        if comm.rank == 0:
+            (path / "manifest.json").write_text("{")
+        comm.Barrier()
+        assert checkpointer.peek().step == 4
+        with pytest.raises(CheckpointError, match="directory must be readable; got Not a dir"):
+            Checkpointer(path / "manifest.json").peek()
+        comm.Barrier()
+
+
 # -- signals ---------------------------------------------------------------------------------------
 
 
@@ -199,6 +219,21 @@ def test_a_signal_to_one_rank_is_known_to_all_after_the_same_step(comm, mpi_tmp_
         assert comm.allgather(checkpointer.signalled) == [signal.SIGTERM] * comm.size
     assert checkpointer.steps() == [2]
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_of_several_signals_in_one_step_none_is_lost(comm, mpi_tmp_path):
+    with build(comm) as opt, Checkpointer(mpi_tmp_path) as checkpointer:
+        checkpointer.save_on_signal(opt, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        if is_last(comm):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if comm.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        heard = []
+        for step in range(4):
+            train(opt, [step])
+            heard.append(checkpointer.signalled)
+        assert heard == [signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, None]
 
 
 def test_signals_are_given_back_when_the_optimizer_goes_first(comm, mpi_tmp_path):

@@ -134,6 +134,26 @@ def test_batches_are_pieces_of_the_text(length, context, batch, seed):
     np.testing.assert_array_equal(targets, inputs + np.uint8(1))
 
 
+def test_parts_of_a_batch_make_the_whole():
+    text = counting_corpus(5000, 5000)
+    whole, _ = text.draw_batch(np.random.default_rng(5), 7, 16)
+    for size in 1, 2, 3, 7:
+        joined = np.empty_like(whole)
+        for rank in range(size):
+            part = slice(rank, None, size)
+            joined[part], _ = text.draw_batch(np.random.default_rng(5), 7, 16, part)
+        np.testing.assert_array_equal(joined, whole)
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path):
+    write_files(tmp_path, 100)
+    text = load_corpus(tmp_path, context=16)
+    moved = Corpus("elsewhere", text.train.copy(), text.held_out.copy())
+    assert moved.fingerprint == text.fingerprint
+    moved.held_out[-1] ^= 1
+    assert moved.fingerprint != text.fingerprint
+
+
 def test_batches_reach_both_ends_of_the_text():
     text = Corpus("short", np.array([1, 2, 3, 4], np.uint8), np.zeros(4, np.uint8))
     inputs, targets = text.draw_batch(np.random.default_rng(0), 100, 2)

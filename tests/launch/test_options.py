@@ -22,6 +22,11 @@ def test_torch_takes_bfloat16():
     assert parse_options(["--framework", "torch", "--dtype", "bfloat16"]).dtype == "bfloat16"
 
 
+def test_nothing_is_saved_unless_a_folder_is_named():
+    options = parse_options([])
+    assert (options.checkpoint, options.save_every) == (None, None)
+
+
 def refusal(capsys, *arguments):
     with pytest.raises(SystemExit) as error:
         parse_options(list(arguments))
@@ -41,3 +46,11 @@ def test_lucid_refuses_a_python_it_cannot_run_on(capsys, monkeypatch):
     monkeypatch.delattr(typing, "override", raising=False)
     sentence = refusal(capsys, "--framework", "lucid")
     assert sentence.startswith("--framework lucid must have Python 3.12 or later; got 3.")
+
+
+def test_saves_need_a_folder(capsys):
+    assert refusal(capsys, "--save-every", "5") == (
+        "--save-every must come with --checkpoint; got 5 alone. Add --checkpoint DIR."
+    )
+    sentence = refusal(capsys, "--checkpoint", "x", "--save-every", "0")
+    assert sentence == "--save-every must be at least 1; got 0. Choose a larger number."

@@ -1,36 +1,12 @@
 """The training script as users start it, made small."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.conftest import read_job_env
 from tests.frameworks import LEND_OVERRIDE, environment_for, require
-
-SCRIPT = Path(__file__).parents[2] / "launch" / "train_lm.py"
-SMALL = ("--layers", "1", "--width", "32", "--context", "32", "--batch", "2")
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A folder of many small files, so that some are held out."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(60):
-        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
-        (folder / f"file{i}.py").write_text("".join(lines))
-    return folder
-
-
-def read_log(out):
-    return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+from tests.launch.runs import SCRIPT, SMALL, Started, read_log
 
 
 def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
@@ -115,25 +91,9 @@ def test_a_wrong_option_is_one_sentence(mpirun, tmp_path, option):
 def test_an_interrupt_ends_all_ranks_and_keeps_the_log(mpirun, tmp_path, text):
     out = tmp_path / "out"
     arguments = ("--steps", "100000", "--text", text, "--out", out, *SMALL)
-    job = subprocess.Popen(
-        [mpirun.program, "-n", "2", sys.executable, SCRIPT, *arguments],
-        env=os.environ | read_job_env(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "train.jsonl").exists() or len(read_whole_lines(out)) < 20:
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    ranks = psutil.Process(job.pid).children(recursive=True)
-    job.send_signal(signal.SIGINT)
-    assert job.wait(timeout=30) != 0
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert not alive
-    assert len(read_whole_lines(out)) >= 20
-
-
-def read_whole_lines(out):
-    return [line for line in (out / "train.jsonl").read_text().split("\n")[:-1] if json.loads(line)]
+    with Started(mpirun, 2, *arguments) as started:
+        started.wait_until(lambda: len(read_log(out)) >= 20)
+        started.job.send_signal(signal.SIGINT)
+        code, output = started.end()
+    assert code != 0, output
+    assert len(read_log(out)) >= 20

@@ -90,6 +90,18 @@ def test_loss_and_gradients_are_the_numpy_models(make_learner, framework):
         np.testing.assert_allclose(grad, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_weight_is_of_the_gradients_alone(make_learner, framework):
+    inputs, targets = draw_bytes()
+    learner = make_learner(framework, draw_weights())
+    plain = learner.loss_and_grads(inputs, targets)
+    expected = {name: grad.copy() for name, grad in read_grads(learner).items()}
+    assert learner.loss_and_grads(inputs, targets, 0.5) == plain
+    for name, grad in read_grads(learner).items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(grad, expected[name] / 2, rtol=1e-4, atol=1e-6 * scale)
+
+
 @pytest.mark.parametrize("framework", OTHERS)
 @pytest.mark.parametrize("time", [1, 4, SHAPE.context])
 def test_logits_are_the_numpy_models(make_learner, framework, time):

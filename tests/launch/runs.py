@@ -1,0 +1,109 @@
+"""Runs of the training script, made small, and what they leave."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from shardopt.checkpoint.directory import list_checkpoints
+from shardopt.checkpoint.reader import Reader, read_manifest
+from tests.conftest import kill_with_ranks, read_job_env
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train_lm.py"
+SMALL = ("--layers", "1", "--width", "32", "--context", "32", "--batch", "2")
+
+
+def read_log(out):
+    """The records of a log, but for a last line that is still being written."""
+    lines = (out / "train.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def column(out, key):
+    """What a log says of each step, or of each evaluation."""
+    return [record[key] for record in read_log(out) if key in record]
+
+
+def steps_in(out):
+    return [record["step"] for record in read_log(out) if record["kind"] == "step"]
+
+
+def saved_steps(directory):
+    return [folder.step for folder in list_checkpoints(directory)]
+
+
+def newest_tensors(directory):
+    """Everything that the newest checkpoint holds of the parameters, by name and kind."""
+    path = list_checkpoints(directory)[-1].path
+    with Reader(path, read_manifest(path)) as reader:
+        return {
+            (entry.name, key): reader.tensor(index, key)
+            for index, entry in enumerate(reader.manifest.params)
+            for key in reader.manifest.slices[index]
+        }
+
+
+class Started:
+    """A run that goes on while the test looks at it; every process of it is gone in the end."""
+
+    def __init__(self, mpirun, num_ranks, *arguments):
+        self.job = subprocess.Popen(
+            [mpirun.program, "-n", str(num_ranks), sys.executable, SCRIPT, *map(str, arguments)],
+            cwd=mpirun.folder,
+            env=os.environ | read_job_env(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.job.poll() is None:
+            kill_with_ranks(self.job)
+        self.job.stdout.close()
+
+    def wait_until(self, condition, timeout_s=60):
+        """Wait for something that this run will do."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                if condition():
+                    return
+            assert self.job.poll() is None, self.job.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ranks(self):
+        """The processes of the ranks that live."""
+        found = []
+        for process in psutil.Process(self.job.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, among others
+                if str(SCRIPT) in process.cmdline():
+                    found.append(process)
+        return found
+
+    def kill(self, number):
+        """Send a signal to one rank only."""
+        self.ranks()[-1].send_signal(number)
+
+    def end(self, timeout_s=30):
+        """Wait for the end of all ranks; return the exit code and what was printed."""
+        ranks = self.ranks() if self.job.poll() is None else []
+        output, _ = self.job.communicate(timeout=timeout_s)
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
+        return self.job.returncode, output
+
+    def stop(self, number=signal.SIGTERM):
+        """End one rank, and with it the run."""
+        self.kill(number)
+        return self.end()
