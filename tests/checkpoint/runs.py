@@ -1,8 +1,14 @@
 """What tests of checkpoints share: a model of all dtypes, steps, and everything that is kept."""
 
 import numpy as np
+import pytest
+from mpi4py import MPI
 
 from shardopt import NAdam, Parameter, ShardPolicy
+
+UP_TO_THREE_RANKS = pytest.mark.skipif(
+    MPI.COMM_WORLD.size > 3, reason="a fourth rank would do what the third does, in more time"
+)
 
 SPECS = [
     ("weight", (37, 401), "float32"),

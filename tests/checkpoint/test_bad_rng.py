@@ -6,6 +6,7 @@ from mpi4py import MPI
 
 from shardopt.checkpoint.rng import capture_rng, restore_rng
 from shardopt.errors import CheckpointError, RankMismatchError
+from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.checkpoint.streams import draw, make_generator, seed_all, standing, through_json
 from tests.frameworks import require
 from tests.refusal import BOTH_WAYS, differing, errs, is_last, refused
@@ -125,6 +126,7 @@ WRONG = {
 GAUSS = {"has_gauss": 0, "gauss": 0.0}
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 @pytest.mark.parametrize("case", WRONG)
@@ -138,6 +140,7 @@ def test_a_damaged_state_is_refused(comm, generators, states, alone, case):
     assert standing(generators) == before
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 @pytest.mark.parametrize("state", [None, 5, "state", [], object(), {}])
@@ -150,6 +153,7 @@ def test_what_is_no_state_is_refused(comm, generators, states, alone, state):
     assert standing(generators) == before
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 @pytest.mark.parametrize("states", [None, [], {}, 7])
@@ -159,6 +163,7 @@ def test_what_is_no_list_of_states_is_refused(comm, generators, alone, states):
         restore_rng(states if errs(comm, alone) else good, comm, **generators)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 def test_torch_refuses_what_it_does_not_know(comm, generators, alone):
@@ -175,6 +180,7 @@ def test_torch_refuses_what_it_does_not_know(comm, generators, alone):
     assert standing(generators) == before
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 def test_a_damaged_state_is_refused_on_other_ranks_too(comm, generators, states, alone):
@@ -226,6 +232,7 @@ def test_junk_is_refused_wherever_it_stands():
     assert standing(generators) == before
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 @pytest.mark.parametrize("more", [1, 2])
@@ -250,6 +257,7 @@ UNSUITED = [
 ]
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @BOTH_WAYS
 @pytest.mark.parametrize(("unsuited", "told"), UNSUITED)
@@ -273,6 +281,7 @@ def test_names_that_cannot_be_restored_are_not_saved(name):
         capture_rng(**{name: make_generator("PCG64", 0)})
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi(min_size=2)
 def test_different_numbers_of_states_are_refused(comm, generators, states):
     before = standing(generators)

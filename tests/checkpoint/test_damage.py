@@ -29,9 +29,10 @@ from tests.checkpoint.damage import (
     words_for_flip,
 )
 from tests.checkpoint.make_golden import FOLDER, make_groups
+from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.refusal import warned
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, UP_TO_THREE_RANKS]
 
 SMALL, LARGE = "saved by three ranks", "of many chunks"
 STATES = pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "stepped"])

@@ -16,6 +16,7 @@ from shardopt.checkpoint import Checkpointer, disk, save
 from shardopt.checkpoint.image import StagedImage
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.checkpoint.numbered import Origin, build, fill, hidden, verify, verify_all
+from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.refusal import assert_steps, refused, take_step
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +191,7 @@ def fail():
     raise OSError(errno.EIO, EIO_TEXT)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("first", [True, False], ids=["first rank", "last rank"])
 @pytest.mark.parametrize("way", [Saver, Stepped])
@@ -208,6 +210,7 @@ def test_whatever_call_fails_nothing_has_changed(comm, opt, mpi_tmp_path, monkey
     assert_there(comm, directory, 1, 2, 3)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("first", [True, False], ids=["first rank", "last rank"])
 @pytest.mark.parametrize("way", [Saver, Stepped])
@@ -239,6 +242,7 @@ def test_the_directory_may_vanish_while_it_is_written_to(
     assert num_failed >= 2
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_the_directory_may_vanish_between_saves(comm, opt, mpi_tmp_path, way):
@@ -253,6 +257,7 @@ def test_the_directory_may_vanish_between_saves(comm, opt, mpi_tmp_path, way):
     assert_there(comm, directory, 2)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 def test_the_next_save_raises_what_became_of_the_one_before(comm, opt, mpi_tmp_path, monkeypatch):
     checkpointer = Checkpointer(mpi_tmp_path / "run")
@@ -270,6 +275,7 @@ def test_the_next_save_raises_what_became_of_the_one_before(comm, opt, mpi_tmp_p
     assert_there(comm, mpi_tmp_path / "run", 1)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", [Waited, Stepped])
 def test_too_little_memory_for_the_copy_is_an_error_of_the_save(
@@ -294,6 +300,7 @@ def test_too_little_memory_for_the_copy_is_an_error_of_the_save(
 # -- something is in the way -----------------------------------------------------------------------
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_a_directory_that_is_a_file_is_refused(comm, opt, mpi_tmp_path, way):
@@ -305,6 +312,7 @@ def test_a_directory_that_is_a_file_is_refused(comm, opt, mpi_tmp_path, way):
     assert (mpi_tmp_path / "file").read_bytes() == b"text"
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("what", ["file", "folder", "checkpoint", "link to nothing"])
 def test_what_has_the_name_already_stays(comm, opt, mpi_tmp_path, what):

@@ -186,7 +186,7 @@ def mpirun(mpirun):
 
 
 def test_killed_jobs_lose_nothing(mpirun, tmp_path):
-    seen = kill_often(mpirun, tmp_path / "run", 5, seed=1)
+    seen = kill_often(mpirun, tmp_path / "run", 4, seed=1)
     assert seen["of this job"] > 0
     end_cleanly(mpirun, tmp_path / "run")
 

@@ -20,6 +20,7 @@ from shardopt.errors import (
 )
 from tests.checkpoint.damage import flip, params_of, refused_alike, standing
 from tests.checkpoint.make_golden import FOLDER, make_groups
+from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.refusal import (
     BOTH_WAYS,
     POLICY,
@@ -31,7 +32,7 @@ from tests.refusal import (
     warned,
 )
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, UP_TO_THREE_RANKS]
 GOLDEN = FOLDER / "v1-3"
 
 

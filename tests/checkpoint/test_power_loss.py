@@ -24,6 +24,7 @@ from tests.checkpoint.power_loss import (
     without,
 )
 from tests.checkpoint.recorder import SYNCS
+from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.refusal import take_step
 
 STEPS = (3, 5, 8)
@@ -195,6 +196,7 @@ def test_the_fsync_between_taking_a_name_and_removing_files_is_needed(
 # -- several ---------------------------------------------------------------------------------------
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_ranks_lose_nothing(comm, mpi_tmp_path, monkeypatch, judge, run):
@@ -203,6 +205,7 @@ def test_ranks_lose_nothing(comm, mpi_tmp_path, monkeypatch, judge, run):
         check_log(log, mpi_tmp_path, judge, run)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi
 @pytest.mark.parametrize("role", [*ROLES, "directory after removal"])
 def test_ranks_need_each_fsync(comm, mpi_tmp_path, monkeypatch, judge, role):
@@ -211,6 +214,7 @@ def test_ranks_need_each_fsync(comm, mpi_tmp_path, monkeypatch, judge, role):
         check_need(log, mpi_tmp_path, judge, role)
 
 
+@UP_TO_THREE_RANKS
 @pytest.mark.mpi(min_size=2)
 def test_the_fsync_of_each_ranks_file_is_needed(comm, mpi_tmp_path, monkeypatch, judge):
     log = record(comm, mpi_tmp_path, save_once, monkeypatch)

@@ -47,7 +47,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(
         loaders.Free()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(0, 20_000), min_size=1, max_size=6),
     dtypes=st.lists(
