@@ -308,7 +308,8 @@ def rewrite(readme: Path, text: str) -> None:
 def _setting(line: Line) -> str:
     cores = line["machine"]["cores"]
     crowded = f" on {cores} cores" if line["ranks"] > cores else ""
-    return f"{line['ranks']} ranks{crowded}, {line['mpi']}"
+    ranks = "1 rank" if line["ranks"] == 1 else f"{line['ranks']} ranks"
+    return f"{ranks}{crowded}, {line['mpi']}"
 
 
 def _disk_speeds(lines: Sequence[Line]) -> str:

@@ -61,7 +61,7 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
         except Exception:
             content.blank()
             raise
-        _, error = attempt(lambda: reader.read(content.second_pass(), core.num_cores))
+        _, error = attempt(lambda: reader.read(content.precious, core.num_cores))
         _agree(core, error and _changed_meanwhile(error))
     core.take_over(
         content.groups,
@@ -93,26 +93,23 @@ class _Content:
         groups: Values for each param group.
         clocks: For each parameter.
         extra: As it was saved.
-        certain: Where what this rank owns is in the files, and where it belongs: what must be
+        precious: Where what this rank owns is in the files, and where it belongs: what must be
             verified before it is read.
-        disposable: What may be read at once; see [Note: nothing changes before all is verified].
+        disposable: What may be read at once, likewise; see
+            [Note: nothing changes before all is verified].
     """
 
     groups: list[Group]
     clocks: list[Clock]
     extra: dict[str, Any] | None
-    certain: list[Wanted]
+    precious: list[Wanted]
     disposable: list[Wanted]
 
     def first_pass(self, core: ShardedNAdam[Any], manifest: Manifest) -> list[Wanted]:
-        """Verify what is certain, and this rank's share of the headers; read the disposable."""
+        """Verify what is precious, and this rank's share of the headers; read the disposable."""
         files = range(core.topology.rank, len(manifest.files), core.topology.world_size)
         headers = [Wanted(i, 0, manifest.files[i].header_nbytes, None) for i in files]
-        return [*headers, *(run._replace(target=None) for run in self.certain), *self.disposable]
-
-    def second_pass(self) -> list[Wanted]:
-        """Read what is certain."""
-        return self.certain
+        return [*headers, *(run._replace(target=None) for run in self.precious), *self.disposable]
 
     def blank(self) -> None:
         """Undo the first pass."""
@@ -132,18 +129,18 @@ def _match(core: ShardedNAdam[Any], reader: Reader) -> _Content:
     saved_index = match_params([param.spec for param in core.partition.params], manifest.params)
     entries = [manifest.params[index] for index in saved_index]
     never_stepped = all(clock.step == 0 for clock in core.clocks)
-    certain: list[Wanted] = []
+    precious: list[Wanted] = []
     disposable: list[Wanted] = []
     parts = list(owned_parts(core.partition, core.storages))
     for part, array in zip(parts, part_arrays(parts, core.storages), strict=True):
         slices = manifest.slices[saved_index[part.param]][part.key]
-        pile = disposable if never_stepped and part.key != PARAM_KEY else certain
+        pile = disposable if never_stepped and part.key != PARAM_KEY else precious
         pile += wanted_slices(slices, part.start, part.stop, array)
     return _Content(
         groups=_read_groups(core.param_groups, reader),
         clocks=[Clock(entry.step, entry.mu_product) for entry in entries],
         extra=reader.extra(),
-        certain=certain,
+        precious=precious,
         disposable=disposable,
     )
 
