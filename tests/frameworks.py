@@ -26,7 +26,10 @@ def require(framework):
     if framework == "lucid" and not hasattr(typing, "override"):
         exec(LEND_OVERRIDE, {})
     reason = f"{framework} cannot be imported. {INSTALL.get(framework)}"
-    return pytest.importorskip(framework, reason=reason, exc_type=ImportError)
+    module = pytest.importorskip(framework, reason=reason, exc_type=ImportError)
+    if framework == "jax":  # two devices, as tests of placing need; it must be told before its use
+        module.config.update("jax_num_cpu_devices", 2)
+    return module
 
 
 def environment_for(framework, folder):

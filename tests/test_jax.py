@@ -25,7 +25,6 @@ def frameworks():
     """Load JAX when the first test runs: collecting tests must stay cheap."""
     global jax, jnp, NAdam, nadam, Block
     jax = require("jax")
-    jax.config.update("jax_num_cpu_devices", 2)
     jnp = jax.numpy
     from shardopt.jax import NAdam, nadam
 

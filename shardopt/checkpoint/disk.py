@@ -195,10 +195,9 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether no living process of this machine writes there, nor one of another has just now."""
+    """Whether no living process of this machine writes there, nor another one just made it."""
     try:
-        newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-        if time.time() - newest_s < _YOUNG_S:
+        if time.time() - folder.stat().st_mtime < _YOUNG_S:
             return False
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
