@@ -46,7 +46,8 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
 
     Raises:
         DamagedCheckpointError: The checkpoint is not what was saved; names file and chunk. The
-            optimizer is as it was; on every rank.
+            optimizer is as it was, unless the message says that the checkpoint changed while it
+            was loaded; on every rank.
         CheckpointError: It is of another model; likewise.
     """
     core, path = opt.core, Path(path).absolute()

@@ -66,7 +66,7 @@ def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
         _copy_line(target, source, i)  # type: ignore[call-arg]  # Numba adds the context
     for i in range(last, target.size):
         target[i] = source[i]
-    _fence()  # type: ignore[call-arg]
+    _fence()  # type: ignore[call-arg]  # likewise
 
 
 def copy_past_cache(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
