@@ -82,7 +82,9 @@ class Accord:
         survey = found or Survey()
         hypers = [hyper.values() for hyper in survey.hypers]
         scale = 1.0 if error is not None else as_real("loss_scale", loss_scale)
-        own = StepInputs(survey.present, survey.replaced_mask, scale, bool(overflowed))
+        own = StepInputs(
+            survey.present, survey.replaced_mask, scale, bool(overflowed), survey.stale
+        )
         self._pipeline.sync()
         equal = self._agreement.agree(
             lambda: {"the call": "step()", "the step": step, **describe_hypers(survey.hypers)},
@@ -92,16 +94,21 @@ class Accord:
             phase="agree",
         )
         num_ranks = self._agreement.topology.world_size
-        everyone = [own] * num_ranks if equal else self._agreement.gather(own)
+        everyone = (
+            [own] * num_ranks if equal else self._agreement.rollcall.gather(own, step, "agree")
+        )
         inputs = StepInputs.merge(everyone)
         copied_nbytes = survey.copied_nbytes
         if inputs.replaced:
             masks = [each.replaced for each in everyone]
-            copied_nbytes += self._adopt(survey.replaced, masks)
+            copied_nbytes += self._adopt(survey.replaced, masks, step)
         if own.loss_scale != inputs.loss_scale:
             self._pipeline.scale_grads(inputs.loss_scale / own.loss_scale)
-        if inputs.replaced or len({each.loss_scale for each in everyone}) > 1:
+        rescaled = len({each.loss_scale for each in everyone}) > 1
+        if inputs.replaced or rescaled:
             self.meet(step, "adopt")
+        if self._pipeline.courier is not None:
+            self._pipeline.courier.exchange.repeat(-1 if rescaled else inputs.stale)
         self._pipeline.sync()
         return replace(survey, copied_nbytes=copied_nbytes), inputs
 
@@ -111,10 +118,11 @@ class Accord:
         Returns:
             Whether there were any.
         """
-        masks = self._agreement.gather(sum(1 << index for index in replaced))
+        mask = sum(1 << index for index in replaced)
+        masks = self._agreement.rollcall.gather(mask, step, "adopt")
         if not any(masks):
             return False
-        self._adopt(replaced, masks)
+        self._adopt(replaced, masks, step)
         self.meet(step, "adopt")
         return True
 
@@ -138,12 +146,21 @@ class Accord:
         for follower, bid in zip(list(self.followers), least, strict=True):
             follower.step_ended(bid)
 
-    def _adopt(self, replaced: Mapping[int, FloatArray], masks: Sequence[int]) -> int:
+    def _adopt(self, replaced: Mapping[int, FloatArray], masks: Sequence[int], step: int) -> int:
         """Of several values of a parameter the lowest rank's wins; gives the bytes copied."""
-        taken = 0
-        for mask in masks[: self._agreement.topology.rank]:
-            taken |= mask
-        return self._registry.adopt(replaced, ~taken)
+        topology = self._agreement.topology
+        winners: dict[int, int] = {}  # rank by parameter
+        for rank, mask in enumerate(masks):
+            for index in range(mask.bit_length()):
+                if mask >> index & 1:
+                    winners.setdefault(index, rank)
+        mine = {index for index, rank in winners.items() if rank == topology.rank}
+        copied_nbytes = self._registry.adopt(replaced, mine)
+        for index, rank in sorted(winners.items()):
+            node, lane = topology.places[rank]
+            if lane == topology.node_rank:
+                self._pipeline.broadcast(self._registry.bindings[index].data, node, step)
+        return copied_nbytes
 
 
 def _look(look: Callable[[], Survey], loss_scale: float) -> Survey:

@@ -1,6 +1,6 @@
 """What ties a framework's parameters to the windows, and notices when somebody unties them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -88,6 +88,18 @@ class Face(Protocol[P]):
         """Take note that a step has changed the values of some parameters."""
         ...
 
+    def listen(self, listener: Callable[[Any], None]) -> bool:
+        """Call ``listener`` with a parameter whenever backward has added to its gradient.
+
+        Returns:
+            Whether the framework tells when it does.
+        """
+        ...
+
+    def grad_version(self, param: P) -> object:
+        """Something that changes when the gradient is written to, as far as the framework knows."""
+        ...
+
     def release(self, param: P) -> None:
         """Leave the parameter without a gradient and without anything the face attached to it."""
         ...
@@ -145,6 +157,13 @@ class ArrayFace(Face[A]):
     def updated(self, params: Sequence[A]) -> None:
         """Nothing keeps count."""
 
+    def listen(self, listener: Callable[[Any], None]) -> bool:
+        """False: gradients are written at any time."""
+        return False
+
+    def grad_version(self, param: A) -> None:
+        """None; see ``Face.grad_version``."""
+
     def release(self, param: A) -> None:
         """See ``Face.release``."""
         param.grad = None
@@ -199,6 +218,31 @@ class Binding:
     def blank_grad(self) -> None:
         """Give the parameter no gradient; what is in the window must be zero."""
         self._face.blank_grad(self.param, self._grad_view)
+
+    def holds_grad(self) -> bool:
+        """Whether the gradient lives in the window."""
+        return self._face.holds_grad(self.param, self._grad_view)
+
+    def grad_version(self) -> object:
+        """See ``Face.grad_version``."""
+        return self._face.grad_version(self.param)
+
+    def take_grad(self) -> int | None:
+        """Bring the gradient into the window now.
+
+        Returns:
+            Bytes that had to be copied; None where there is none that fits.
+        """
+        if self.holds_grad():
+            return 0
+        try:
+            array = self.find_new_grad()[1]
+        except PartitionError:
+            return None
+        if array is None:
+            return None
+        self.write_grad(array)
+        return array.nbytes
 
     def has_grad(self) -> bool:
         """Whether the parameter has a gradient, here or elsewhere."""

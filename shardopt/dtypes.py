@@ -35,3 +35,16 @@ def state_keys(dtype: str) -> tuple[str, ...]:
 def is_floating(dtype: np.dtype) -> bool:
     """Whether ``dtype`` is real floating point, bfloat16 included."""
     return dtype.kind == "f" or dtype == _BFLOAT16
+
+
+def wire_dtype_of(dtype: str, node_size: int, wire_dtype: str | None) -> str:
+    """Dtype that gradients of ``dtype``, summed over a node, travel in to other nodes.
+
+    Args:
+        dtype: Of the parameters.
+        node_size: Ranks on a node: the only one's gradients are the sum.
+        wire_dtype: As in ``ShardPolicy``; None loses no bit.
+    """
+    if wire_dtype is not None:
+        return wire_dtype
+    return dtype if node_size == 1 else compute_dtype(dtype)

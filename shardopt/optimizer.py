@@ -1,6 +1,7 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Self
 
@@ -13,11 +14,12 @@ from shardopt.comm.abort import install_abort_hook
 from shardopt.comm.agree import Agreement, Description, attempt
 from shardopt.comm.topology import Topology, cores_per_rank, make_topology
 from shardopt.comm.window import shortage
+from shardopt.dtypes import wire_dtype_of
+from shardopt.early import EarlyStart
 from shardopt.errors import (
     CheckpointError,
     ClosedError,
     HyperparamsError,
-    PartitionError,
     RankFailureError,
     ShardoptError,
 )
@@ -103,13 +105,14 @@ class ShardedNAdam(Generic[P]):
         self._agreement = Agreement(topology, policy.timeout_s)
         self.num_cores = cores_per_rank(topology)
         self._kernel = CpuKernel(policy.threads or self.num_cores)
-        self._pipeline = Pipeline(
-            self._agreement.rollcall, self._kernel, max_grad_norm, policy.check_finite
-        )
+        rollcall = self._agreement.rollcall
+        self._pipeline = Pipeline(topology, rollcall, self._kernel, max_grad_norm, policy)
+        self._wire_dtype = policy.wire_dtype
         layout = plan_partition((), topology.num_nodes, topology.node_size, policy.bucket_nbytes)
         self._registry = Registry(face, layout)
         self._schedule = Schedule(layout)
         self._accord = Accord(self._agreement, self._registry, self._pipeline)
+        self._early = EarlyStart(topology, rollcall, self._registry, self._pipeline, policy.overlap)
         try:
             self.extend("NAdam()", make)
         except RankFailureError:
@@ -161,15 +164,19 @@ class ShardedNAdam(Generic[P]):
             grad_norm, clip_factor, skipped = measured
         watch.lap("reduce")
         poisoned = None
+        if inputs.overflowed:
+            self._early.settle(number)
         if not skipped:
             self._schedule.regroup(inputs.present)
             rows = self._schedule.advance(survey.hypers, grad_scale * clip_factor)
             reduced = grad_norm is not None
-            poisoned = self._pipeline.update(self._schedule, rows, reduced=reduced)
+            poisoned = self._pipeline.update(self._schedule, rows, number, reduced=reduced)
             self._registry.updated(inputs.present)
         watch.lap("update")
         poisoned_name, bids = self._accord.finish_step(poisoned, number)
         watch.lap("finish")
+        sent = self._pipeline.traffic
+        self._early.open(number + 1, was_stale=inputs.stale != 0)
         before = self.last_step.healed() if inputs.replaced else self.last_step
         none = skipped or not self.partition.params
         self.last_step = StepReport(
@@ -181,6 +188,8 @@ class ShardedNAdam(Generic[P]):
             num_updated=None if none else inputs.present.bit_count(),
             seconds=watch.seconds,
             copied_nbytes=survey.copied_nbytes,
+            sent_nbytes=sent.nbytes,
+            sent_messages=sent.messages,
         ).diagnosed(poisoned_name, before)
         for warning in self.last_step.news(before):
             tell(warning, aloud=self._topology.rank == 0)
@@ -194,6 +203,7 @@ class ShardedNAdam(Generic[P]):
             set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
         """
         self._require_open()
+        self._early.grads_zeroed()
         self._registry.zero_grads(set_to_none, self._pipeline.zero_grads)
 
     # -- param groups ------------------------------------------------------------------------------
@@ -231,11 +241,12 @@ class ShardedNAdam(Generic[P]):
         first_here = self._topology.node_rank == 0
         error = shortage(window_nbytes(partition, sections)) if first_here else None
         self.enter_call(call, {}, error)
-        storages = self._pipeline.storages
-        storages += [SectionStorage(partition, index, self._topology) for index in sections]
-        bindings = self._registry.commit(addition, storages)
+        self._early.settle(self.last_step.step)
+        self._pipeline.extend(partition)
+        bindings = self._registry.commit(addition, self._pipeline.storages)
         self._schedule.extend(partition)
         self._publish_initial(bindings)
+        self._early.open(self.last_step.step + 1)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -361,7 +372,8 @@ class ShardedNAdam(Generic[P]):
             group.update(values)
 
     def take_over_params(self) -> None:
-        """Let parameters be what has been written into the windows. Collective."""
+        """Let parameters be what each owner has written of them into its window. Collective."""
+        self._pipeline.publish_all(self.last_step.step)
         self._accord.meet(self.last_step.step, "load")
         self._registry.rebind()
 
@@ -386,6 +398,7 @@ class ShardedNAdam(Generic[P]):
         for follower in list(self.followers):
             follower.finish()
         self.enter_call("close()", {})
+        self._early.settle(self.last_step.step)
         self._release()
 
     def __enter__(self) -> Self:
@@ -403,7 +416,10 @@ class ShardedNAdam(Generic[P]):
     # -- inside ------------------------------------------------------------------------------------
 
     def _survey(self) -> Survey:
-        return self._registry.survey()
+        stale = self._early.close()  # before other gradients are copied in
+        survey = self._registry.survey()
+        copied_nbytes = survey.copied_nbytes + self._early.copied_nbytes
+        return replace(survey, copied_nbytes=copied_nbytes, stale=stale)
 
     def _publish_initial(self, bindings: Sequence[Binding]) -> None:
         """Copy rank 0's values into the windows and bind all parameters to them."""
@@ -411,15 +427,19 @@ class ShardedNAdam(Generic[P]):
         if self._topology.rank == 0:
             for binding in bindings:
                 binding.fill()
+        self._accord.meet(0, "fill")
+        self._pipeline.spread(self._topology.places[0][0])
         self._accord.meet(0, "publish")
         for binding in bindings:
             binding.bind()
 
     def _plan(self, make: Callable[[], list[Group]]) -> Addition:
-        _require_supported(self._topology.num_nodes, self._settings["max_grad_norm"])
+        _require_supported(self._settings["max_grad_norm"])
         addition = self._registry.plan(make)
+        node_size, several = self._topology.node_size, self._topology.num_nodes > 1
         for dtype in {param.spec.dtype for param in addition.partition.params}:
-            self._kernel.prepare(dtype)
+            wire = wire_dtype_of(dtype, node_size, self._wire_dtype) if several else None
+            self._kernel.prepare(dtype, wire)
         return addition
 
     def _require_open(self) -> None:
@@ -431,17 +451,13 @@ class ShardedNAdam(Generic[P]):
     def _release(self) -> None:
         self._closed = True
         self._registry.release()
+        self._early.free()
         self._pipeline.free()
         self._agreement.free()
         self._kernel.close()
 
 
-def _require_supported(num_nodes: int, max_grad_norm: object) -> None:
-    if num_nodes > 1:
-        raise PartitionError(
-            f"all ranks must share one node; got {num_nodes} nodes. Start all ranks on one "
-            "machine, and leave policy.share_node on."
-        )
+def _require_supported(max_grad_norm: object) -> None:
     if max_grad_norm is not None and not as_real("max_grad_norm", max_grad_norm) > 0:
         raise HyperparamsError(
             f"max_grad_norm must be > 0 or None; got {max_grad_norm!r}. Leave it out not to clip."

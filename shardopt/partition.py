@@ -90,7 +90,7 @@ class Bucket:
 
     def lane_part(self, node_rank: int, node_size: int) -> tuple[int, int]:
         """The run [start, stop) that the ranks of one lane own together."""
-        return _cut(self.start, self.stop, node_rank, node_size)
+        return cut(self.start, self.stop, node_rank, node_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +161,16 @@ class Partition:
         for bucket in self.buckets:
             if bucket.section == section:
                 lane = bucket.lane_part(node_rank, self.node_size)
-                start, stop = _cut(*lane, node, self.num_nodes)
+                start, stop = cut(*lane, node, self.num_nodes)
                 shards.append(Shard(section, start, stop, local_start))
                 local_start += stop - start
         return tuple(shards)
+
+    def lane_cuts(self, bucket: Bucket, node_rank: int) -> tuple[int, ...]:
+        """Where the shards of one lane begin, by node, and where the last of them ends."""
+        lane = bucket.lane_part(node_rank, self.node_size)
+        starts = [cut(*lane, node, self.num_nodes)[0] for node in range(self.num_nodes)]
+        return *starts, lane[1]
 
     def params_in(self, section: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield (param index, start, stop) of each parameter's part of [start, stop)."""
@@ -251,7 +257,7 @@ def _require_unique_names(specs: Sequence[ParamSpec]) -> None:
             )
 
 
-def _cut(start: int, stop: int, index: int, parts: int) -> tuple[int, int]:
+def cut(start: int, stop: int, index: int, parts: int) -> tuple[int, int]:
     """Part ``index`` of ``parts`` of [start, stop), in whole chunks that are shared out evenly."""
     chunks = (stop - start) // CHUNK_NUMEL
     first, last = chunks * index // parts, chunks * (index + 1) // parts

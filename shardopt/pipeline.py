@@ -1,16 +1,21 @@
 """The stages of a step on this rank, over all sections: reduce, update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from shardopt.comm.rollcall import RollCall
+from shardopt.comm.topology import Topology
+from shardopt.courier import Courier
 from shardopt.dtypes import compute_dtype
-from shardopt.kernels.base import ALL_FINITE, Kernel, UpdatePlan
+from shardopt.kernels.base import ALL_FINITE, FloatArray, Kernel, UpdatePlan
 from shardopt.nadam import NUM_COEFFICIENTS, StepCoefficients
-from shardopt.partition import CHUNK_NUMEL, Partition, Shard
+from shardopt.partition import CHUNK_NUMEL, Partition, Shard, cut
+from shardopt.planner import Traffic
+from shardopt.policy import ShardPolicy
 from shardopt.schedule import Schedule
 from shardopt.storage import SectionStorage
 
@@ -25,33 +30,71 @@ class Pipeline:
     an extra pass in front, for what must be known before the update; it leaves the sum in this
     rank's own gradients, unless those have 16 bits, which cannot hold it.
 
+    Between nodes a bucket's gradients travel while others are updated, and its parameters after
+    its own update. The owner of a shard sums what arrives, so that the update reads one source.
+
     Args:
-        rollcall: The ranks.
+        topology: The ranks.
+        rollcall: The same.
         kernel: What computes.
         max_grad_norm: Clip to this, as ``torch.nn.utils.clip_grad_norm_`` does, or None.
-        check_finite: As in ``ShardPolicy``.
+        policy: How to shard.
 
     Attributes:
-        storages: One for each section; sections are only ever appended.
+        storages: One for each section.
+        courier: What travels between nodes; None where there is but one.
     """
 
     def __init__(
         self,
+        topology: Topology,
         rollcall: RollCall,
         kernel: Kernel,
         max_grad_norm: float | None,
-        check_finite: bool | None,
+        policy: ShardPolicy,
     ) -> None:
         self.storages: list[SectionStorage] = []
-        self._max_grad_norm = max_grad_norm
-        self._check_finite = check_finite
+        self.courier: Courier | None = None
+        if topology.num_nodes > 1:
+            self.courier = Courier(topology, rollcall, kernel, policy.wire_dtype)
+        self._topology = topology
         self._rollcall = rollcall
         self._kernel = kernel
+        self._max_grad_norm = max_grad_norm
+        self._policy = policy
+
+    def extend(self, partition: Partition) -> None:
+        """Allocate the sections that are new in a partition. Collective over the node."""
+        for index in range(len(self.storages), len(partition.sections)):
+            self.storages.append(SectionStorage(partition, index, self._topology))
+        if self.courier is not None:
+            self.courier.lay_out(partition, self.storages)
 
     def sync(self) -> None:
         """See [Note: when stores become visible]."""
         for storage in self.storages:
             storage.sync()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other nodes in this step."""
+        return Traffic(0, 0) if self.courier is None else self.courier.traffic
+
+    def publish_all(self, step: int) -> None:
+        """Let every node's windows show what the owners have in theirs. Collective."""
+        if self.courier is not None:
+            self.courier.publish_all(step)
+
+    def spread(self, root: int) -> None:
+        """Bring the parameters in node ``root``'s windows to all others. Collective."""
+        for storage in self.storages:
+            part = cut(0, storage.section.numel, storage.node_rank, self._topology.node_size)
+            self.broadcast(storage.params[slice(*part)], root, 0)
+
+    def broadcast(self, array: FloatArray, root: int, step: int) -> None:
+        """Bring an array in node ``root``'s windows to the others. Collective over the lane."""
+        if self.courier is not None:
+            self.courier.broadcast(array, root, step)
 
     def zero_grads(self) -> None:
         """Zero this rank's gradients."""
@@ -75,13 +118,10 @@ class Pipeline:
         """
         if partition.numel == 0:
             return 0.0
-        square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
-        for storage in self.storages:
-            out = storage.grads[storage.node_rank] if storage.holds_sums else None
-            for shard in filter(None, storage.shards):
-                start, stop = storage.positions(shard)
-                chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
-                self._kernel.reduce(storage.grads, out, start, stop, square_sums[chunks])
+        if self.courier is not None:
+            square_sums = self.courier.collect_all(step)
+        else:
+            square_sums = self._reduce_node(partition)
         square_sums = self._rollcall.allreduce(square_sums, MPI.SUM, step, "reduce")
         return float(np.cumsum(square_sums)[-1:].sum())  # one after the other, if there are any
 
@@ -100,9 +140,9 @@ class Pipeline:
         Returns:
             The norm or None, the clip factor, and whether to skip the step.
         """
-        max_grad_norm, check_finite = self._max_grad_norm, self._check_finite
-        if check_finite is None and not all(storage.holds_sums for storage in self.storages):
-            check_finite = True  # 16-bit gradients overflow easily
+        max_grad_norm, check_finite = self._max_grad_norm, self._policy.check_finite
+        if check_finite is None and self._overflows_easily():
+            check_finite = True
         if max_grad_norm is None and not check_finite:
             return None, 1.0, False
         grad_norm = math.sqrt(self.reduce(partition, step)) * grad_scale
@@ -114,40 +154,109 @@ class Pipeline:
         return grad_norm, 1.0 if clip_factor > 1.0 else clip_factor, False
 
     def update(
-        self, schedule: Schedule, coefficients: Sequence[StepCoefficients], *, reduced: bool
+        self,
+        schedule: Schedule,
+        coefficients: Sequence[StepCoefficients],
+        step: int,
+        *,
+        reduced: bool,
     ) -> int | None:
-        """Apply a step to this rank's shards.
+        """Apply a step to this rank's shards, and see to it that every node has the result.
+
+        Collective: every rank.
 
         Args:
             schedule: Regrouped for this step.
             coefficients: One for each of its cohorts.
+            step: For messages.
             reduced: Whether ``reduce`` has summed the gradients already.
 
         Returns:
             Index of the first parameter in which this rank saw inf or NaN, or None.
         """
-        poisoned = None
+        poisoned = []
+        tables = {
+            dtype: np.array(coefficients, dtype).reshape(-1, NUM_COEFFICIENTS)
+            for dtype in {compute_dtype(storage.section.dtype) for storage in self.storages}
+        }
+        for storage, shard, sources, sources_start in self._collect(reduced, step):
+            table = tables[compute_dtype(storage.section.dtype)]
+            segments = schedule.segments(shard)
+            for start, stop in self._pieces(*storage.positions(shard)):
+                plan = UpdatePlan(start, stop, segments, table, sources_start)
+                flag = self._update_piece(storage, shard, sources, plan)
+                if flag != ALL_FINITE:
+                    first = self._first_poisoned(schedule.partition, storage, shard, flag)
+                    poisoned += [] if first is None else [first]
+        return min(poisoned, default=None)
+
+    def _collect(
+        self, reduced: bool, step: int
+    ) -> Iterator[tuple[SectionStorage, Shard, FloatArray, int]]:
+        """Yield each of this rank's shards, with its sources and the position they begin at.
+
+        When the next is asked for, other nodes get what has become of the one before.
+        """
+        if self.courier is None:
+            for storage in self.storages:
+                row = storage.node_rank
+                one_source = reduced and storage.holds_sums
+                sources = storage.grads[row : row + 1] if one_source else storage.grads
+                for shard in filter(None, storage.shards):
+                    yield storage, shard, sources, 0
+            return
+        for route in self.courier.collect(step):
+            storage, shard = route.storage, route.shard
+            yield (
+                storage,
+                shard,
+                storage.sums[None],
+                storage.positions(shard)[0] - shard.local_start,
+            )
+            self.courier.publish(route, step)
+        self.courier.finish(step)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Cut [start, stop) so that messages between nodes do not wait for the whole of it."""
+        if self.courier is None:
+            yield start, stop
+            return
+        for begin in range(start, stop, self._kernel.piece_numel):
+            yield begin, min(stop, begin + self._kernel.piece_numel)
+            self.courier.advance()
+
+    def _update_piece(
+        self, storage: SectionStorage, shard: Shard, sources: FloatArray, plan: UpdatePlan
+    ) -> int:
+        shift = shard.local_start - storage.positions(shard)[0]
+        local = slice(plan.start + shift, plan.stop + shift)
+        state = {key: array[local] for key, array in storage.state.items()}
+        return self._kernel.update(
+            sources,
+            storage.params,
+            state.get("master"),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            plan,
+        )
+
+    def _reduce_node(self, partition: Partition) -> NDArray[np.float64]:
+        """Sum over the ranks of the only node, in place."""
+        square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
         for storage in self.storages:
-            dtype = compute_dtype(storage.section.dtype)
-            table = np.array(coefficients, dtype).reshape(-1, NUM_COEFFICIENTS)
-            row = storage.node_rank
-            one_source = reduced and storage.holds_sums
-            sources = storage.grads[row : row + 1] if one_source else storage.grads
+            row = storage.grads[storage.node_rank]
+            writes = storage.holds_sums and len(storage.grads) > 1
             for shard in filter(None, storage.shards):
-                plan = UpdatePlan(*storage.positions(shard), schedule.segments(shard), table)
-                local = slice(shard.local_start, shard.local_stop)
-                state = {key: array[local] for key, array in storage.state.items()}
-                flag = self._kernel.update(
-                    sources,
-                    storage.params,
-                    state.get("master"),
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    plan,
-                )
-                if flag != ALL_FINITE and poisoned is None:
-                    poisoned = self._first_poisoned(schedule.partition, storage, shard, flag)
-        return poisoned
+                start, stop = storage.positions(shard)
+                chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
+                out = row[start:stop] if writes else None
+                self._kernel.reduce(storage.grads, out, start, stop, square_sums[chunks])
+        return square_sums
+
+    def _overflows_easily(self) -> bool:
+        """Whether gradients have float16's range, or are 16-bit ones, whose losses are scaled."""
+        narrow = self.courier is not None and self._policy.wire_dtype == "float16"
+        return narrow or not all(storage.holds_sums for storage in self.storages)
 
     @staticmethod
     def _first_poisoned(
@@ -164,3 +273,5 @@ class Pipeline:
         for storage in self.storages:
             storage.free()
         self.storages.clear()
+        if self.courier is not None:
+            self.courier.free()

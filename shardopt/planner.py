@@ -1,10 +1,12 @@
-"""Memory that a partition needs, computed before anything is allocated."""
+"""What a partition costs, memory and messages, computed before anything is allocated."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from shardopt.dtypes import compute_dtype, has_master
+from shardopt.dtypes import compute_dtype, has_master, wire_dtype_of
 from shardopt.partition import Partition
 
 
@@ -47,6 +49,41 @@ class MemoryReport:
     def replicated_node_nbytes(self) -> int:
         """All of it on one node if nothing were sharded."""
         return self.replicated_rank_nbytes * self.node_size
+
+
+class Traffic(NamedTuple):
+    """What a rank sends to other nodes in a step; agreements of a few bytes are left out."""
+
+    nbytes: int
+    messages: int
+
+
+def plan_traffic(
+    partition: Partition, node: int, node_rank: int, wire_dtype: str | None = None
+) -> Traffic:
+    """Compute what a rank sends in a step.
+
+    Of each bucket it sends the others' shards of its lane part, summed over its node, and its own
+    shard, updated, to each of the others; what is empty is not sent. Over all ranks of a node that
+    is (M-1)/M of all gradients and (M-1)/M of all parameters, for M nodes.
+
+    Args:
+        partition: The layout.
+        node: The rank's node.
+        node_rank: The rank's lane.
+        wire_dtype: As in ``ShardPolicy``.
+    """
+    nbytes = messages = 0
+    others = partition.num_nodes - 1
+    for bucket in partition.buckets:
+        dtype = partition.sections[bucket.section].dtype
+        wire = np.dtype(wire_dtype_of(dtype, partition.node_size, wire_dtype))
+        cuts = partition.lane_cuts(bucket, node_rank)
+        shards = [stop - start for start, stop in pairwise(cuts)]
+        own = shards.pop(node)
+        nbytes += sum(shards) * wire.itemsize + own * others * np.dtype(dtype).itemsize
+        messages += sum(map(bool, shards)) + bool(own) * others
+    return Traffic(nbytes, messages)
 
 
 def plan_memory(partition: Partition) -> MemoryReport:

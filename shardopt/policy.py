@@ -13,11 +13,17 @@ class ShardPolicy:
 
     Attributes:
         bucket_nbytes: Upper bound of what one exchange carries.
-        wire_dtype: Dtype of gradients between nodes; None is the parameters' own, the only one yet.
+        wire_dtype: Dtype of gradients between nodes, where they are summed in float32 all the same:
+            ``bfloat16`` or ``float16`` halve their bytes and round what each node sends. None loses
+            no bit. Updated parameters always travel as they are. On one node nothing does.
         master_weights: fp32 copies of 16-bit parameters, each in the shard of its owner. None and
             True have them. There is no way without: small updates would be lost.
-        share_node: Keep one copy of the parameters on a node, in shared memory. False makes every
-            rank a node of its own.
+        overlap: Let gradients travel between nodes while backward still computes others, where the
+            framework tells when one is ready (torch does); see [Note: early travellers]. The bits
+            are the same.
+        share_node: Keep one copy of the parameters on a node, in shared memory. A number lets so
+            many ranks share one, for example those of a NUMA domain. False makes every rank a node
+            of its own.
         threads: Cores that a rank's updates use; None takes this rank's share of those it may run
             on.
         check_finite: Find inf and NaN in gradients before the update and skip such a step on all
@@ -35,16 +41,20 @@ class ShardPolicy:
     bucket_nbytes: int = 32 * MIB
     wire_dtype: str | None = None
     master_weights: bool | None = None
-    share_node: bool = True
+    overlap: bool = True
+    share_node: bool | int = True
     threads: int | None = None
     check_finite: bool | None = None
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         self._require(_is_count(self.bucket_nbytes), "bucket_nbytes", "be a whole number >= 1")
-        self._require(self.wire_dtype is None, "wire_dtype", "be None")
+        wire = self.wire_dtype in (None, "bfloat16", "float16")
+        self._require(wire, "wire_dtype", "be bfloat16, float16 or None")
         self._require(self.master_weights in (None, True), "master_weights", "be True or None")
-        self._require(type(self.share_node) is bool, "share_node", "be True or False")
+        self._require(type(self.overlap) is bool, "overlap", "be True or False")
+        share = type(self.share_node) is bool or _is_count(self.share_node)
+        self._require(share, "share_node", "be True, False or a whole number >= 1")
         threads = self.threads is None or _is_count(self.threads)
         self._require(threads, "threads", "be a whole number >= 1 or None")
         check = self.check_finite is None or type(self.check_finite) is bool

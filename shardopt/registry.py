@@ -1,7 +1,7 @@
 """The user's side of the optimizer: param groups, parameters, and what was done to them since."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -38,12 +38,14 @@ class StepInputs(NamedTuple):
         replaced: Bit mask of the parameters whose value was replaced.
         loss_scale: What the loss was multiplied by before backward.
         overflowed: Whether a gradient is known not to be finite.
+        stale: Bit mask of the routes to be exchanged once more; see [Note: early travellers].
     """
 
     present: int
     replaced: int
     loss_scale: float
     overflowed: bool
+    stale: int = 0
 
     @classmethod
     def merge(cls, brought: Sequence[Self]) -> Self:
@@ -53,11 +55,13 @@ class StepInputs(NamedTuple):
             replaced=reduce(or_, (each.replaced for each in brought), 0),
             loss_scale=min((each.loss_scale for each in brought), default=math.inf),
             overflowed=any(each.overflowed for each in brought),
+            stale=reduce(or_, (each.stale for each in brought), 0),
         )
 
     def words(self) -> list[str]:
         """For a digest; decimal digits of a long mask take too much time."""
-        return [hex(self.present), hex(self.replaced), str(self.loss_scale), str(self.overflowed)]
+        masks = map(hex, (self.present, self.replaced, self.stale))
+        return [*masks, str(self.loss_scale), str(self.overflowed)]
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,14 @@ class Survey:
         replaced: Arrays that have taken the place of a window's view, by parameter index.
         present: Bit mask of the parameters that have a gradient.
         copied_nbytes: Gradients that had to be copied into the window.
+        stale: As in ``StepInputs``.
     """
 
     hypers: list[Hyperparams] = field(default_factory=list)
     replaced: dict[int, FloatArray] = field(default_factory=dict)
     present: int = 0
     copied_nbytes: int = 0
+    stale: int = 0
 
     @property
     def replaced_mask(self) -> int:
@@ -99,6 +105,7 @@ class Registry(Generic[P]):
         self.bindings: list[Binding] = []
         self._reader = HyperparamsReader()
         self._windows: list[FloatArray] = []
+        self._index_of: dict[int, int] = {}
         self._of_mask: tuple[int, list[P]] = 0, []  # the last mask's parameters: it seldom changes
 
     def plan(self, make: Callable[[], list[Group]]) -> Addition:
@@ -143,11 +150,16 @@ class Registry(Generic[P]):
             placed = addition.partition.params[len(self.bindings)]
             storage = storages[placed.section]
             views = storage.param_view(placed), storage.grad_view(placed)
+            self._index_of[id(param)] = len(self.bindings)
             self.bindings.append(Binding(name, param, self.face, *views))
         self.param_groups += addition.groups
         self.partition = addition.partition
         self._windows = [array for storage in storages for array in (storage.params, storage.grads)]
         return self.bindings[first:]
+
+    def index_of(self, param: P) -> int | None:
+        """Its place among all parameters, or None for one of others."""
+        return self._index_of.get(id(param))
 
     def survey(self) -> Survey:
         """Look at everything users may have changed since the last step; copy gradients in.
@@ -183,12 +195,12 @@ class Registry(Generic[P]):
                 replaced[index] = data
         return read_before_write(replaced, self._windows)
 
-    def adopt(self, replaced: Mapping[int, FloatArray], winners: int) -> int:
+    def adopt(self, replaced: Mapping[int, FloatArray], winners: Container[int]) -> int:
         """Bind replaced parameters to the window again.
 
         Args:
             replaced: Of the survey.
-            winners: Bit mask of those whose new value this rank writes into the window.
+            winners: Those whose new value this rank writes into the window.
 
         Returns:
             Bytes written.
@@ -196,7 +208,7 @@ class Registry(Generic[P]):
         copied_nbytes = 0
         for index, array in replaced.items():
             binding = self.bindings[index]
-            if winners >> index & 1:
+            if index in winners:
                 binding.data[...] = array
                 copied_nbytes += binding.data.nbytes
             binding.bind_data()

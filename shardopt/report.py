@@ -27,7 +27,9 @@ class StepReport:
         seconds: This rank's time by phase: ``agree`` (waiting for the others included), ``reduce``,
             ``update``, ``finish``.
         copied_nbytes: Gradients and parameters that had been replaced and were copied in.
-        sent_nbytes: Bytes this rank sent to other nodes.
+        sent_nbytes: Gradients and parameters that this rank sent to other nodes: what
+            ``plan_traffic`` says, unless gradients changed after they had left.
+        sent_messages: In how many messages.
         poisoned_param: A parameter that an update left with inf or NaN, the first seen, or None;
             known until parameters are replaced or a state is loaded.
         poisoned_since: The step in which that was, or None.
@@ -42,6 +44,7 @@ class StepReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     copied_nbytes: int = 0
     sent_nbytes: int = 0
+    sent_messages: int = 0
     poisoned_param: str | None = None
     poisoned_since: int | None = None
 

@@ -20,6 +20,8 @@ class SectionStorage:
         shards: The shards this rank owns, one for each bucket.
         params: [section_numel], one copy on the node.
         grads: [node_size, section_numel or more]; row ``node_rank`` is this rank's to write.
+        sums: [owned_numel] gradients of this rank's shards, summed over all nodes; empty where
+            there is but one node, whose kernel reads them where they are.
         state: Arrays of [owned_numel], this rank's shards end to end, by their names in state
             dicts: ``exp_avg``, ``exp_avg_sq`` and for 16-bit parameters ``master``; see
             [Note: sixteen bits and a master].
@@ -37,10 +39,14 @@ class SectionStorage:
         self.params: FloatArray = rows[0, :numel]
         self.grads: FloatArray = rows[1:]
         owned_numel = sum(shard.numel for shard in self.shards)
+        full = compute_dtype(dtype)
         self.state: dict[str, FloatArray] = {
-            key: staggered_zeros(owned_numel, compute_dtype(dtype), len(rows) + i, self.params)
+            key: staggered_zeros(owned_numel, full, len(rows) + i, self.params)
             for i, key in enumerate(state_keys(dtype))
         }
+        sums_numel = owned_numel if topology.num_nodes > 1 else 0
+        stream = len(rows) + len(self.state)
+        self.sums: FloatArray = staggered_zeros(sums_numel, full, stream, self.params)
         self._touch_first()
 
     @property

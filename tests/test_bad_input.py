@@ -79,7 +79,14 @@ def test_a_different_setting_on_one_rank_is_refused(comm, change, name, usual, o
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("bucket_nbytes", 4096), ("check_finite", True), ("threads", 1), ("share_node", False)],
+    [
+        ("bucket_nbytes", 4096),
+        ("check_finite", True),
+        ("threads", 1),
+        ("share_node", False),
+        ("overlap", False),
+        ("wire_dtype", "bfloat16"),
+    ],
 )
 def test_a_different_policy_on_one_rank_is_refused(comm, name, value):
     usual, odd = ShardPolicy(timeout_s=20), ShardPolicy(timeout_s=20, **{name: value})
@@ -135,9 +142,16 @@ WRONG_POLICIES = [
     ({"bucket_nbytes": 0}, "policy.bucket_nbytes must be a whole number >= 1; got 0"),
     ({"bucket_nbytes": 1e6}, "policy.bucket_nbytes must be a whole number >= 1; got 1000000.0"),
     ({"bucket_nbytes": "32MB"}, "policy.bucket_nbytes must be a whole number >= 1; got '32MB'"),
-    ({"share_node": 1}, "policy.share_node must be True or False; got 1"),
+    (
+        {"share_node": 0},
+        "policy.share_node must be True, False or a whole number >= 1; got 0",
+    ),
+    ({"overlap": None}, "policy.overlap must be True or False; got None"),
     ({"check_finite": "no"}, "policy.check_finite must be True, False or None; got 'no'"),
-    ({"wire_dtype": "float16"}, "policy.wire_dtype must be None; got 'float16'"),
+    (
+        {"wire_dtype": "float32"},
+        "policy.wire_dtype must be bfloat16, float16 or None; got 'float32'",
+    ),
     ({"master_weights": False}, "policy.master_weights must be True or None; got False"),
     ({"threads": 0}, "policy.threads must be a whole number >= 1 or None; got 0"),
     ({"timeout_s": 0}, "policy.timeout_s must be a number > 0; got 0"),
@@ -363,12 +377,6 @@ def test_empty_parameters_are_adopted(comm):
         with make_optimizer(comm, params, max_grad_norm=1.0) as opt:
             take_step(opt)
             assert opt.last_step.grad_norm == 0.0
-
-
-@pytest.mark.mpi(min_size=2)
-def test_a_node_for_each_rank_is_refused(comm):
-    with refused(comm, PartitionError, f"share one node; got {comm.size} nodes"):
-        make_optimizer(comm, policy=ShardPolicy(timeout_s=20, share_node=False))
 
 
 class OddError(Exception):

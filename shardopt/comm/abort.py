@@ -1,5 +1,6 @@
 """One rank's uncaught exception ends the whole job."""
 
+import faulthandler
 import fcntl
 import os
 import sys
@@ -14,6 +15,7 @@ from mpi4py import MPI
 
 _KEYBOARD_INTERRUPT_CODE = 130
 _LONGEST_WAIT_S = 1.0
+_LONGEST_ABORT_S = 5.0
 _installed = False
 
 
@@ -45,6 +47,8 @@ def end_job(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     silence = os.open(os.devnull, os.O_WRONLY)
+    # Abort may itself wait for a host that is gone; this ends the process without Python's help.
+    faulthandler.dump_traceback_later(_LONGEST_ABORT_S, exit=True, file=silence)
     for stream in (1, 2):
         _wait_until_read(stream)
         os.dup2(silence, stream)  # the library's own notice would bury the traceback

@@ -42,7 +42,6 @@ class Agreement:
     def __init__(self, topology: Topology, timeout_s: float) -> None:
         self.topology = topology
         self.rollcall = RollCall(topology, timeout_s)
-        self._comm = topology.comm
 
     def all_equal(self, digest: int, step: int, phase: str) -> bool:
         """Say whether all ranks brought one digest; also a barrier.
@@ -84,8 +83,8 @@ class Agreement:
         """
         if self.all_equal(_TROUBLE if error is not None else digest, step, phase):
             return True
-        raise_first(self._comm.allgather(error), error)
-        mismatch = first_difference(self._comm.allgather(dict(describe())))
+        raise_first(self.rollcall.gather(error, step, phase), error)
+        mismatch = first_difference(self.rollcall.gather(dict(describe()), step, phase))
         if mismatch is not None:
             raise RankMismatchError(mismatch)
         return False
@@ -111,10 +110,6 @@ class Agreement:
             step=step,
             phase=call,
         )
-
-    def gather(self, value: _T) -> list[_T]:
-        """Give every rank everyone's value; all ranks must be known to be here."""
-        return self._comm.allgather(value)
 
     def free(self) -> None:
         """Release the communicators and what they share."""

@@ -1,8 +1,10 @@
 """Waiting for other ranks, with a deadline and with the names of those who do not come."""
 
 import os
+import pickle
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from threading import Event
 from typing import TypeVar
 
@@ -11,10 +13,12 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from shardopt.comm.abort import end_job
+from shardopt.comm.muster import Muster
 from shardopt.comm.topology import Topology
 from shardopt.comm.window import Window
 from shardopt.errors import RankFailureError
 
+_T = TypeVar("_T")
 _N = TypeVar("_N", np.int64, np.float64)
 
 _ARRIVALS, _STEP, _LEFT, _LINE_NUMEL = 0, 1, 2, 8  # a cache line of int64 for each rank
@@ -26,16 +30,21 @@ _LOOK_ROUND_EVERY_S = 0.1
 
 
 class RollCall:
-    """Allreduces small arrays over all ranks, and ends the job rather than wait for ever.
+    """Brings small things together from all ranks, and ends the job rather than wait for ever.
 
     Each rank notes its arrivals in a window of its node, so that whoever waits can tell who is
     missing without the help of the missing. A rank that exits notes that too: nobody waits for
-    it.
+    it. Ranks of other nodes are asked; see ``Muster``.
 
-    Collective: construction and ``free``.
+    Collective: construction, ``allreduce``, ``gather`` and ``free``.
+
+    Args:
+        topology: The ranks.
+        timeout_s: Longest wait for one of them.
     """
 
     def __init__(self, topology: Topology, timeout_s: float) -> None:
+        self._topology = topology
         self._comm = topology.comm
         self._timeout_s = timeout_s
         self._node_ranks = topology.node_comm.allgather(topology.rank)
@@ -43,6 +52,7 @@ class RollCall:
         self._lines: NDArray[np.int64] = self._window.memory.view(np.int64).reshape(-1, _LINE_NUMEL)
         self._mine = self._lines[topology.node_rank]
         self._mine[:] = 0
+        self._muster = Muster(self._comm)
         self._pending: object = None
         self._broken = Event()
         self._farewell = weakref.finalize(self, _leave, self._mine, self._window, self._broken)
@@ -63,27 +73,88 @@ class RollCall:
             RankFailureError: Some rank has left the job, or has not come within the time allowed.
                 The communicator is of no use after that.
         """
-        self._mine[_STEP] = step
-        self._mine[_ARRIVALS] += 1
         result = np.empty_like(values)
         request = self._comm.Iallreduce(values, result, op)
-        for _ in range(_SPINS):
-            if request.Test():
-                return result
-        self._pending = request, values, result  # MPI may write there even if waiting is given up
-        self._wait(request, step, phase)
-        self._pending = None
+        self._arrive(request, (values, result), step, phase)
         return result
+
+    def gather(self, value: _T, step: int, phase: str) -> list[_T]:
+        """Give every rank everyone's value.
+
+        Collective: every rank.
+
+        Args:
+            value: Anything that can be pickled.
+            step: As for ``allreduce``.
+            phase: Likewise.
+
+        Raises:
+            RankFailureError: As ``allreduce`` does.
+        """
+        own = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self._comm.size, np.int64)
+        request = self._comm.Iallgather(np.array([own.size]), sizes)
+        self._arrive(request, sizes, step, phase)
+        everyone = np.empty(sizes.sum(), np.uint8)
+        request = self._comm.Iallgatherv(own, (everyone, sizes.tolist()))
+        self._arrive(request, (own, everyone), step, phase)
+        return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
+
+    def wait(
+        self,
+        test: Callable[[], bool],
+        step: int,
+        phase: str,
+        awaited: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
+        """Wait for something that other ranks do.
+
+        Args:
+            test: Whether it is done; called again and again, so that it can bring it about, too.
+            step: As for ``allreduce``.
+            phase: Likewise.
+            awaited: The ranks it depends on at this moment, if that is known.
+
+        Raises:
+            RankFailureError: As ``allreduce`` does; or MPI reports that a connection broke.
+        """
+        try:
+            for _ in range(_SPINS):
+                if test():
+                    return
+            self._wait(test, step, phase, awaited)
+        except MPI.Exception as error:
+            self._broken.set()
+            raise RankFailureError(
+                f"every rank must stay in touch; got an error of MPI in step {step} ({phase}), "
+                f"when waiting for {self._name(awaited()) or 'other ranks'}: {error}. Look for a "
+                "rank or host that died."
+            ) from error
 
     def free(self) -> None:
         """Release the window. Collective."""
         self._farewell.detach()
         del self._lines, self._mine
         self._window.free()
+        self._muster.free()
 
-    def _wait(self, request: MPI.Request, step: int, phase: str) -> None:
+    def _arrive(self, request: MPI.Request, buffers: object, step: int, phase: str) -> None:
+        self._mine[_STEP] = step
+        self._mine[_ARRIVALS] += 1
+        self._pending = request, buffers  # MPI may write there even if waiting is given up
+        self.wait(request.Test, step, phase)
+        self._pending = None
+
+    def _wait(
+        self,
+        test: Callable[[], bool],
+        step: int,
+        phase: str,
+        awaited: Callable[[], Sequence[int]],
+    ) -> None:
         start = look_round_at = time.monotonic()
-        while not request.Test():
+        self._muster.begin()
+        while not test():
             waited = time.monotonic() - start
             if waited < _YIELD_FOR_S:
                 os.sched_yield()
@@ -91,27 +162,54 @@ class RollCall:
             time.sleep(_NAP_S)
             if start + waited > look_round_at + _LOOK_ROUND_EVERY_S:
                 look_round_at = start + waited
-                self._look_round(waited, step, phase)
+                self._muster.look(f"step {step} ({phase})", ask=waited > self._timeout_s / 2)
+                if self._has_failed(waited):
+                    self._broken.set()
+                    raise RankFailureError(self._describe(waited, step, phase, awaited()))
 
-    def _look_round(self, waited: float, step: int, phase: str) -> None:
-        """Raise when a rank has left, or when time is up."""
+    def _behind(self) -> NDArray[np.bool_]:
+        """Which ranks of this node have not come as far as this one."""
         self._window.sync()
-        behind = self._lines[:, _ARRIVALS] < self._mine[_ARRIVALS]
-        left = behind & (self._lines[:, _LEFT] != 0)
-        if not left.any() and waited < self._timeout_s:
-            return
-        self._broken.set()
-        missing = left if left.any() else behind
-        names = "; ".join(
-            f"rank {self._node_ranks[i]}, last seen in step {self._lines[i, _STEP]}"
-            + (", has left the job" if left[i] else "")
-            for i in np.flatnonzero(missing)
-        )
-        raise RankFailureError(
+        behind: NDArray[np.bool_] = self._lines[:, _ARRIVALS] < self._mine[_ARRIVALS]
+        return behind
+
+    def _has_failed(self, waited: float) -> bool:
+        """Whether a rank of this node has left, or time is up."""
+        left = self._behind() & (self._lines[:, _LEFT] != 0)
+        return bool(left.any()) or waited >= self._timeout_s
+
+    def _describe(self, waited: float, step: int, phase: str, awaited: Sequence[int]) -> str:
+        answers, behind = self._muster.answers, self._behind()
+        seen = {rank: self._lines[i, _STEP] for i, rank in enumerate(self._node_ranks) if behind[i]}
+        left = [rank for i, rank in enumerate(self._node_ranks) if rank in seen and self._left(i)]
+        here = {self._topology.rank, *answers, *(set(self._node_ranks) - set(seen))}
+        missing = left or [rank for rank in range(self._comm.size) if rank not in here]
+        texts = [
+            self._name([rank])
+            + (f", last seen in step {seen[rank]}" if rank in seen else "")
+            + (", has left the job" if rank in left else "")
+            for rank in missing
+        ]
+        elsewhere = awaited or [rank for rank in answers if rank in seen]
+        texts += [
+            f"{self._name([rank])}, waiting in {answers[rank]}"
+            for rank in elsewhere
+            if rank in answers
+        ]
+        return (
             f"every rank must come to step {step} ({phase}); got no sign for {waited:.1f} s of "
-            f"{names or 'some rank of another node'}. Let all ranks make the same calls as "
-            "often, or raise policy.timeout_s if they are only slow."
+            f"{'; '.join(texts) or 'some rank'}. Let all ranks make the same calls as often, look "
+            "for a rank or host that died, or raise policy.timeout_s if they are only slow."
         )
+
+    def _left(self, node_rank: int) -> bool:
+        return bool(self._lines[node_rank, _LEFT])
+
+    def _name(self, ranks: Sequence[int]) -> str:
+        """Write ranks, with their hosts where there are several."""
+        hosts = self._topology.hosts
+        several = len(set(hosts)) > 1
+        return ", ".join(f"rank {r} on {hosts[r]}" if several else f"rank {r}" for r in ranks)
 
 
 def _leave(line: NDArray[np.int64], window: Window, broken: Event) -> None:

@@ -16,6 +16,8 @@ _LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "Slurm's srun"),
 )
 
+_UNLIMITED = 1 << 30
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -24,12 +26,16 @@ class Topology:
     Attributes:
         comm: All ranks.
         node_comm: The ranks of this rank's node, in rank order.
+        lane_comm: The ranks with this rank's ``node_rank``, one a node; there a rank is its node.
         places: For each rank of ``comm`` its (node, node_rank); nodes are counted from 0.
+        hosts: For each rank of ``comm`` the name of its machine.
     """
 
     comm: MPI.Intracomm
     node_comm: MPI.Intracomm
+    lane_comm: MPI.Intracomm
     places: tuple[tuple[int, int], ...]
+    hosts: tuple[str, ...]
 
     @property
     def node(self) -> int:
@@ -61,19 +67,30 @@ class Topology:
         """Ranks on each node."""
         return self.node_comm.size
 
+    @property
+    def lane_ranks(self) -> list[int]:
+        """The ranks of this rank's lane, by node."""
+        return [rank for rank, place in enumerate(self.places) if place[1] == self.node_rank]
+
     def free(self) -> None:
         """Release the communicators. Collective."""
+        self.lane_comm.Free()
         self.node_comm.Free()
         self.comm.Free()
 
 
-def make_topology(comm: MPI.Intracomm, share_node: bool, timeout_s: float) -> Topology:
-    """Split ``comm`` into nodes.
+def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float) -> Topology:
+    """Split ``comm`` into nodes and lanes.
 
     Nodes of unequal size cannot be cut into lanes: then, and without ``share_node``, every rank
     counts as a node of its own, which is slower but gives the same result.
 
     Collective: every rank of ``comm``.
+
+    Args:
+        comm: The ranks that train together.
+        share_node: As in ``ShardPolicy``.
+        timeout_s: Longest wait for the other ranks.
 
     Raises:
         LauncherError: The launcher started several processes that the MPI library sees as jobs of
@@ -83,16 +100,29 @@ def make_topology(comm: MPI.Intracomm, share_node: bool, timeout_s: float) -> To
     require_one_job()
     _meet(comm, timeout_s)
     comm = comm.Dup()
-    share_node = comm.allreduce(share_node, op=MPI.LOR)  # policies are compared later
-    node_comm = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
-    sizes = set(comm.allgather(node_comm.size))
-    if not share_node or len(sizes) > 1:
+    share_node = min(comm.allgather(_UNLIMITED if share_node is True else int(share_node)))
+    node_comm = _split_machine(comm, share_node)
+    if len(set(comm.allgather(node_comm.size))) > 1:
         node_comm.Free()
-        node_comm = cast("MPI.Intracomm", comm.Split(color=comm.rank))
-    first_rank = node_comm.bcast(comm.rank)
-    members = comm.allgather((first_rank, node_comm.rank))
+        node_comm = _split(comm, comm.rank)
+    members = comm.allgather((node_comm.bcast(comm.rank), node_comm.rank))
     nodes = sorted({first for first, _ in members})
-    return Topology(comm, node_comm, tuple((nodes.index(first), rank) for first, rank in members))
+    places = tuple((nodes.index(first), rank) for first, rank in members)
+    lane_comm = _split(comm, places[comm.rank][1])
+    hosts = tuple(comm.allgather(MPI.Get_processor_name()))
+    return Topology(comm, node_comm, lane_comm, places, hosts)
+
+
+def _split_machine(comm: MPI.Intracomm, limit: int) -> MPI.Intracomm:
+    """The ranks that can share memory, at most so many together."""
+    machine = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+    node_comm = _split(machine, machine.rank // max(1, limit))
+    machine.Free()
+    return node_comm
+
+
+def _split(comm: MPI.Intracomm, color: int) -> MPI.Intracomm:
+    return cast("MPI.Intracomm", comm.Split(color, key=comm.rank))
 
 
 def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:

@@ -28,10 +28,19 @@ class Kernel(Protocol):
     bit from the rounded master; see [Note: sixteen bits and a master]. The result is the new
     master and, rounded to the nearest with ties to even, the new parameter: what is too large for
     it becomes inf, and NaN stays NaN.
+
+    Attributes:
+        piece_numel: Elements that a call should be given at least, to be worth its while.
     """
 
-    def prepare(self, dtype: str) -> None:
+    piece_numel: int
+
+    def prepare(self, dtype: str, wire_dtype: str | None = None) -> None:
         """Get ready for parameters of ``dtype``, so that the first step is as fast as the others.
+
+        Args:
+            dtype: What parameters and gradients have.
+            wire_dtype: What sums over a node are rounded to; None where there is but one node.
 
         Raises:
             KernelError: There is no kernel for ``dtype``.
@@ -50,8 +59,10 @@ class Kernel(Protocol):
         """Sum the sources and apply NAdam to a shard, in one pass over memory.
 
         Args:
-            grads: [num_sources, section_numel or more], C-contiguous; read only.
-            param: [section_numel] in the dtype of ``grads``, updated within the segments.
+            grads: [num_sources, numel of the sources], C-contiguous, read only: in the dtype of
+                ``param`` or that which is computed in. Its first column belongs to position
+                ``plan.sources_start``.
+            param: [section_numel], updated within the segments.
             master: [shard_numel] float32, updated likewise; its first element belongs to position
                 ``plan.start``. None unless parameters have 16 bits.
             exp_avg: [shard_numel] in the dtype that is computed in, updated likewise.
@@ -70,20 +81,22 @@ class Kernel(Protocol):
         out: FloatArray | None,
         start: int,
         stop: int,
-        square_sums: FloatArray,
+        square_sums: FloatArray | None,
     ) -> None:
         """Sum the sources over [start, stop) into ``out`` and add up the squares of each chunk.
 
         Args:
-            grads: [num_sources, section_numel or more], C-contiguous.
-            out: [section_numel]; may be one of the rows of ``grads``, and must be where there is
-                but one. None writes no sum and only measures: so it is for 16-bit gradients, which
-                could not hold the sum; the update then reads all the sources again.
-            start: First position.
+            grads: [num_sources, numel of the sources], C-contiguous.
+            out: [stop - start], of any dtype, which sums are rounded to; may be that part of one of
+                the rows of ``grads``. None writes no sum and only measures: so it is for 16-bit
+                gradients, which could not hold the sum; the update then reads all the sources
+                again.
+            start: First position, counted from the first column of ``grads``.
             stop: One past the last position.
             square_sums: [(stop - start) / CHUNK_NUMEL] float64, overwritten: the sum of squares of
                 each chunk of the sum, in an order that depends on nothing else. Not finite if and
                 only if a gradient of the chunk is not, or their sum or its square overflows.
+                None does without.
         """
         ...
 
@@ -96,12 +109,21 @@ class UpdatePlan:
         stop: One past its last position.
         segments: [num_segments, 3] int64: start, stop and row of ``coefficients``.
         coefficients: [num_cohorts, NUM_COEFFICIENTS] in the dtype that is computed in.
+        sources_start: Position that the first column of the sources belongs to.
     """
 
-    __slots__ = ("coefficients", "segments", "start", "stop")
+    __slots__ = ("coefficients", "segments", "sources_start", "start", "stop")
 
-    def __init__(self, start: int, stop: int, segments: IntArray, coefficients: FloatArray) -> None:
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        segments: IntArray,
+        coefficients: FloatArray,
+        sources_start: int = 0,
+    ) -> None:
         self.start = start
         self.stop = stop
         self.segments = segments
         self.coefficients = coefficients
+        self.sources_start = sources_start

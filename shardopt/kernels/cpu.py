@@ -27,14 +27,11 @@ class CpuKernel:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
+        self.piece_numel = 2 * threads * MIN_PIECE_NUMEL  # well under a millisecond
         self._pool = ThreadPoolExecutor(threads - 1, "shardopt") if threads > 1 else None
 
-    def prepare(self, dtype: str) -> None:
-        """Compile the kernels for ``dtype``, so that the first step is as fast as the others.
-
-        Raises:
-            KernelError: There is no kernel for ``dtype``.
-        """
+    def prepare(self, dtype: str, wire_dtype: str | None = None) -> None:
+        """See ``Kernel.prepare``; compiles."""
         if dtype not in DTYPES:
             raise KernelError(
                 f"parameter dtype must be one of {', '.join(DTYPES)}; got {dtype}. "
@@ -45,8 +42,15 @@ class CpuKernel:
         coefficients = np.zeros((1, NUM_COEFFICIENTS), compute_dtype(dtype))
         plan = UpdatePlan(0, CHUNK_NUMEL, np.zeros((0, 3), np.int64), coefficients)
         in_full = has_master(dtype)
+        squares = np.zeros(1)
+        if wire_dtype is None:
+            self.reduce(grads, None if in_full else param, 0, CHUNK_NUMEL, squares)
+        else:
+            wire = np.zeros((1, CHUNK_NUMEL), wire_dtype)
+            self.reduce(grads, wire[0], 0, CHUNK_NUMEL, None)
+            grads = np.zeros((1, CHUNK_NUMEL), compute_dtype(dtype))
+            self.reduce(wire, grads[0], 0, CHUNK_NUMEL, squares)
         self.update(grads, param, master if in_full else None, exp_avg, exp_avg_sq, plan)
-        self.reduce(grads, None if in_full else param, 0, CHUNK_NUMEL, np.zeros(1))
 
     def update(
         self,
@@ -58,14 +62,13 @@ class CpuKernel:
         plan: UpdatePlan,
     ) -> int:
         """See ``Kernel.update``."""
-        stand_in = loops.STAND_INS.get(param.dtype, param.dtype)
-        sources, out = grads.view(stand_in), param.view(stand_in)
+        sources, out = _stand_in(grads), _stand_in(param)
 
         def piece(start: int, stop: int) -> int:
             return int(
                 loops.update(
-                    sources, out, master, exp_avg, exp_avg_sq, _partial_sums(grads),
-                    plan.start, start, stop, plan.segments, plan.coefficients,
+                    sources, out, master, exp_avg, exp_avg_sq, _partial_sums(grads, param),
+                    plan.sources_start, plan.start, start, stop, plan.segments, plan.coefficients,
                 )
             )  # fmt: skip
 
@@ -78,13 +81,14 @@ class CpuKernel:
         out: FloatArray | None,
         start: int,
         stop: int,
-        square_sums: FloatArray,
+        square_sums: FloatArray | None,
     ) -> None:
         """See ``Kernel.reduce``."""
-        sources = grads.view(loops.STAND_INS.get(grads.dtype, grads.dtype))
+        sources, sums = _stand_in(grads), None if out is None else _stand_in(out)
 
         def piece(low: int, high: int) -> None:
-            loops.reduce(sources, out, _partial_sums(grads), start, low, high, square_sums)
+            partials = _partial_sums(grads, grads if out is None else out)
+            loops.reduce(sources, sums, partials, start, low, high, square_sums)
 
         self._run(piece, start, stop)
 
@@ -104,6 +108,11 @@ class CpuKernel:
         return [piece(*cuts[:2]), *(other.result() for other in others)]
 
 
-def _partial_sums(grads: FloatArray) -> FloatArray:
+def _stand_in(array: FloatArray) -> FloatArray:
+    return array.view(loops.STAND_INS.get(array.dtype, array.dtype))
+
+
+def _partial_sums(grads: FloatArray, out: FloatArray) -> FloatArray:
     """Allocate what ``loops`` keeps the sums of subtrees in; for one thread at a time."""
-    return np.empty((len(grads).bit_length(), CHUNK_NUMEL), compute_dtype(grads.dtype.name))
+    dtype = np.promote_types(*(compute_dtype(array.dtype.name) for array in (grads, out)))
+    return np.empty((len(grads).bit_length(), CHUNK_NUMEL), dtype)

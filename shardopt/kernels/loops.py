@@ -141,6 +141,10 @@ def _as_sum(source: Any, scratch: Any) -> Any:
     """The only source in the dtype that is computed in: itself, or converted into ``scratch``."""
 
 
+def _store(values: Any, out: Any) -> Any:
+    """Copy values of the dtype that is computed in, rounding them where ``out`` has another."""
+
+
 def _is_finite(element: Any) -> Any:
     """Whether the element is neither inf nor NaN."""
 
@@ -177,6 +181,13 @@ def _choose_as_sum(source: Any, scratch: Any) -> Callable[..., Any]:
         return scratch
 
     return (lambda source, scratch: source) if source == scratch else convert
+
+
+@_overload(_store)
+def _choose_store(values: Any, out: Any) -> Callable[..., Any]:
+    if isinstance(out.dtype, types.Float):
+        return lambda values, out: _copy(values, out)
+    return lambda values, out: _round(values, out)
 
 
 @_overload(_is_finite)
@@ -284,6 +295,7 @@ def update(
     exp_avg: FloatArray,
     exp_avg_sq: FloatArray,
     partials: FloatArray,
+    sources_start: int,
     local_zero: int,
     start: int,
     stop: int,
@@ -301,7 +313,7 @@ def update(
         while begin < end:
             block_end = min(end, (begin // _BLOCK_NUMEL + 1) * _BLOCK_NUMEL)
             local, local_end = begin - local_zero, block_end - local_zero
-            total = _sum_sources(grads, begin, block_end, partials)
+            total = _sum_sources(grads, begin - sources_start, block_end - sources_start, partials)
             block = param[begin:block_end]
             m, v = exp_avg[local:local_end], exp_avg_sq[local:local_end]
             if master is None:
@@ -338,16 +350,17 @@ def reduce(
     first: int,
     start: int,
     stop: int,
-    square_sums: FloatArray,
+    square_sums: FloatArray | None,
 ) -> None:
     """Reduce the chunks of [start, stop); see ``Kernel.reduce``.
 
-    ``first`` is the shard's start; ``partials`` has rows as long as a chunk.
+    ``first`` is where ``out`` starts; ``partials`` has rows as long as a chunk.
     """
     accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
     chunk_numel = partials.shape[1]
     for begin in range(start, stop, chunk_numel):
         total = _sum_sources(grads, begin, begin + chunk_numel, partials)
-        if out is not None and grads.shape[0] > 1:
-            _copy(total, out[begin : begin + chunk_numel])
-        square_sums[(begin - first) // chunk_numel] = _square_sum(total, accumulators)
+        if out is not None:
+            _store(total, out[begin - first : begin - first + chunk_numel])
+        if square_sums is not None:
+            square_sums[(begin - first) // chunk_numel] = _square_sum(total, accumulators)

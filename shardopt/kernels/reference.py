@@ -10,7 +10,9 @@ from shardopt.partition import CHUNK_NUMEL
 class ReferenceKernel:
     """Computes in float64 and rounds once, when it stores; slow and clear."""
 
-    def prepare(self, dtype: str) -> None:
+    piece_numel = CHUNK_NUMEL
+
+    def prepare(self, dtype: str, wire_dtype: str | None = None) -> None:
         """See ``Kernel.prepare``; there is nothing to do."""
 
     @np.errstate(invalid="ignore", over="ignore")  # poison is reported, not warned of
@@ -30,7 +32,8 @@ class ReferenceKernel:
             here, local = slice(start, stop), slice(start - plan.start, stop - plan.start)
             current = param[here] if master is None else _current(master[local], param[here])
             p = current.astype(np.float64)
-            g = c.source_scale * grads[:, here].astype(np.float64).sum(axis=0) + c.weight_decay * p
+            sources = grads[:, start - plan.sources_start : stop - plan.sources_start]
+            g = c.source_scale * sources.astype(np.float64).sum(axis=0) + c.weight_decay * p
             m = c.m_decay * exp_avg[local] + c.m_gain * g
             v = c.beta2 * exp_avg_sq[local] + c.v_gain * g**2
             direction = (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
@@ -51,13 +54,14 @@ class ReferenceKernel:
         out: FloatArray | None,
         start: int,
         stop: int,
-        square_sums: FloatArray,
+        square_sums: FloatArray | None,
     ) -> None:
         """See ``Kernel.reduce``."""
         total = grads[:, start:stop].astype(np.float64).sum(axis=0)
-        square_sums[:] = (total**2).reshape(-1, CHUNK_NUMEL).sum(axis=1)
+        if square_sums is not None:
+            square_sums[:] = (total**2).reshape(-1, CHUNK_NUMEL).sum(axis=1)
         if out is not None:
-            out[start:stop] = total
+            out[:] = total
 
 
 def _current(master: FloatArray, param: FloatArray) -> FloatArray:

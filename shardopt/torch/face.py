@@ -12,7 +12,7 @@ from shardopt.errors import PartitionError
 from shardopt.torch.tensors import as_array, as_complex, as_tensor, look_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from shardopt.kernels.base import FloatArray
     from shardopt.nadam import Hyperparams
@@ -44,6 +44,7 @@ class _TorchFace(Face[Tensor]):
     def __init__(self) -> None:
         self._touched: set[Tensor] = set()
         self._hooks: dict[Tensor, Any] = {}
+        self._listener: Callable[[Tensor], None] | None = None
 
     def name(self, param: Tensor) -> None:
         return None
@@ -61,16 +62,25 @@ class _TorchFace(Face[Tensor]):
     def view(self, param: Tensor, array: FloatArray) -> _View:
         return _View(array, param.is_complex())
 
+    def listen(self, listener: Callable[[Tensor], None]) -> bool:
+        self._listener = listener
+        return True
+
+    def grad_version(self, param: Tensor) -> object:
+        grad = param.grad
+        return None if grad is None or grad.is_inference() else (id(grad), grad._version)
+
     def bind_data(self, param: Tensor, view: _View) -> None:
         param.data = view.tensor()
 
     def bind_grad(self, param: Tensor, view: _View) -> None:
+        if self._listener is not None:
+            self._watch(param)
         self._show_grad(param, view)
         self._touched.add(param)
 
     def blank_grad(self, param: Tensor, view: _View) -> None:
-        if param not in self._hooks:
-            self._watch(param)
+        self._watch(param)
         self._show_grad(param, view)
         self._touched.discard(param)
 
@@ -100,11 +110,18 @@ class _TorchFace(Face[Tensor]):
             param.grad = view.tensor()
 
     def _watch(self, param: Any) -> None:
+        if param in self._hooks:
+            return
         frozen = not param.requires_grad
         param.requires_grad_(True)  # of those alone hooks are taken; a frozen one may thaw
-        self._hooks[param] = param.register_post_accumulate_grad_hook(self._touched.add)
+        self._hooks[param] = param.register_post_accumulate_grad_hook(self._accumulated)
         if frozen:
             param.requires_grad_(False)
+
+    def _accumulated(self, param: Tensor) -> None:
+        self._touched.add(param)
+        if self._listener is not None:
+            self._listener(param)
 
 
 class _View:

@@ -49,7 +49,7 @@ def test_a_difference_is_named_with_ranks_and_values(comm, agreement):
 @pytest.mark.mpi(min_size=2)
 def test_differing_digests_of_equal_descriptions_are_told(comm, agreement):
     assert not agreement.agree(dict, digest=comm.rank, phase="test")
-    assert agreement.gather(comm.rank) == list(range(comm.size))
+    assert agreement.rollcall.gather(comm.rank, 0, "test") == list(range(comm.size))
 
 
 @pytest.mark.mpi

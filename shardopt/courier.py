@@ -1,0 +1,136 @@
+"""Everything that travels between nodes in a step, with a deadline on every wait."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardopt.comm.lane import Lane
+from shardopt.comm.rollcall import RollCall
+from shardopt.comm.topology import Topology
+from shardopt.exchange import Exchange, Publishing, Route, plan_routes
+from shardopt.kernels.base import FloatArray, Kernel
+from shardopt.partition import Partition
+from shardopt.planner import Traffic
+from shardopt.storage import SectionStorage
+
+
+class Courier:
+    """Moves gradients and parameters along this rank's lane while the kernel works.
+
+    Args:
+        topology: The ranks.
+        rollcall: For waits.
+        kernel: What sums.
+        wire_dtype: As in ``ShardPolicy``.
+
+    Attributes:
+        exchange: The way of the gradients.
+        waited_s: Time that this rank has waited for other nodes since ``reset``.
+    """
+
+    def __init__(
+        self, topology: Topology, rollcall: RollCall, kernel: Kernel, wire_dtype: str | None
+    ) -> None:
+        self._lane = Lane(topology)
+        self._rollcall = rollcall
+        self._wire_dtype = wire_dtype
+        self._publishing = Publishing(self._lane)
+        self.exchange = Exchange(self._lane, kernel)
+        self.waited_s = 0.0
+
+    def lay_out(self, partition: Partition, storages: Sequence[SectionStorage]) -> None:
+        """Prepare for the buckets of a partition; nothing may be under way."""
+        self.exchange.lay_out(
+            partition, plan_routes(partition, storages, self._lane, self._wire_dtype)
+        )
+
+    def reset(self) -> None:
+        """Get ready for the next step, when all of this one is over."""
+        self.exchange.reset()
+        self._lane.reset()
+        self.waited_s = 0.0
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to other nodes since ``reset``."""
+        return Traffic(self._lane.sent_nbytes, self._lane.sent_messages)
+
+    def advance(self) -> None:
+        """Make progress, and start what can be started."""
+        self._publishing.advance()
+        self.exchange.advance()
+
+    def collect(self, step: int) -> Iterator[Route]:
+        """Yield each bucket when this rank's shard of it is summed."""
+        exchange = self.exchange
+
+        def late() -> tuple[str, list[int]]:
+            bucket, nodes = exchange.awaited
+            return f"exchange of bucket {bucket}", nodes
+
+        for place, route in exchange.final_places():
+
+            def is_summed(place: int = place) -> bool:
+                self._publishing.advance()
+                return exchange.advance() > place
+
+            self._wait(is_summed, step, late)
+            yield route
+
+    def collect_all(self, step: int) -> NDArray[np.float64]:
+        """Sum all buckets and give the sums of squares of the chunks that this rank owns."""
+        for _ in self.collect(step):
+            pass
+        self.finish(step)
+        return self.exchange.square_sums
+
+    def publish(self, route: Route, step: int) -> None:
+        """Send an updated shard to the other nodes and take theirs."""
+        self._wait(lambda: self._publishing.has_room, step, self._late_publishing)
+        self._publishing.start(route)
+
+    def finish(self, step: int) -> None:
+        """Wait until everything has arrived."""
+
+        def is_over() -> bool:
+            self.exchange.advance()
+            return self._publishing.advance() == 0
+
+        self._wait(is_over, step, self._late_publishing)
+
+        def is_sent() -> bool:
+            self.exchange.advance()
+            return self.exchange.is_idle
+
+        self._wait(is_sent, step, lambda: ("exchange", self.exchange.awaited[1]))
+
+    def publish_all(self, step: int) -> None:
+        """Let every node's windows show the shards of all others, as they are now."""
+        for route in self.exchange.routes:
+            self.publish(route, step)
+        self.finish(step)
+
+    def broadcast(self, array: FloatArray, root: int, step: int) -> None:
+        """Bring an array from node ``root`` to the others. Collective over the lane."""
+        for request in self._lane.broadcast(array, root):
+            self._rollcall.wait(request.Test, step, "broadcast")
+
+    def free(self) -> None:
+        """Release what MPI keeps."""
+        self._lane.free()
+
+    def _late_publishing(self) -> tuple[str, list[int]]:
+        bucket, nodes = self._publishing.awaited
+        return f"publishing of bucket {bucket}", nodes
+
+    def _wait(
+        self, test: Callable[[], bool], step: int, late: Callable[[], tuple[str, list[int]]]
+    ) -> None:
+        if test():
+            return
+        start = time.perf_counter()
+        phase, _ = late()
+        self._rollcall.wait(test, step, phase, lambda: [self._lane.ranks[n] for n in late()[1]])
+        self.waited_s += time.perf_counter() - start

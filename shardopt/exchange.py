@@ -1,0 +1,283 @@
+"""Gradients to the owners of their shards and updated shards back, bucket by bucket."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardopt.comm.lane import Lane, Transfer
+from shardopt.dtypes import wire_dtype_of
+from shardopt.kernels.base import FloatArray, Kernel
+from shardopt.partition import CHUNK_NUMEL, Partition, Shard
+from shardopt.stagger import STEP_NBYTES
+from shardopt.storage import SectionStorage
+
+NUM_SLOTS = 3
+"""Buckets of gradients under way at a time: one that is summed, and two that keep the link busy."""
+
+_MOST_PUBLISHED = 4  # buckets of parameters under way at a time
+_GRADS, _PARAMS = 1, 2  # tags
+
+
+@dataclass(frozen=True)
+class Route:
+    """One bucket, as the ranks of this lane see it.
+
+    Attributes:
+        bucket: Its number in the partition.
+        storage: Its section's memory.
+        shard: What this rank owns of it.
+        cuts: [num_nodes + 1] where the nodes' shards begin, counted from the start of the section.
+        wire_dtype: What the sums of its gradients travel in.
+    """
+
+    bucket: int
+    storage: SectionStorage
+    shard: Shard
+    cuts: tuple[int, ...]
+    wire_dtype: str
+
+    def part(self, node: int) -> slice:
+        """The shard of a node in the arrays of the section."""
+        return slice(self.cuts[node], self.cuts[node + 1])
+
+    @property
+    def numel(self) -> int:
+        """Elements of the lane part."""
+        return self.cuts[-1] - self.cuts[0]
+
+    @property
+    def sends_grads(self) -> bool:
+        """Whether gradients travel as they are: there is nothing to add on the node."""
+        storage = self.storage
+        return len(storage.grads) == 1 and np.dtype(self.wire_dtype) == storage.grads.dtype
+
+
+def plan_routes(
+    partition: Partition, storages: Sequence[SectionStorage], lane: Lane, wire_dtype: str | None
+) -> list[Route]:
+    """Lay out all buckets in the order in which they travel: as backward tends to finish them."""
+    routes = []
+    shards = {storage.section.start: iter(storage.shards) for storage in storages}
+    for number, bucket in enumerate(partition.buckets):
+        storage = storages[bucket.section]
+        zero = storage.section.start
+        cuts = partition.lane_cuts(bucket, storage.node_rank)
+        wire = wire_dtype_of(storage.section.dtype, partition.node_size, wire_dtype)
+        positions = tuple(start - zero for start in cuts)
+        routes.append(Route(number, storage, next(shards[zero]), positions, wire))
+    return routes[::-1]
+
+
+class _Slot:
+    """Memory for one bucket under way; it has one owner: the bucket that took it last."""
+
+    def __init__(self, send_nbytes: int, receive_nbytes: int) -> None:
+        self._send = np.empty(send_nbytes, np.uint8)
+        self._receive = np.empty(receive_nbytes, np.uint8)
+
+    def sums(self, route: Route) -> FloatArray:
+        """[lane part] what this node sends."""
+        return self._send[: route.numel * np.dtype(route.wire_dtype).itemsize].view(
+            route.wire_dtype
+        )
+
+    def partials(self, route: Route) -> FloatArray:
+        """[num_nodes, shard or more] what all nodes bring for the shard of this one."""
+        row = _row_numel(route)
+        num_rows = len(route.cuts) - 1
+        nbytes = num_rows * row * np.dtype(route.wire_dtype).itemsize
+        return self._receive[:nbytes].view(route.wire_dtype).reshape(num_rows, row)
+
+
+class Exchange:
+    """Brings the gradients of every bucket to the owners of its shards and sums them there.
+
+    Buckets start in the order of ``queue``, which is the same on every rank, as soon as one of
+    ``NUM_SLOTS`` slots is free; each call of ``advance`` does what can be done without waiting.
+
+    Args:
+        lane: The ranks to exchange with.
+        kernel: What computes.
+
+    Attributes:
+        routes: All buckets in the order in which they travel.
+        queue: Indices of ``routes``. One that is in it twice is exchanged twice.
+        square_sums: [numel / CHUNK_NUMEL] sums of squares of the chunks that this rank owns.
+    """
+
+    def __init__(self, lane: Lane, kernel: Kernel) -> None:
+        self.routes: list[Route] = []
+        self.queue: list[int] = []
+        self.square_sums = np.zeros(0)
+        self._lane = lane
+        self._kernel = kernel
+        self._slots: list[_Slot] = []
+        self._num_started = 0
+        self._num_summed = 0
+        self._under_way: deque[tuple[Route, _Slot, Transfer]] = deque()
+        self._leaving: list[tuple[_Slot, Transfer]] = []
+
+    def lay_out(self, partition: Partition, routes: list[Route]) -> None:
+        """Prepare for other buckets; none may be under way."""
+        assert not self._under_way
+        self.routes = routes
+        self.square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
+        nbytes = slot_nbytes(routes)
+        self._slots = [_Slot(*nbytes) for _ in range(NUM_SLOTS if routes else 0)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again with all buckets."""
+        assert not self._under_way
+        assert not self._leaving
+        self.queue = list(range(len(self.routes)))
+        self._num_started = 0
+        self._num_summed = 0
+
+    def repeat(self, stale: int) -> None:
+        """Exchange those of a bit mask of ``routes`` once more, after all others."""
+        self.queue += [index for index in range(len(self.routes)) if stale >> index & 1]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._under_way and not self._leaving
+
+    def is_quiet(self) -> bool:
+        """Whether all messages have arrived, summed or not; makes progress."""
+        transfers = [t for *_, t in self._under_way] + [t for _, t in self._leaving]
+        return all([transfer.is_over() for transfer in transfers])
+
+    @property
+    def num_started(self) -> int:
+        """Buckets of ``queue`` that have started."""
+        return self._num_started
+
+    def final_places(self) -> list[tuple[int, Route]]:
+        """Each route with the place in ``queue`` after which its sum holds, in that order."""
+        last = {index: place for place, index in enumerate(self.queue)}
+        return sorted(((place, self.routes[i]) for i, place in last.items()), key=lambda x: x[0])
+
+    def advance(self, limit: int | None = None) -> int:
+        """Do what can be done without waiting.
+
+        Args:
+            limit: Start no more than so many of ``queue``; None is all.
+
+        Returns:
+            How many of ``queue`` are summed.
+        """
+        self._release_slots()
+        while self._under_way and self._under_way[0][2].has_arrived():
+            route, slot, transfer = self._under_way.popleft()
+            self._sum(route, slot)
+            self._leaving.append((slot, transfer))
+            self._num_summed += 1
+            self._release_slots()
+        stop = len(self.queue) if limit is None else min(limit, len(self.queue))
+        while self._slots and self._num_started < stop:
+            self._start(self.routes[self.queue[self._num_started]])
+            self._num_started += 1
+        return self._num_summed
+
+    @property
+    def awaited(self) -> tuple[int, list[int]]:
+        """The bucket that is to be summed next, and the nodes whose part is missing."""
+        if not self._under_way:
+            index = self.queue[min(self._num_started, len(self.queue) - 1)]
+            return self.routes[index].bucket, [n for _, t in self._leaving for n in t.awaited_nodes]
+        route, _, transfer = self._under_way[0]
+        return route.bucket, transfer.awaited_nodes
+
+    def _start(self, route: Route) -> None:
+        """Sum the gradients of the node, piece by piece, and send each to its owner."""
+        slot, lane = self._slots.pop(), self._lane
+        partials = slot.partials(route)
+        shard_numel = route.shard.numel
+        rows = [(node, partials[node, :shard_numel]) for node in lane.others]
+        receives = lane.receive(rows, _GRADS)
+        sends = []
+        storage = route.storage
+        for node in lane.others:
+            part = route.part(node)
+            if route.sends_grads:
+                piece = storage.grads[0, part]
+            else:
+                zero = route.cuts[0]
+                piece = slot.sums(route)[part.start - zero : part.stop - zero]
+                self._kernel.reduce(storage.grads, piece, part.start, part.stop, None)
+            sends += lane.send(piece, node, _GRADS)
+        own = route.part(lane.node)
+        self._kernel.reduce(
+            storage.grads, partials[lane.node, :shard_numel], own.start, own.stop, None
+        )
+        self._under_way.append((route, slot, Transfer(sends, receives)))
+
+    def _sum(self, route: Route, slot: _Slot) -> None:
+        """Sum what the nodes have brought, in their order."""
+        shard, partials = route.shard, slot.partials(route)
+        out = route.storage.sums[shard.local_start : shard.local_stop]
+        chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
+        self._kernel.reduce(partials, out, 0, shard.numel, self.square_sums[chunks])
+
+    def _release_slots(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for slot, transfer in leaving:
+            if transfer.is_over():
+                self._slots.append(slot)
+            else:
+                self._leaving.append((slot, transfer))
+
+
+class Publishing:
+    """Brings updated shards to the windows of all other nodes.
+
+    Args:
+        lane: The ranks to exchange with.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._under_way: deque[tuple[Route, Transfer]] = deque()
+
+    def start(self, route: Route) -> None:
+        """Send this rank's shard, which must stay as it is, and take the others' in."""
+        lane, params = self._lane, route.storage.params
+        receives = lane.receive(((n, params[route.part(n)]) for n in lane.others), _PARAMS)
+        own = params[route.part(lane.node)]
+        sends = [request for n in lane.others for request in lane.send(own, n, _PARAMS)]
+        self._under_way.append((route, Transfer(sends, receives)))
+
+    def advance(self) -> int:
+        """Make progress; gives how many buckets are under way."""
+        while self._under_way and self._under_way[0][1].is_over():
+            self._under_way.popleft()
+        return len(self._under_way)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another bucket may start; makes progress."""
+        return self.advance() < _MOST_PUBLISHED
+
+    @property
+    def awaited(self) -> tuple[int, list[int]]:
+        """The bucket that is to be over next, and the nodes it waits for."""
+        route, transfer = self._under_way[0]
+        return route.bucket, transfer.awaited_nodes
+
+
+def slot_nbytes(routes: Sequence[Route]) -> tuple[int, int]:
+    """Bytes that a slot needs for what is sent from it, and for what is received."""
+    send = receive = 0
+    for route in routes:
+        itemsize = np.dtype(route.wire_dtype).itemsize
+        send = max(send, 0 if route.sends_grads else route.numel * itemsize)
+        receive = max(receive, (len(route.cuts) - 1) * _row_numel(route) * itemsize)
+    return send, receive
+
+
+def _row_numel(route: Route) -> int:
+    """Rows apart as [Note: staggered streams] wants them."""
+    return route.shard.numel + STEP_NBYTES // np.dtype(route.wire_dtype).itemsize
