@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shardopt.numpy import NAdam
 
-pytest_plugins = ["tests.in_step"]
+pytest_plugins = ["tests.in_step", "tests.cluster.cluster"]
 
 
 def read_job_env() -> dict[str, str]:
@@ -115,6 +115,7 @@ class Mpirun:
         self.program = str(beside_python) if beside_python.exists() else "mpirun"
         self.folder = folder
         self.options: Sequence[str] = ()  # for every job
+        self.prefix = [self.program]
 
     def __call__(
         self,
@@ -144,6 +145,10 @@ class Mpirun:
             pytest.fail(f"the job did not end within {timeout_s} s; it printed:\n{stdout}{stderr}")
         return Job(job.returncode, stdout, stderr)
 
+    def before_python(self, env: Mapping[str, str]) -> Sequence[str]:
+        """What mpirun is to start each rank with; ``env`` is what the test adds."""
+        return ()
+
     def start(
         self,
         num_ranks: int,
@@ -157,16 +162,9 @@ class Mpirun:
             script = self.folder / "job.py"
             script.write_text(textwrap.dedent(source), encoding="utf-8")
             args = (script, *args)
+        python = [*self.before_python(env or {}), sys.executable, *map(str, args)]
         return subprocess.Popen(
-            [
-                self.program,
-                *self.options,
-                *options,
-                "-n",
-                str(num_ranks),
-                sys.executable,
-                *map(str, args),
-            ],
+            [*self.prefix, *self.options, *options, "-n", str(num_ranks), *python],
             cwd=self.folder,
             env=os.environ | read_job_env() | dict(env or {}),
             stdin=subprocess.DEVNULL,

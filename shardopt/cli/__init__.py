@@ -1,16 +1,17 @@
-"""The command ``shardopt``: looks after what training leaves behind, without MPI."""
+"""The command ``shardopt``: looks after a training job, and after what it leaves behind."""
 
 import io
 import os
 import sys
 from collections.abc import Sequence
 
-from shardopt.cli import ckpt
-from shardopt.cli.base import Exit, Parser, add_group
+from shardopt.cli import ckpt, doctor
+from shardopt.cli.base import Exit, Parser, add_command, add_group
 from shardopt.cli.text import printable
 from shardopt.errors import DamagedCheckpointError, ShardoptError
 
 GROUPS = (ckpt.GROUP,)
+COMMANDS = (doctor.COMMAND,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may be of any script
-    parser = Parser(prog="shardopt", description="Look after what a training run leaves behind.")
+    parser = Parser(prog="shardopt", description="Look after training under MPI.")
     names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in GROUPS:
         add_group(names, group)
+    for command in COMMANDS:
+        add_command(names, command)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -1,7 +1,7 @@
 """What a command is.
 
-A command is a file with a ``COMMAND`` in it. Its group's ``__init__`` lists it, and ``GROUPS`` in
-``shardopt.cli`` lists the group.
+A command is a file, or a folder, with a ``COMMAND`` in it. Its group's ``__init__`` lists it, and
+``GROUPS`` in ``shardopt.cli`` lists the group; ``COMMANDS`` there lists those that have none.
 """
 
 import argparse
@@ -75,17 +75,28 @@ def add_group(parsers: Any, group: Group) -> None:
     )
     names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in group.commands:
-        fine, problems = command.exit_codes
-        inner = names.add_parser(
-            command.name,
-            help=command.summary,
-            description=f"{_sentence(command.summary)}\n\n{command.details}",
-            epilog=f"example:\n  {command.example}\n\n"
-            f"exit code:\n  0  {fine}\n  1  {problems}\n"
-            "  2  wrong arguments, nothing there, or no access",
-        )
-        command.add_arguments(inner)
-        inner.set_defaults(run=command.run, parser=inner, prog=parser.prog)
+        add_command(names, command, parser.prog)
+
+
+def add_command(parsers: Any, command: Command, prog: str | None = None) -> None:
+    """Add a command to ``add_subparsers()`` of a parser.
+
+    Args:
+        parsers: What that gave.
+        command: What to add.
+        prog: What its errors begin with; its own name with the program's when None.
+    """
+    fine, problems = command.exit_codes
+    parser = parsers.add_parser(
+        command.name,
+        help=command.summary,
+        description=f"{_sentence(command.summary)}\n\n{command.details}",
+        epilog=f"example:\n  {command.example}\n\n"
+        f"exit code:\n  0  {fine}\n  1  {problems}\n"
+        "  2  wrong arguments, nothing there, or no access",
+    )
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run, parser=parser, prog=prog or parser.prog)
 
 
 def _sentence(summary: str) -> str:

@@ -54,6 +54,37 @@ def nbytes(value: int) -> str:
     return number(value, "B")
 
 
+def rate(nbytes_per_s: float) -> str:
+    """Write a bandwidth."""
+    return number(round(nbytes_per_s), "B/s")
+
+
+def seconds(value: float) -> str:
+    """Write a time with three digits: ``1.24 ms``."""
+    scaled, units = value, ["s", "ms", "us"]
+    while scaled < 0.9995 and len(units) > 1:
+        scaled *= 1000
+        units.pop(0)
+    digits = 0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2
+    return f"{scaled:.{digits}f} {units[0]}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Write whole numbers, those that follow each other as ``0-3``."""
+    runs: list[list[int]] = []
+    for value in sorted(numbers):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1][1:] = [value]
+        else:
+            runs.append([value])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def clip(text: str, length: int) -> str:
+    """Cut a text that is longer, and show that it was cut."""
+    return text if len(text) <= length else f"{text[: length - 2]}.."
+
+
 def when(text: str) -> str:
     """Write a manifest's time, or ``?`` where it is none."""
     try:

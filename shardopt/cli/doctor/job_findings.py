@@ -1,0 +1,242 @@
+"""What it means what a job is: pure functions from facts to findings."""
+
+from shardopt.cli import text
+from shardopt.cli.doctor.facts import Job, Node, starts
+from shardopt.cli.doctor.finding import Finding, Level
+
+_ITEMSIZE = 4  # float32
+_MOMENTS_NBYTES = 8  # of a parameter
+_SMALL_SHM = 0.1  # of the parameters that memory has room for
+
+
+def judge_job(job: Job) -> list[Finding]:
+    """Judge what was started; where launcher and library do not fit, there is no more to say."""
+    if not job.launcher_fits:
+        return [_judge_launcher(job)]
+    return [
+        _judge_launcher(job),
+        _judge_nodes(job),
+        _judge_cores(job),
+        _judge_threads(job),
+        _judge_windows(job),
+        _judge_shared_memory(job),
+        _judge_thread_level(job),
+        _judge_gpus(job),
+    ]
+
+
+def _judge_launcher(job: Job) -> Finding:
+    topic, library = "launcher", f"{job.library.name} {job.library.version}".strip()
+    remedy = f"Start the job with the mpirun of this library{_place(job.library.mpirun)}."
+    if job.launcher and not job.launcher_fits:
+        sees = "which cannot start under it"
+        if starts(job.launcher, job.library):
+            sees = f"which sees {job.world_size} of them: every process would train alone"
+        return Finding(
+            Level.PROBLEM,
+            topic,
+            f"launcher and MPI library must belong together; got {job.launcher.name} with "
+            f"{_count(job.launched, 'process', 'es')} and the library {library}, {sees}. {remedy}",
+        )
+    if job.launcher:
+        told = f"{job.launcher.name} and {library} belong together."
+        return Finding(Level.OK, topic, told)
+    if job.mpirun is None:
+        told = f"mpirun should be on the PATH; got none, and one rank without it. {remedy}"
+        return Finding(Level.NOTE, topic, told)
+    if job.mpirun.family not in (None, job.library.family):
+        return Finding(
+            Level.PROBLEM,
+            topic,
+            f"mpirun on the PATH must belong to the MPI library; got {job.mpirun.path} of "
+            f"{job.mpirun.family} and the library {library}. {remedy}",
+        )
+    told = f"no launcher: one rank. {job.mpirun.path} starts more."
+    return Finding(Level.OK, topic, told)
+
+
+def _place(path: str | None) -> str:
+    return f", {path}" if path else ""
+
+
+def _judge_nodes(job: Job) -> Finding:
+    sizes = [len(node.ranks) for node in job.nodes]
+    hosts = [node.host for node in job.nodes]
+    shown = text.some([f"{node.host} {len(node.ranks)}" for node in job.nodes])
+    twice = next((host for host in hosts if hosts.count(host) > 1), None)
+    if twice:
+        return Finding(
+            Level.PROBLEM,
+            "nodes",
+            f"ranks of a host must share its memory; got {hosts.count(twice)} groups of ranks on "
+            f"{twice}. Start them in one container, or let the containers share /dev/shm and "
+            "process ids (docker run --ipc=host --pid=host).",
+        )
+    if not job.is_even:
+        return Finding(
+            Level.PROBLEM,
+            "nodes",
+            f"nodes must have equal numbers of ranks; got {shown}. Otherwise each rank counts as a "
+            "node of its own, with parameters and messages of its own. Start as many on each: "
+            "mpirun -ppn N (MPICH), --map-by ppr:N:node (Open MPI), srun --ntasks-per-node=N.",
+        )
+    ranks, nodes = _count(sizes[0], "rank"), _count(len(sizes), "node")
+    each = f" each on {nodes}" if len(sizes) > 1 else f" on {nodes}"
+    told = f"{ranks}{each}: one copy of the parameters per node."
+    return Finding(Level.OK, "nodes", told)
+
+
+def _judge_cores(job: Job) -> Finding:
+    busiest = max(job.nodes, key=lambda node: len(node.ranks) / node.num_cores)
+    if len(busiest.ranks) > busiest.num_cores:
+        return Finding(
+            Level.NOTE,
+            "cores",
+            f"a node should have a core for each rank; got {_count(len(busiest.ranks), 'rank')} on "
+            f"{_count(busiest.num_cores, 'core')} of {busiest.host}. Ranks wait for each other's "
+            "turn: start fewer.",
+        )
+    for node in job.nodes:
+        crowd, cores = find_crowd(job, node)
+        if crowd:
+            return Finding(
+                Level.PROBLEM,
+                "cores",
+                f"ranks must have cores of their own; got ranks {text.ranges(crowd)} bound to "
+                f"{_count(len(cores), 'core')} of {node.host}, {text.ranges(cores)}, while it has "
+                f"{node.num_cores}. Bind them apart, or not at all: mpirun --bind-to none.",
+            )
+    least = min(job.ranks, key=lambda rank: rank.num_cores)
+    node = job.nodes[least.node]
+    share = node.num_cores // len(node.ranks)
+    if 2 * least.num_cores <= share:
+        return Finding(
+            Level.NOTE,
+            "cores",
+            f"ranks should use all cores; got {_count(least.num_cores, 'core')} for rank "
+            f"{least.rank}, whose share of {node.host} is {share}. Let it have them: mpirun "
+            f"--bind-to none, or --map-by slot:PE={share} (Open MPI).",
+        )
+    most = max(rank.num_cores for rank in job.ranks)
+    more = " or more" if most > least.num_cores else ""
+    told = f"{_count(least.num_cores, 'core')}{more} for the updates of each rank."
+    return Finding(Level.OK, "cores", told)
+
+
+def find_crowd(job: Job, node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find ranks of a node that are bound to fewer cores than they are (Hall's theorem).
+
+    Returns:
+        The ranks, and the cores; both empty where there are none.
+    """
+    ranks = [job.ranks[rank] for rank in node.ranks]
+    for cores in sorted({rank.cores for rank in ranks}, key=len):
+        crowd = tuple(rank.rank for rank in ranks if set(rank.cores) <= set(cores))
+        if len(crowd) > len(cores):
+            return crowd, cores
+    return (), ()
+
+
+def _judge_threads(job: Job) -> Finding:
+    wanted = [rank.omp_num_threads for rank in job.ranks]
+    rank = min(job.ranks, key=lambda rank: rank.num_cores)
+    advice = f"Set OMP_NUM_THREADS={rank.num_cores}, or torch.set_num_threads({rank.num_cores})."
+    if None in wanted and any(len(rank.cores) > rank.num_cores for rank in job.ranks):
+        most = max(len(rank.cores) for rank in job.ranks)
+        return Finding(
+            Level.NOTE,
+            "threads",
+            "OMP_NUM_THREADS should be set where ranks share cores; got none: in every rank BLAS "
+            f"and torch start a thread on each of {most} cores. {advice}",
+        )
+    numbers = [int(word) for word in wanted if word and word.isdecimal()]
+    if max(numbers, default=1) > max(rank.num_cores for rank in job.ranks):
+        return Finding(
+            Level.NOTE,
+            "threads",
+            f"OMP_NUM_THREADS should be a rank's share of the cores; got {max(numbers)} where that "
+            f"is {rank.num_cores}. {advice}",
+        )
+    other = next((rank for rank, word in enumerate(wanted) if word != wanted[0]), None)
+    if other is not None:
+        return Finding(
+            Level.NOTE,
+            "threads",
+            f"OMP_NUM_THREADS should be the same on all ranks; got {wanted[0] or 'none'} on rank "
+            f"0 and {wanted[other] or 'none'} on rank {other}. Pass it on: mpirun -x "
+            "OMP_NUM_THREADS (Open MPI), -genvlist OMP_NUM_THREADS (MPICH).",
+        )
+    return Finding(Level.OK, "threads", f"OMP_NUM_THREADS is {wanted[0] or 'not set'}.")
+
+
+def _judge_windows(job: Job) -> Finding:
+    for node in job.nodes:
+        if node.window_problem:
+            return Finding(
+                Level.PROBLEM,
+                "windows",
+                f"ranks of {node.host} must be able to share memory; {node.window_problem}. Start "
+                "them in one container, see that /dev/shm can be written, or pass "
+                "ShardPolicy(share_node=False).",
+            )
+    told = "shared memory can be allocated, and every rank of a node sees what the others store."
+    return Finding(Level.OK, "windows", told)
+
+
+def room_for(job: Job, node: Node) -> int:
+    """Count the float32 parameters for which a node's shared memory has room.
+
+    It holds the parameters once and every rank's gradients; where nodes are uneven, each rank has
+    parameters of its own.
+    """
+    size = len(node.ranks)
+    copies = 1 + size if job.is_even else 2 * size
+    return (node.shm_free_nbytes or 0) // (_ITEMSIZE * copies)
+
+
+def _judge_shared_memory(job: Job) -> Finding:
+    node = min(job.nodes, key=lambda node: room_for(job, node))
+    room, size = room_for(job, node), len(node.ranks)
+    free = text.nbytes(node.shm_free_nbytes or 0)
+    shown = f"{text.number(room)} float32 parameters"
+    memory_room = node.free_nbytes // (_ITEMSIZE * (1 + size) + _MOMENTS_NBYTES)
+    if room < _SMALL_SHM * memory_room:
+        return Finding(
+            Level.PROBLEM,
+            "shared memory",
+            f"/dev/shm must hold parameters and gradients; got {free} free on {node.host}: enough "
+            f"for {shown}, while its memory has room for {text.number(memory_room)}. Enlarge it: "
+            "mount -o remount,size=..., or docker run --shm-size=...",
+        )
+    told = f"{free} free in /dev/shm of {node.host}: models of up to {shown}."
+    return Finding(Level.OK, "shared memory", told)
+
+
+def _judge_thread_level(job: Job) -> Finding:
+    level = job.library.thread_level
+    if level == "single":
+        told = (
+            "MPI should be started for threads; got level single. Leave mpi4py.rc.thread_level as "
+            "it is, or use a library that was built with threads."
+        )
+        return Finding(Level.NOTE, "MPI threads", told)
+    told = f"level {level}; shardopt calls MPI from one thread only."
+    return Finding(Level.OK, "MPI threads", told)
+
+
+def _judge_gpus(job: Job) -> Finding:
+    num_gpus = sum(node.num_gpus for node in job.nodes)
+    if not num_gpus:
+        return Finding(Level.OK, "GPUs", "none; shardopt needs none.")
+    aware = {True: "takes", False: "does not take", None: "does not say whether it takes"}
+    visible = job.ranks[0].cuda_visible_devices
+    seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES of rank 0 is {visible!r}"
+    told = (
+        f"{_count(num_gpus, 'GPU')}{seen}; updates run on cores, with parameters in the node's "
+        f"memory. {job.library.name} {aware[job.library.cuda_aware]} pointers to a GPU's memory."
+    )
+    return Finding(Level.NOTE, "GPUs", told)
+
+
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else plural}"
