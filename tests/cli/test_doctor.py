@@ -369,7 +369,9 @@ def test_measurements_of_any_nodes(comm, max_nodes):
     colors = [rank % max_nodes for rank in range(comm.size)]
     count = len(set(colors))
     places = [(color, colors[:rank].count(color)) for rank, color in enumerate(colors)]
-    topology = Topology(comm.Dup(), comm.Split(colors[comm.rank]), tuple(places))
+    node_comm, lane_comm = comm.Split(colors[comm.rank]), comm.Split(places[comm.rank][1])
+    hosts = ("host",) * comm.size
+    topology = Topology(comm.Dup(), node_comm, lane_comm, tuple(places), hosts)
     watch = Watch(60.0, comm.rank)
     ranks, nodes = describe_job(topology, watch)
     speeds = measure(topology, watch, budget_s=0.2)

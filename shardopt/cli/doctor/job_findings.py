@@ -214,13 +214,14 @@ def _judge_shared_memory(job: Job) -> Finding:
 
 def _judge_thread_level(job: Job) -> Finding:
     level = job.library.thread_level
-    if level == "single":
+    if level != "multiple":
         told = (
-            "MPI should be started for threads; got level single. Leave mpi4py.rc.thread_level as "
-            "it is, or use a library that was built with threads."
+            f"MPI should be started for several threads; got level {level}. Gradients will not "
+            "travel while backward runs: leave mpi4py.rc.thread_level as it is, or use a library "
+            "that was built with threads."
         )
         return Finding(Level.NOTE, "MPI threads", told)
-    told = f"level {level}; shardopt calls MPI from one thread only."
+    told = "level multiple: gradients can travel while backward runs."
     return Finding(Level.OK, "MPI threads", told)
 
 
