@@ -12,7 +12,7 @@ from shardopt.comm.topology import Topology
 from shardopt.exchange import Exchange, Publishing, Route, plan_routes
 from shardopt.kernels.base import FloatArray, Kernel
 from shardopt.partition import Partition
-from shardopt.planner import Traffic
+from shardopt.planner import Traffic, plan_slot
 from shardopt.storage import SectionStorage
 
 
@@ -34,6 +34,7 @@ class Courier:
         self, topology: Topology, rollcall: RollCall, kernel: Kernel, wire_dtype: str | None
     ) -> None:
         self._lane = Lane(topology)
+        self._place = topology.node, topology.node_rank
         self._rollcall = rollcall
         self._wire_dtype = wire_dtype
         self._publishing = Publishing(self._lane)
@@ -42,9 +43,9 @@ class Courier:
 
     def lay_out(self, partition: Partition, storages: Sequence[SectionStorage]) -> None:
         """Prepare for the buckets of a partition; nothing may be under way."""
-        self.exchange.lay_out(
-            partition, plan_routes(partition, storages, self._lane, self._wire_dtype)
-        )
+        routes = plan_routes(partition, storages, self._lane, self._wire_dtype)
+        slot = plan_slot(partition, *self._place, self._wire_dtype)
+        self.exchange.lay_out(partition, routes, slot)
 
     def reset(self) -> None:
         """Get ready for the next step, when all of this one is over."""

@@ -10,11 +10,8 @@ from shardopt.comm.lane import Lane, Transfer
 from shardopt.dtypes import wire_dtype_of
 from shardopt.kernels.base import FloatArray, Kernel
 from shardopt.partition import CHUNK_NUMEL, Partition, Shard
-from shardopt.stagger import STEP_NBYTES
+from shardopt.planner import NUM_SLOTS, row_numel_between_nodes, sends_grads
 from shardopt.storage import SectionStorage
-
-NUM_SLOTS = 3
-"""Buckets of gradients under way at a time: one that is summed, and two that keep the link busy."""
 
 _MOST_PUBLISHED = 4  # buckets of parameters under way at a time
 _GRADS, _PARAMS = 1, 2  # tags
@@ -49,9 +46,8 @@ class Route:
 
     @property
     def sends_grads(self) -> bool:
-        """Whether gradients travel as they are: there is nothing to add on the node."""
-        storage = self.storage
-        return len(storage.grads) == 1 and np.dtype(self.wire_dtype) == storage.grads.dtype
+        """See ``planner.sends_grads``."""
+        return sends_grads(self.storage.section.dtype, len(self.storage.grads), self.wire_dtype)
 
 
 def plan_routes(
@@ -85,9 +81,10 @@ class _Slot:
 
     def partials(self, route: Route) -> FloatArray:
         """[num_nodes, shard or more] what all nodes bring for the shard of this one."""
-        row = _row_numel(route)
+        itemsize = np.dtype(route.wire_dtype).itemsize
         num_rows = len(route.cuts) - 1
-        nbytes = num_rows * row * np.dtype(route.wire_dtype).itemsize
+        row = row_numel_between_nodes(route.shard.numel, itemsize)
+        nbytes = num_rows * row * itemsize
         return self._receive[:nbytes].view(route.wire_dtype).reshape(num_rows, row)
 
 
@@ -119,13 +116,20 @@ class Exchange:
         self._under_way: deque[tuple[Route, _Slot, Transfer]] = deque()
         self._leaving: list[tuple[_Slot, Transfer]] = []
 
-    def lay_out(self, partition: Partition, routes: list[Route]) -> None:
-        """Prepare for other buckets; none may be under way."""
+    def lay_out(
+        self, partition: Partition, routes: list[Route], slot_nbytes: tuple[int, int]
+    ) -> None:
+        """Prepare for other buckets; none may be under way.
+
+        Args:
+            partition: The layout.
+            routes: See ``plan_routes``.
+            slot_nbytes: See ``plan_slot``.
+        """
         assert not self._under_way
         self.routes = routes
         self.square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
-        nbytes = slot_nbytes(routes)
-        self._slots = [_Slot(*nbytes) for _ in range(NUM_SLOTS if routes else 0)]
+        self._slots = [_Slot(*slot_nbytes) for _ in range(NUM_SLOTS)]
         self.reset()
 
     def reset(self) -> None:
@@ -266,18 +270,3 @@ class Publishing:
         """The bucket that is to be over next, and the nodes it waits for."""
         route, transfer = self._under_way[0]
         return route.bucket, transfer.awaited_nodes
-
-
-def slot_nbytes(routes: Sequence[Route]) -> tuple[int, int]:
-    """Bytes that a slot needs for what is sent from it, and for what is received."""
-    send = receive = 0
-    for route in routes:
-        itemsize = np.dtype(route.wire_dtype).itemsize
-        send = max(send, 0 if route.sends_grads else route.numel * itemsize)
-        receive = max(receive, (len(route.cuts) - 1) * _row_numel(route) * itemsize)
-    return send, receive
-
-
-def _row_numel(route: Route) -> int:
-    """Rows apart as [Note: staggered streams] wants them."""
-    return route.shard.numel + STEP_NBYTES // np.dtype(route.wire_dtype).itemsize

@@ -175,7 +175,7 @@ class ShardedNAdam(Generic[P]):
         watch.lap("update")
         poisoned_name, bids = self._accord.finish_step(poisoned, number)
         watch.lap("finish")
-        sent = self._pipeline.traffic
+        sent, waited_s = self._pipeline.traffic, self._pipeline.waited_s
         self._early.open(number + 1, was_stale=inputs.stale != 0)
         before = self.last_step.healed() if inputs.replaced else self.last_step
         none = skipped or not self.partition.params
@@ -187,6 +187,7 @@ class ShardedNAdam(Generic[P]):
             loss_scale=inputs.loss_scale,
             num_updated=None if none else inputs.present.bit_count(),
             seconds=watch.seconds,
+            waited_s=waited_s,
             copied_nbytes=survey.copied_nbytes,
             sent_nbytes=sent.nbytes,
             sent_messages=sent.messages,
@@ -386,7 +387,7 @@ class ShardedNAdam(Generic[P]):
 
     def memory_report(self) -> MemoryReport:
         """Bytes that parameters, gradients and moments take, here and without sharding."""
-        return plan_memory(self.partition)
+        return plan_memory(self.partition, self._wire_dtype)
 
     def close(self) -> None:
         """Give parameters memory of their own again and release the windows. Collective.

@@ -80,6 +80,11 @@ class Pipeline:
         """What this rank has sent to other nodes in this step."""
         return Traffic(0, 0) if self.courier is None else self.courier.traffic
 
+    @property
+    def waited_s(self) -> float:
+        """Time of this step in which this rank has waited for other nodes."""
+        return 0.0 if self.courier is None else self.courier.waited_s
+
     def publish_all(self, step: int) -> None:
         """Let every node's windows show what the owners have in theirs. Collective."""
         if self.courier is not None:

@@ -8,6 +8,10 @@ import numpy as np
 
 from shardopt.dtypes import compute_dtype, has_master, wire_dtype_of
 from shardopt.partition import Partition
+from shardopt.stagger import STEP_NBYTES
+
+NUM_SLOTS = 3
+"""Buckets of gradients under way at a time: one that is summed, and two that keep the link busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class MemoryReport:
         grads_node_nbytes: Every rank's gradients, in shared memory.
         moments_node_nbytes: exp_avg and exp_avg_sq of all shards of the node.
         masters_node_nbytes: The float32 copies of 16-bit parameters, likewise.
+        travel_node_nbytes: Between nodes: sums of gradients, and buffers for what is under way.
         node_size: Ranks that share the node.
         replicated_rank_nbytes: What each rank would hold with an optimizer that is not sharded.
     """
@@ -27,6 +32,7 @@ class MemoryReport:
     grads_node_nbytes: int
     moments_node_nbytes: int
     masters_node_nbytes: int
+    travel_node_nbytes: int
     node_size: int
     replicated_rank_nbytes: int
 
@@ -38,6 +44,7 @@ class MemoryReport:
             + self.grads_node_nbytes
             + self.moments_node_nbytes
             + self.masters_node_nbytes
+            + self.travel_node_nbytes
         )
 
     @property
@@ -86,17 +93,57 @@ def plan_traffic(
     return Traffic(nbytes, messages)
 
 
-def plan_memory(partition: Partition) -> MemoryReport:
+def plan_slot(
+    partition: Partition, node: int, node_rank: int, wire_dtype: str | None
+) -> tuple[int, int]:
+    """Compute the bytes a rank needs for a bucket under way: for what it sends, and receives.
+
+    Args:
+        partition: The layout.
+        node: The rank's node.
+        node_rank: The rank's lane.
+        wire_dtype: As in ``ShardPolicy``.
+    """
+    send = receive = 0
+    for bucket in partition.buckets:
+        dtype = partition.sections[bucket.section].dtype
+        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
+        cuts, itemsize = partition.lane_cuts(bucket, node_rank), np.dtype(wire).itemsize
+        if not sends_grads(dtype, partition.node_size, wire):
+            send = max(send, (cuts[-1] - cuts[0]) * itemsize)
+        row = row_numel_between_nodes(cuts[node + 1] - cuts[node], itemsize)
+        receive = max(receive, partition.num_nodes * row * itemsize)
+    return send, receive
+
+
+def sends_grads(dtype: str, node_size: int, wire_dtype: str) -> bool:
+    """Whether gradients travel as they are: there is nothing to add or to round."""
+    return node_size == 1 and wire_dtype == dtype
+
+
+def row_numel_between_nodes(numel: int, itemsize: int) -> int:
+    """Elements from one node's part of a shard to the next, as [Note: staggered streams] wants."""
+    return numel + STEP_NBYTES // itemsize
+
+
+def plan_memory(partition: Partition, wire_dtype: str | None = None) -> MemoryReport:
     """Compute what ``partition`` takes on each node, padding included."""
-    sections = partition.sections
+    sections, num_nodes = partition.sections, partition.num_nodes
     params_nbytes = sum(s.numel * np.dtype(s.dtype).itemsize for s in sections)
     moment_nbytes = sum(s.numel * np.dtype(compute_dtype(s.dtype)).itemsize for s in sections)
     masters_nbytes = sum(4 * s.numel for s in sections if has_master(s.dtype))
+    travel_nbytes = 0
+    if num_nodes > 1:
+        last = num_nodes - 1  # which gets the largest shards
+        lanes = range(partition.node_size)
+        slots = [plan_slot(partition, last, lane, wire_dtype) for lane in lanes]
+        travel_nbytes = moment_nbytes // num_nodes + NUM_SLOTS * sum(map(sum, slots))
     return MemoryReport(
         params_node_nbytes=params_nbytes,
         grads_node_nbytes=params_nbytes * partition.node_size,
-        moments_node_nbytes=2 * moment_nbytes // partition.num_nodes,
-        masters_node_nbytes=masters_nbytes // partition.num_nodes,
+        moments_node_nbytes=2 * moment_nbytes // num_nodes,
+        masters_node_nbytes=masters_nbytes // num_nodes,
+        travel_node_nbytes=travel_nbytes,
         node_size=partition.node_size,
         replicated_rank_nbytes=2 * params_nbytes + 2 * moment_nbytes + masters_nbytes,
     )

@@ -26,6 +26,7 @@ class StepReport:
             and where there are no parameters.
         seconds: This rank's time by phase: ``agree`` (waiting for the others included), ``reduce``,
             ``update``, ``finish``.
+        waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes.
         copied_nbytes: Gradients and parameters that had been replaced and were copied in.
         sent_nbytes: Gradients and parameters that this rank sent to other nodes: what
             ``plan_traffic`` says, unless gradients changed after they had left.
@@ -42,6 +43,7 @@ class StepReport:
     loss_scale: float = 1.0
     num_updated: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    waited_s: float = 0.0
     copied_nbytes: int = 0
     sent_nbytes: int = 0
     sent_messages: int = 0

@@ -7,6 +7,10 @@ entered and the reader has left, the reader's ``sync()``. ``step()`` does so twi
 (gradients and replaced parameters become readable) and on its way out (updated parameters do,
 and gradients may be overwritten). Between the two, every element of a window has one writer:
 parameters and summed gradients the owner of their shard.
+
+Gradients that leave while backward runs become readable by a flag in the place of the collective:
+the writer's ``sync()``, its store to a flag in a window, the reader's load of that, the reader's
+``sync()``; see [Note: early travellers].
 """
 
 import ctypes

@@ -141,3 +141,16 @@ def test_several_optimizers_on_parts_of_the_ranks(comm):
     half.Free()
     assert len(set(comm.allgather(together))) == 1
     assert alone
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "bfloat16"])
+def test_memory_is_what_the_plan_says(comm, wire_dtype):
+    share = several_nodes(comm)[0]
+    shapes = [(4096 * 8 * comm.size,)]  # all shards alike
+    policy = ShardPolicy(share_node=share, wire_dtype=wire_dtype, timeout_s=30)
+    with NAdam(make_params(shapes=shapes), comm=comm, policy=policy) as opt:
+        courier, (storage,) = opt.core._pipeline.courier, opt.core.storages
+        slots = [array.nbytes for slot in courier.exchange._slots for array in vars(slot).values()]
+        held = storage.sums.nbytes + sum(slots)
+        held_by_node = opt.core.topology.node_comm.allreduce(held)
+        assert opt.memory_report().travel_node_nbytes == held_by_node
