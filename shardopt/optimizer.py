@@ -374,7 +374,9 @@ class ShardedNAdam(Generic[P]):
 
     def take_over_params(self) -> None:
         """Let parameters be what each owner has written of them into its window. Collective."""
+        self._early.settle(self.last_step.step)
         self._pipeline.publish_all(self.last_step.step)
+        self._early.open(self.last_step.step + 1)
         self._accord.meet(self.last_step.step, "load")
         self._registry.rebind()
 

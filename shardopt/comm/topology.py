@@ -158,7 +158,7 @@ def require_one_job() -> None:
 
 
 def cores_per_rank(topology: Topology) -> int:
-    """This rank's share of the cores it may run on. Collective over the node."""
-    cores = bound_to()
-    sharing = topology.node_comm.allgather(cores).count(cores)
+    """This rank's share of the cores it may run on. Collective: every rank."""
+    mine = topology.hosts[topology.rank], bound_to()
+    sharing = topology.comm.allgather(mine).count(mine)
     return max(1, count_cores() // sharing)
