@@ -28,7 +28,7 @@ from models.base import Learner, Shape, count_weights, generate, initial_weights
 from options import HEAD_WIDTH, Options, parse_options
 from report import MainReport, Report
 from screen import Setting, Step
-from shardopt.cores import count_cores
+from shardopt.cores import bound_to, count_cores
 
 BETAS = (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
@@ -73,15 +73,16 @@ def main() -> int:
 
 
 def share_cores(comm: MPI.Intracomm) -> int:
-    """Count this rank's part of the node's cores. Collective.
+    """Count this rank's part of the cores it may run on. Collective.
 
     Each rank would else start a thread on every core, and they would spend their time waiting for
     one another.
     """
     node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    num_cores = max(1, count_cores() // node_comm.size)
+    cores = bound_to()
+    sharing = node_comm.allgather(cores).count(cores)
     node_comm.Free()
-    return num_cores
+    return max(1, count_cores() // sharing)
 
 
 def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type[Learner]]:

@@ -134,7 +134,7 @@ class Cluster:
         return subprocess.Popen(
             [*self._command("on", str(host)), *map(str, command)],
             cwd=self.folder,
-            env=os.environ | read_job_env() | dict(env or {}),
+            env=os.environ | dict(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

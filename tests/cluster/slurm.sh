@@ -38,6 +38,7 @@ start() {
     until [[ $(sinfo -h -t idle -o %D 2>/dev/null) == "$num_hosts" ]]; do sleep 0.1; done
 }
 
+# Slurm lets a job start again only after what it gave out for the first start has expired: 5 s.
 write_config() {
     cat >"$SLURM_CONF" <<END
 ClusterName=test
@@ -45,7 +46,7 @@ SlurmctldHost=h1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket,cred_expire=2
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool.%n
 SlurmctldPidFile=$dir/slurmctld.pid

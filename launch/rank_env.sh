@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# What a rank needs around it, said once: every launcher starts its ranks by way of this script.
+#
+#   mpirun ... bash launch/rank_env.sh [--report ID] COMMAND...
+#
+# The rank is bound to its share of the node's cores, and told to start as many threads; it sees one
+# GPU, by its place on the node. What is set already stays. Nothing is bound where a launcher has
+# bound the ranks, where a container may use only so much of the cores, where ranks outnumber cores,
+# or with RANK_CORES=all.
+#
+# --report ID  say on stderr how the command ended, in the words that job.sh listens for
+set -euo pipefail
+
+main() {
+  local id=''
+  if [[ ${1:-} == --report ]]; then
+    id=$2
+    shift 2
+  fi
+  find_place
+  share_cores
+  share_gpus
+  set_up_mpi
+  [[ -n $id ]] || exec "$@"
+  watch "$id" "$@"
+}
+
+# first NAME...: the value of the first of these variables that is set, in $value.
+first() {
+  local name
+  for name in "$@"; do
+    value=${!name-}
+    [[ -z $value ]] || return 0
+  done
+}
+
+# Ask PRRTE, Hydra, PALS and Slurm, in this order: an mpirun within Slurm knows better than Slurm.
+find_place() {
+  first OMPI_COMM_WORLD_RANK PMI_RANK PALS_RANKID PMIX_RANK SLURM_PROCID
+  rank=${value:-0}
+  first OMPI_COMM_WORLD_LOCAL_RANK MPI_LOCALRANKID PALS_LOCAL_RANKID SLURM_LOCALID
+  local_rank=${value:-0}
+  first OMPI_COMM_WORLD_LOCAL_SIZE MPI_LOCALNRANKS PALS_LOCAL_SIZE
+  local_size=$value
+  [[ -n $local_size ]] || count_slurm_tasks
+}
+
+# Find this node in "2(x3),1": nodes 0 to 2 have two tasks, node 3 has one.
+count_slurm_tasks() {
+  local node=${SLURM_NODEID:-0} part
+  for part in ${SLURM_STEP_TASKS_PER_NODE:+${SLURM_STEP_TASKS_PER_NODE//,/ }}; do
+    [[ $part =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]]
+    local_size=${BASH_REMATCH[1]}
+    node=$((node - ${BASH_REMATCH[3]:-1}))
+    ((node >= 0)) || break
+  done
+  local_size=${local_size:-1}
+}
+
+share_cores() {
+  local -a cores
+  local own quota period name threads start
+  mapfile -t cores < <(list_cores "$(allowed_to self)")
+  own=${#cores[@]}
+  if [[ $(allowed_to self) != "$(allowed_to "$PPID")" ]]; then
+    # The launcher has bound this rank, or Slurm has given the job's cores to all of its tasks.
+    threads=$(count_physical "${cores[@]}")
+    ((threads <= ${SLURM_CPUS_PER_TASK:-threads})) || threads=$SLURM_CPUS_PER_TASK
+  else
+    read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max || quota=max
+    if [[ $quota != max ]] && ((quota < own * period)); then
+      threads=$((quota / period / local_size))
+    elif ((own < local_size)); then
+      threads=1
+    else
+      start=$((local_rank * own / local_size))
+      cores=("${cores[@]:start:(local_rank + 1) * own / local_size - start}")
+      threads=$(count_physical "${cores[@]}")
+      [[ ${RANK_CORES:-} == all ]] || bind "${cores[@]}"
+    fi
+  fi
+  for name in OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS NPROC; do # NPROC is JAX's
+    [[ -n ${!name-} ]] || export "$name=$((threads > 0 ? threads : 1))"
+  done
+}
+
+# The cores that a process may run on, as in "0-3,8".
+allowed_to() { sed -n 's/^Cpus_allowed_list:\s*//p' "/proc/$1/status" 2>/dev/null || true; }
+
+# list_cores LIST: the logical cores of a list, those next to each other that are close to each
+# other: lines "SOCKET.CORE LOGICAL".
+list_cores() {
+  local place range
+  place=$(lscpu -p=NODE,SOCKET,CORE,CPU 2>/dev/null | grep -v '^#') || place=''
+  for range in ${1//,/ }; do seq "${range%-*}" "${range#*-}"; done |
+    awk -F, -v OFS=, '
+      NR == FNR { place[$4] = $1 "," $2 "," $3; next }
+      { print ($1 in place ? place[$1] : "0,0," $1), $1 }
+    ' <(printf '%s\n' "$place") - | sort -t, -k1,1n -k2,2n -k3,3n -k4,4n |
+    sed -E 's/^[0-9]*,([0-9]*),([0-9]*),([0-9]*)$/\1.\2 \3/'
+}
+
+count_physical() { printf '%s\n' "${@% *}" | sort -u | wc -l; }
+
+bind() {
+  local list
+  list=$(IFS=, && echo "${*#* }")
+  taskset -cp "$list" $$ >/dev/null 2>&1 || true # inherited by the command
+}
+
+# What Slurm and the like allow is a list; each rank takes one of it.
+share_gpus() {
+  local -a gpus
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  else
+    mapfile -t gpus < <(compgen -G '/dev/nvidia[0-9]*')
+    gpus=("${!gpus[@]}") # CUDA counts those that it sees
+  fi
+  ((${#gpus[@]} < 2)) || export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}
+}
+
+# Each MPI ignores what is not meant for it.
+set_up_mpi() {
+  # A rank that waits lets the others have the core, where there may be more ranks than cores.
+  export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
+  # Without a fabric it would look for one, which costs a second and prints warnings.
+  export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
+  if ! compgen -G '/sys/class/infiniband/*' >/dev/null && ! compgen -G '/sys/class/cxi/*' >/dev/null
+  then
+    export OMPI_MCA_btl=${OMPI_MCA_btl-^ofi,uct} OMPI_MCA_mtl=${OMPI_MCA_mtl-^ofi}
+  fi
+}
+
+# watch ID COMMAND...: stay to see how the command ends. A group of its own spares it the signals
+# that mpirun sends to this one: each comes once, from here. Open MPI's mpirun hands SIGUSR2 on to
+# the ranks where it would kill them after SIGTERM, so that is how job.sh asks them to save and end.
+watch() {
+  local id=$1 status=0 asked='' child
+  local -a die_too=()
+  shift
+  ! command -v setpriv >/dev/null || die_too=(setpriv --pdeathsig KILL)
+  set -m
+  ${die_too[@]+"${die_too[@]}"} "$@" <&0 &
+  child=$!
+  set +m
+  trap 'asked=1; kill -INT "$child" 2>/dev/null' INT
+  trap 'asked=1; kill -TERM "$child" 2>/dev/null' TERM HUP USR2
+  trap 'kill -USR1 "$child" 2>/dev/null' USR1
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+  done
+  printf '<%s: rank %d ended with %d>\n' "$id" "$rank" "$status" >&2
+  # A rank that ends as it was asked to should not make mpirun kill those that are still saving.
+  [[ -z $asked ]] || status=0
+  exit "$status"
+}
+
+main "$@"

@@ -1,0 +1,90 @@
+"""What ``rank_env.sh`` sets, for the places that launchers give to ranks."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from tests.launch.launchers import LAUNCH, plain, run
+
+SHOW = """
+import json, os
+print(json.dumps({"cores": sorted(os.sched_getaffinity(0)), **os.environ}))
+"""
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """What a rank finds that was started with these variables."""
+
+    def place(*before, **variables):
+        settings = (f"{name}={value}" for name, value in variables.items())
+        script = ("bash", LAUNCH / "rank_env.sh", sys.executable, "-c", SHOW)
+        job = run(plain(*settings, *before, *script), tmp_path)
+        assert job.returncode == 0, job.stderr
+        return json.loads(job.stdout)
+
+    return place
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ("PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    ],
+)
+def test_ranks_of_a_node_share_its_cores(place, rank, size):
+    parts = [place(**{rank: str(i), size: "2"}) for i in range(2)]
+    assert sorted(parts[0]["cores"] + parts[1]["cores"]) == CORES
+    for part in parts:
+        assert 1 <= int(part["OMP_NUM_THREADS"]) <= len(part["cores"])
+        assert part["OPENBLAS_NUM_THREADS"] == part["MKL_NUM_THREADS"] == part["OMP_NUM_THREADS"]
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_a_rank_that_is_bound_stays_so(place):
+    found = place("taskset", "-c", str(CORES[-1]), MPI_LOCALRANKID="0", MPI_LOCALNRANKS="2")
+    assert found["cores"] == [CORES[-1]]
+    assert found["OMP_NUM_THREADS"] == "1"
+
+
+def test_more_ranks_than_cores_are_not_bound(place):
+    found = place(MPI_LOCALRANKID="0", MPI_LOCALNRANKS=str(len(CORES) + 1))
+    assert found["cores"] == CORES
+    assert found["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_user_has_the_last_word(place):
+    mine = {"OMP_NUM_THREADS": "7", "OMPI_MCA_btl": "tcp,self", "RANK_CORES": "all"}
+    found = place(MPI_LOCALRANKID="0", MPI_LOCALNRANKS="2", **mine)
+    assert found["cores"] == CORES
+    assert {name: found[name] for name in mine} == mine
+
+
+@pytest.mark.parametrize(("node", "size"), [(0, 1), (1, 3), (2, 3), (3, 9999)])
+def test_slurm_says_how_many_tasks_a_node_has(place, node, size):
+    found = place(
+        SLURM_LOCALID="0", SLURM_NODEID=str(node), SLURM_STEP_TASKS_PER_NODE="1,3(x2),9999"
+    )
+    own = len(CORES) // size if size <= len(CORES) else len(CORES)
+    assert len(found["cores"]) == own
+
+
+def test_mpirun_within_slurm_knows_better(place):
+    found = place(
+        OMPI_COMM_WORLD_LOCAL_RANK="2", SLURM_LOCALID="0", CUDA_VISIBLE_DEVICES="GPU-a,GPU-b,GPU-c"
+    )
+    assert found["CUDA_VISIBLE_DEVICES"] == "GPU-c"
+
+
+def test_gpus_are_dealt_out_in_turn(place):
+    dealt = [
+        place(MPI_LOCALRANKID=str(rank), CUDA_VISIBLE_DEVICES="4,6")["CUDA_VISIBLE_DEVICES"]
+        for rank in range(3)
+    ]
+    assert dealt == ["4", "6", "4"]
