@@ -29,7 +29,7 @@ from shardopt.kernels.cpu import CpuKernel
 from shardopt.nadam import Clock, as_real
 from shardopt.partition import Partition, plan_partition
 from shardopt.pipeline import Pipeline
-from shardopt.planner import MemoryReport, plan_memory
+from shardopt.planner import MemoryReport, default_bucket_nbytes, plan_memory
 from shardopt.policy import ShardPolicy
 from shardopt.registry import (
     Addition,
@@ -108,7 +108,11 @@ class ShardedNAdam(Generic[P]):
         rollcall = self._agreement.rollcall
         self._pipeline = Pipeline(topology, rollcall, self._kernel, max_grad_norm, policy)
         self._wire_dtype = policy.wire_dtype
-        layout = plan_partition((), topology.num_nodes, topology.node_size, policy.bucket_nbytes)
+        num_nodes, node_size = topology.num_nodes, topology.node_size
+        bucket_nbytes = policy.bucket_nbytes or default_bucket_nbytes(
+            num_nodes, topology.world_size
+        )
+        layout = plan_partition((), num_nodes, node_size, bucket_nbytes)
         self._registry = Registry(face, layout)
         self._schedule = Schedule(layout)
         self._accord = Accord(self._agreement, self._registry, self._pipeline)

@@ -10,6 +10,8 @@ from shardopt.dtypes import compute_dtype, has_master, wire_dtype_of
 from shardopt.partition import Partition
 from shardopt.stagger import STEP_NBYTES
 
+MIB = 1 << 20
+
 NUM_SLOTS = 3
 """Buckets of gradients under way at a time: one that is summed, and two that keep the link busy."""
 
@@ -56,6 +58,16 @@ class MemoryReport:
     def replicated_node_nbytes(self) -> int:
         """All of it on one node if nothing were sharded."""
         return self.replicated_rank_nbytes * self.node_size
+
+
+def default_bucket_nbytes(num_nodes: int, world_size: int) -> int:
+    """Bytes of parameters in a bucket, unless the policy says.
+
+    On one node nothing is exchanged, and a bucket is what a kernel is called for. Between nodes
+    small buckets keep the link busy from the first to the last: a step ends with the way of the
+    last one. But each rank's part of it should be worth a message.
+    """
+    return 32 * MIB if num_nodes == 1 else max(4 * MIB, world_size * MIB // 4)
 
 
 class Traffic(NamedTuple):

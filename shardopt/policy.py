@@ -4,15 +4,14 @@ from dataclasses import dataclass, fields
 
 from shardopt.errors import HyperparamsError
 
-MIB = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class ShardPolicy:
     """How parameters are shared out and exchanged; equal on every rank.
 
     Attributes:
-        bucket_nbytes: Upper bound of what one exchange carries.
+        bucket_nbytes: Upper bound of the parameters that one exchange carries, at least 16 KiB to 32
+            KiB. None takes ``planner.default_bucket_nbytes``.
         wire_dtype: Dtype of gradients between nodes, where they are summed in float32 all the same:
             ``bfloat16`` or ``float16`` halve their bytes and round what each node sends. None loses
             no bit. Updated parameters always travel as they are. On one node nothing does.
@@ -38,7 +37,7 @@ class ShardPolicy:
         HyperparamsError: A setting is out of range; the message names it.
     """
 
-    bucket_nbytes: int = 32 * MIB
+    bucket_nbytes: int | None = None
     wire_dtype: str | None = None
     master_weights: bool | None = None
     overlap: bool = True
@@ -48,7 +47,8 @@ class ShardPolicy:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        self._require(_is_count(self.bucket_nbytes), "bucket_nbytes", "be a whole number >= 1")
+        bucket = self.bucket_nbytes is None or _is_count(self.bucket_nbytes)
+        self._require(bucket, "bucket_nbytes", "be a whole number >= 1 or None")
         wire = self.wire_dtype in (None, "bfloat16", "float16")
         self._require(wire, "wire_dtype", "be bfloat16, float16 or None")
         self._require(self.master_weights in (None, True), "master_weights", "be True or None")

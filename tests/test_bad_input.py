@@ -139,9 +139,15 @@ def test_a_wrong_setting_of_a_group_is_refused(comm, alone):
 
 
 WRONG_POLICIES = [
-    ({"bucket_nbytes": 0}, "policy.bucket_nbytes must be a whole number >= 1; got 0"),
-    ({"bucket_nbytes": 1e6}, "policy.bucket_nbytes must be a whole number >= 1; got 1000000.0"),
-    ({"bucket_nbytes": "32MB"}, "policy.bucket_nbytes must be a whole number >= 1; got '32MB'"),
+    ({"bucket_nbytes": 0}, "policy.bucket_nbytes must be a whole number >= 1 or None; got 0"),
+    (
+        {"bucket_nbytes": 1e6},
+        "policy.bucket_nbytes must be a whole number >= 1 or None; got 1000000.0",
+    ),
+    (
+        {"bucket_nbytes": "32MB"},
+        "policy.bucket_nbytes must be a whole number >= 1 or None; got '32MB'",
+    ),
     (
         {"share_node": 0},
         "policy.share_node must be True, False or a whole number >= 1; got 0",
