@@ -10,8 +10,8 @@ class ShardPolicy:
     """How parameters are shared out and exchanged; equal on every rank.
 
     Attributes:
-        bucket_nbytes: Upper bound of the parameters that one exchange carries, at least 16 KiB to 32
-            KiB. None takes ``planner.default_bucket_nbytes``.
+        bucket_nbytes: Upper bound of the parameters that one exchange carries; a chunk of 4096
+            elements is the least. None takes ``planner.default_bucket_nbytes``.
         wire_dtype: Dtype of gradients between nodes, where they are summed in float32 all the same:
             ``bfloat16`` or ``float16`` halve their bytes and round what each node sends. None loses
             no bit. Updated parameters always travel as they are. On one node nothing does.
