@@ -48,6 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(read_job_env() | {"OMPI_MCA_btl": "self"})
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add an option for tests/run.sh, which runs some tests side by side or with one MPI only."""
+    parser.addoption(
+        "--part",
+        choices=["plain", "jobs", "mpi-jobs"],
+        help="of the tests without ranks: those that start no mpirun, those that do, "
+        "or those of them that are not marked any_mpi",
+    )
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the tests that start mpirun themselves, so that ``-m mpirun`` selects them."""
     if "mpirun" in getattr(item, "fixturenames", ()):
@@ -55,11 +65,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long forms of tests, unless ``-m`` speaks of them."""
-    if "long" in config.getoption("-m"):
-        return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    """Leave out the long forms of tests, unless ``-m`` speaks of them, and what ``--part`` does."""
+    part, with_long = config.getoption("--part"), "long" in config.getoption("-m")
+
+    def runs_now(item: pytest.Item) -> bool:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "long" in marks and not with_long:
+            return False
+        if part == "plain":
+            return "mpirun" not in marks
+        return part is None or (
+            "mpirun" in marks and not (part == "mpi-jobs" and "any_mpi" in marks)
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_now(item)])
+    items[:] = filter(runs_now, items)
 
 
 @pytest.fixture

@@ -61,6 +61,8 @@ count() {
     { grep -oE "[0-9]+ ($*)\b" <<<"$last_line" || echo 0; } | cut -d' ' -f1
 }
 
+logs=.test-env/logs
+begun=()
 summary=()
 notes=()
 total_passed=0
@@ -68,12 +70,43 @@ total_failed=0
 
 # run TITLE COMMAND...: run one pytest, and add a line to the summary.
 run() {
-    local title=$1 log=.test-env/last.log status=0 start_s=$SECONDS note='' last_line passed failed
+    printf '\n==== %s ====\n' "$1"
+    record "$@"
+    sum_up "$1"
+}
+
+# begin TITLE COMMAND...: start one pytest beside others; finish prints it.
+begin() {
+    record "$@" >/dev/null &
+    begun+=("$1")
+}
+
+# finish: wait for all that was begun, and do for each what run does.
+finish() {
+    local title
+    wait
+    for title in ${begun[@]+"${begun[@]}"}; do
+        printf '\n==== %s ====\n' "$title"
+        cat "$logs/$title"
+        sum_up "$title"
+    done
+    begun=()
+}
+
+# record TITLE COMMAND...: run one pytest; keep what it prints, its exit code and its seconds.
+record() {
+    local log=$logs/$1 status=0 start_s=$SECONDS
     shift
-    printf '\n==== %s ====\n' "$title"
     # Open MPI ends its version, which pytest-mpi prints, with a zero byte: no text for grep.
     timeout --foreground -k 10 "$limit_s" "$@" </dev/null 2>&1 | sed -u 's/\x00//g' |
         timeout --foreground "$((limit_s + 30))" tee "$log" || status=$?
+    echo "$status $((SECONDS - start_s))" >"$log.end"
+}
+
+# sum_up TITLE: add a line to the summary.
+sum_up() {
+    local title=$1 log=$logs/$1 status seconds note='' last_line passed failed
+    read -r status seconds <"$log.end"
     last_line=$(grep -E '^=+ .* in [0-9.]+s.* =+' "$log" | tail -n 1 || true)
     passed=$(count passed)
     failed=$(($(count failed) + $(count error errors)))
@@ -86,11 +119,12 @@ run() {
     total_passed=$((total_passed + passed))
     total_failed=$((total_failed + failed))
     summary+=("$(printf '%-20s %5d passed %5d failed %5d skipped %5d s  %s' "$title" \
-        "$passed" "$failed" "$(count skipped)" $((SECONDS - start_s)) "$note")")
+        "$passed" "$failed" "$(count skipped)" "$seconds" "$note")")
 }
 
-trap 'exit 130' INT
-mkdir -p .test-env
+trap 'trap "" TERM; kill 0; exit 130' INT # what was begun, too
+rm -rf "$logs"
+mkdir -p "$logs"
 pids=()
 for mpi in "${mpis[@]}"; do
     set_up "$mpi" &
@@ -103,14 +137,31 @@ source tests/mpi.env
 set +a
 selected=$#
 pytest=(-m pytest --color=no -p no:cacheprovider -rs "$@")
-only=()
+
+# on_ranks HOW MPI N: run, or begin, the tests that want ranks.
+on_ranks() {
+    local bin=$PWD/.test-env/$2/bin
+    "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" "$bin/python" "${pytest[@]}" --with-mpi
+}
+
+# without_ranks HOW MPI PART: run, or begin, a part of the other tests; see tests/conftest.py.
+without_ranks() {
+    "$1" "$2, $3" "$PWD/.test-env/$2/bin/python" "${pytest[@]}" --part "$3"
+}
+
+# What takes one core runs beside others that do; what takes more runs alone.
+without_ranks begin "${mpis[0]}" plain
 for mpi in "${mpis[@]}"; do
-    bin=$PWD/.test-env/$mpi/bin
-    run "$mpi, no mpirun" "$bin/python" "${pytest[@]}" ${only[@]+"${only[@]}"}
-    only=(-m mpirun) # what does not start MPI need not run again with the next one
+    if [[ " ${ranks[*]-} " == *" 1 "* ]]; then on_ranks begin "$mpi" 1; fi
     if [[ -f .test-env/$mpi/missing ]]; then notes+=("$(<".test-env/$mpi/missing")"); fi
+done
+finish
+part=jobs
+for mpi in "${mpis[@]}"; do
+    without_ranks run "$mpi" "$part"
+    part=mpi-jobs # with the next MPI, those that it may change
     for n in ${ranks[@]+"${ranks[@]}"}; do
-        run "$mpi, mpirun -n $n" "$bin/mpirun" -n "$n" "$bin/python" "${pytest[@]}" --with-mpi
+        if ((n > 1)); then on_ranks run "$mpi" "$n"; fi
     done
 done
 

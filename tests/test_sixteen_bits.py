@@ -43,10 +43,10 @@ def test_bits_are_those_of_one_process(comm, dtype, bucket_nbytes):
 def test_small_updates_add_up(comm, dtype):
     params = make_params([np.full(5000, 1.0, dtype)])
     with NAdam(params, lr=1e-4, comm=comm) as opt:
-        for _ in range(2000):
+        for _ in range(400):  # by 1e-4, where bfloat16 goes by 4e-3 and float16 by 5e-4
             params[0].grad[...] = 1
             opt.step()
-    np.testing.assert_allclose(params[0].data.astype(float), 0.8, rtol=0.005)
+    np.testing.assert_allclose(params[0].data.astype(float), 0.96, rtol=0.005)
 
 
 @SIXTEEN

@@ -417,6 +417,7 @@ for way in WAYS:
 """
 
 
+@pytest.mark.any_mpi
 def test_a_full_disk_is_refused(run_on):
     run_on(
         2,
@@ -437,6 +438,7 @@ def mend_it():
     )
 
 
+@pytest.mark.any_mpi
 def test_a_disk_that_may_only_be_read_is_refused(run_on):
     run_on(
         2,
@@ -452,6 +454,7 @@ def mend_it():
     )
 
 
+@pytest.mark.any_mpi
 def test_a_directory_above_that_knows_no_fsync_is_no_obstacle(run_on):
     run_on(
         2,
@@ -468,6 +471,7 @@ for way in WAYS:
     )
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("make", ["mkfs.ext4 -q", "mkfs.xfs -q"])
 def test_a_file_system_that_breaks_down_is_refused_and_keeps_what_was_safe(run_on, make):
     run_on(

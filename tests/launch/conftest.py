@@ -3,12 +3,11 @@
 import pytest
 
 
-@pytest.fixture
-def text(tmp_path):
-    """A folder of many small files, so that some are held out."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(60):
-        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n\n" for j in range(40)]
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of files of which only file17.py is held out: a run predicts it often."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        lines = [f"def f{i}_{j}(x):\n    return x + {i * j}\n\n" for j in range(100)]
         (folder / f"file{i}.py").write_text("".join(lines))
     return folder

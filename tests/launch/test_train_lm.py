@@ -5,19 +5,20 @@ import signal
 
 import pytest
 
+from tests.conftest import Mpirun
 from tests.frameworks import LEND_OVERRIDE, environment_for, require
-from tests.launch.runs import SCRIPT, SMALL, Started, read_log
+from tests.launch.runs import SCRIPT, SMALL, Started, column, read_log
 
 
 def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
     out = tmp_path / "out"
-    arguments = ("--steps", "30", "--text", text, "--out", out, *SMALL)
+    arguments = ("--steps", "10", "--text", text, "--out", out, *SMALL)
     job = mpirun(2, SCRIPT, *arguments, env={"COLUMNS": "80"})
     assert job.returncode == 0, job.output
     for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "go on"):
         assert word in job.stdout
     log = read_log(out)
-    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 31))
+    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 11))
     losses = [line["train_bits"] for line in log if line["kind"] == "step"]
     assert losses[-1] < losses[0]
     assert log[-1]["kind"] == "end"
@@ -25,15 +26,30 @@ def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_seed_gives_one_run(mpirun, tmp_path, text):
-    runs = []
-    for name in ("first", "second"):
-        arguments = ("--steps", "5", "--seed", "7", "--text", text, "--out", tmp_path / name)
-        assert mpirun(2, SCRIPT, *arguments, *SMALL).returncode == 0
-        runs.append([line.get("train_bits") for line in read_log(tmp_path / name)])
-    assert runs[0] == runs[1]
+def run_briefly(mpirun, text, *choice, **settings):
+    """A few steps: the job, and what its log says of them."""
+    out = mpirun.folder / "out"
+    arguments = ("--steps", "4", "--seed", "7", "--text", text, "--out", out, *SMALL)
+    job = mpirun(2, SCRIPT, *arguments, "--batch", "16", *choice, timeout_s=180, **settings)
+    assert job.returncode == 0, job.output
+    assert (out / "loss.png").exists()
+    return job, {key: column(out, key) for key in ("train_bits", "held_out_bits")}
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, text):
+    """What a short run in NumPy logs."""
+    _, bits = run_briefly(Mpirun(tmp_path_factory.mktemp("numpy")), text)
+    return bits
+
+
+@pytest.mark.any_mpi
+def test_one_seed_gives_one_run(mpirun, text, expected):
+    _, bits = run_briefly(mpirun, text)
+    assert bits == expected
+
+
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(
     ("framework", "dtype", "tolerance"),
     [
@@ -44,24 +60,18 @@ def test_one_seed_gives_one_run(mpirun, tmp_path, text):
     ],
 )
 def test_a_run_in_another_framework_is_the_run_in_numpy(
-    mpirun, tmp_path, text, framework, dtype, tolerance
+    mpirun, tmp_path, text, expected, framework, dtype, tolerance
 ):
     require(framework)
-    runs, env = [], environment_for(framework, tmp_path)
-    for number, choice in enumerate([(), ("--framework", framework, "--dtype", dtype)]):
-        out = tmp_path / str(number)
-        arguments = ("--steps", "12", "--text", text, "--out", out, *SMALL, "--batch", "16")
-        job = mpirun(2, SCRIPT, *arguments, *choice, timeout_s=180, env=env)
-        assert job.returncode == 0, job.output
-        runs.append([line for line in read_log(out) if line["kind"] in ("step", "eval")])
+    choice = ("--framework", framework, "--dtype", dtype)
+    job, found = run_briefly(mpirun, text, *choice, env=environment_for(framework, tmp_path))
     assert f", {dtype}" in job.stdout
-    assert (out / "loss.png").exists()
-    for key in ("train_bits", "held_out_bits"):
-        expected, bits = ([line[key] for line in run if key in line] for run in runs)
-        assert bits == pytest.approx(expected, rel=tolerance)
+    for key, bits in found.items():
+        assert bits == pytest.approx(expected[key], rel=tolerance)
         assert bits[-1] < bits[0]
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("framework", ["torch", "jax", "lucid"])
 def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework):
     # In front of what may be installed; and typing.override, without which lucid is refused before.
@@ -80,6 +90,7 @@ def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework
     assert job.stderr.splitlines().count(sentence) == 1
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("option", [("--text", "/nowhere"), ("--width", "33"), ("--steps", "0")])
 def test_a_wrong_option_is_one_sentence(mpirun, tmp_path, option):
     job = mpirun(2, SCRIPT, "--out", tmp_path / "out", *option)

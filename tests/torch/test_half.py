@@ -81,7 +81,7 @@ def test_the_master_is_trained_as_torch_trains_float32(comm, dtype, settings):
 def test_tiny_updates_add_up():
     params = [Parameter(torch.ones(64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
     with NAdam(params, comm=MPI.COMM_SELF, policy=POLICY, lr=1e-4) as opt:
-        for _ in range(2000):  # by 1e-4, where bfloat16 goes by 8e-3 and float16 by 1e-3
+        for _ in range(400):  # by 1e-4, where bfloat16 goes by 8e-3 and float16 by 1e-3
             opt.zero_grad()
             for param in params:
                 param.grad.fill_(-1.0)
@@ -89,7 +89,7 @@ def test_tiny_updates_add_up():
         state = opt.gather_state_dict()["state"]
     for index, param in enumerate(params):
         master = state[index]["master"]
-        expected = torch.full((64,), 1.2, dtype=torch.float32)
+        expected = torch.full((64,), 1.04, dtype=torch.float32)
         torch.testing.assert_close(master, expected, rtol=0.002, atol=0)
         assert torch.equal(param, master.to(param.dtype))
 

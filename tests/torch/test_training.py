@@ -16,7 +16,7 @@ from shardopt.torch import NAdam
 
 pytestmark = pytest.mark.mpi
 
-NUM_STEPS = 200
+NUM_STEPS = 100
 NUM_ROWS = 12  # of the global batch: a whole number on 1, 2, 3 and 4 ranks
 WIDTH, NUM_HEADS, LENGTH, NUM_TOKENS = 16, 2, 6, 11
 
