@@ -36,6 +36,7 @@ class Options:
     out: Path
     checkpoint: Path | None
     save_every: int | None
+    timeout: float
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:
@@ -79,6 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, metavar="DIR", help=checkpoint_help)
     every_help = "steps from one checkpoint to the next (a tenth of --steps)"
     add("--save-every", type=int, metavar="STEPS", help=every_help)
+    timeout_help = "longest wait for a rank until the job is ended and tells its name (%(default)g)"
+    add("--timeout", type=float, metavar="SECONDS", default=300.0, help=timeout_help)
     return parser
 
 
@@ -102,6 +105,8 @@ def find_problems(options: Options) -> list[str]:
         )
         if value is not None and value < least
     ]
+    if not options.timeout > 0:
+        problems.append(f"--timeout must be > 0; got {options.timeout:g}. Leave it out for 300.")
     if options.width % HEAD_WIDTH:
         nearest = max(1, round(options.width / HEAD_WIDTH)) * HEAD_WIDTH
         problems.append(

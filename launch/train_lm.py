@@ -28,6 +28,7 @@ from models.base import Learner, Shape, count_weights, generate, initial_weights
 from options import HEAD_WIDTH, Options, parse_options
 from report import MainReport, Report
 from screen import Setting, Step
+from shardopt import ShardPolicy
 from shardopt.cores import bound_to, count_cores
 
 BETAS = (0.9, 0.99)
@@ -55,6 +56,7 @@ def main() -> int:
         betas=BETAS,
         max_grad_norm=MAX_GRAD_NORM,
         comm=comm,
+        policy=ShardPolicy(timeout_s=options.timeout),
     )
 
     with learner.opt:
@@ -162,7 +164,7 @@ class Run:
             self.take_step(step)
             interrupted = checkpoints.exit_code > 0
             if not interrupted and (step % interval == 0 or step == self.options.steps):
-                self.report.evaluation(step, self.evaluate())
+                self.report.evaluation(step, self.evaluate(step))
             checkpoints.save_if_due(step)
             if interrupted:
                 return
@@ -184,7 +186,7 @@ class Run:
         model_s = perf_counter() - start_s
 
         # Also waits for the slowest rank, which would else be counted as time of the optimizer.
-        (nats,) = sum_over_ranks(comm, weight * own_nats)
+        (nats,) = self.sum_over_ranks(step, "loss", weight * own_nats)
         synced_s = perf_counter()
         learner.step()
         end_s = perf_counter()
@@ -204,7 +206,7 @@ class Run:
         """Return the held-out inputs and targets, the same at every call."""
         return self.corpus.held_out_windows(HELD_OUT_SEQUENCES, self.options.context)
 
-    def evaluate(self) -> float:
+    def evaluate(self, step: int) -> float:
         """Return the held-out bits per byte; each rank predicts its part. Collective."""
         comm, batch = self.comm, self.options.batch
         inputs, targets = (whole[comm.rank :: comm.size] for whole in self.held_out())
@@ -212,8 +214,14 @@ class Run:
         for start in range(0, len(inputs), batch):
             part = slice(start, start + batch)
             nats += self.learner.loss(inputs[part], targets[part]) * inputs[part].size
-        nats, num_bytes = sum_over_ranks(comm, nats, inputs.size)
+        nats, num_bytes = self.sum_over_ranks(step, "evaluation", nats, inputs.size)
         return nats / num_bytes / math.log(2)
+
+    def sum_over_ranks(self, step: int, phase: str, *values: float) -> list[float]:
+        """Add each value over all ranks, with the optimizer's deadline. Collective."""
+        rollcall = self.learner.opt.core.rollcall
+        sums = rollcall.allreduce(np.array(values, np.float64), MPI.SUM, step, phase)
+        return [float(value) for value in sums]
 
     def write_sample(self) -> tuple[bytes, bytes]:
         """Let the model continue the first lines of the held-out text."""
@@ -229,13 +237,6 @@ def scheduled_lr(step: int, options: Options) -> float:
     warmup = min(1.0, step / min(WARMUP_STEPS, math.ceil(options.steps / 5)))
     cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
     return options.lr * warmup * (LAST_LR_FRACTION + (1 - LAST_LR_FRACTION) * cosine)
-
-
-def sum_over_ranks(comm: MPI.Intracomm, *values: float) -> list[float]:
-    """Add each value over all ranks. Collective."""
-    sums = np.array(values, np.float64)
-    comm.Allreduce(MPI.IN_PLACE, sums)
-    return [float(value) for value in sums]
 
 
 if __name__ == "__main__":

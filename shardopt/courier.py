@@ -93,16 +93,16 @@ class Courier:
         self._publishing.start(route)
 
     def finish(self, step: int) -> None:
-        """Wait until everything has arrived."""
+        """Wait until everything that is under way has arrived."""
 
         def is_over() -> bool:
-            self.exchange.advance()
+            self.exchange.advance(limit=0)
             return self._publishing.advance() == 0
 
         self._wait(is_over, step, self._late_publishing)
 
         def is_sent() -> bool:
-            self.exchange.advance()
+            self.exchange.advance(limit=0)
             return self.exchange.is_idle
 
         self._wait(is_sent, step, lambda: ("exchange", self.exchange.awaited[1]))

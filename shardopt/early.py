@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from shardopt.comm.rollcall import RollCall
+from shardopt.comm.rollcall import LOOKS, RollCall
 from shardopt.comm.topology import Topology
 from shardopt.comm.window import Window
 from shardopt.exchange import Exchange
@@ -265,7 +265,7 @@ class _Runner:
             while is_busy and not self._ended.is_set():
                 if self._lock.acquire(timeout=_LOOK_UP_EVERY_S):
                     try:
-                        is_busy = self._work()
+                        is_busy = all(self._work() for _ in range(LOOKS))
                     finally:
                         self._lock.release()
                     time.sleep(_NAP_S)

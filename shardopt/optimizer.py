@@ -12,6 +12,7 @@ from shardopt.accord import Accord, Follower
 from shardopt.bindings import Binding, Face, P
 from shardopt.comm.abort import install_abort_hook
 from shardopt.comm.agree import Agreement, Description, attempt
+from shardopt.comm.rollcall import RollCall
 from shardopt.comm.topology import Topology, cores_per_rank, make_topology
 from shardopt.comm.window import shortage
 from shardopt.dtypes import wire_dtype_of
@@ -105,7 +106,7 @@ class ShardedNAdam(Generic[P]):
         self._agreement = Agreement(topology, policy.timeout_s)
         self.num_cores = cores_per_rank(topology)
         self._kernel = CpuKernel(policy.threads or self.num_cores)
-        rollcall = self._agreement.rollcall
+        rollcall = self.rollcall
         self._pipeline = Pipeline(topology, rollcall, self._kernel, max_grad_norm, policy)
         self._wire_dtype = policy.wire_dtype
         num_nodes, node_size = topology.num_nodes, topology.node_size
@@ -337,6 +338,11 @@ class ShardedNAdam(Generic[P]):
         return self._topology
 
     @property
+    def rollcall(self) -> RollCall:
+        """For what ranks tell each other beside the steps, with their deadline."""
+        return self._agreement.rollcall
+
+    @property
     def storages(self) -> Sequence[SectionStorage]:
         """The memory of each section."""
         return self._pipeline.storages
@@ -378,11 +384,12 @@ class ShardedNAdam(Generic[P]):
 
     def take_over_params(self) -> None:
         """Let parameters be what each owner has written of them into its window. Collective."""
-        self._early.settle(self.last_step.step)
-        self._pipeline.publish_all(self.last_step.step)
-        self._early.open(self.last_step.step + 1)
-        self._accord.meet(self.last_step.step, "load")
+        step = self.last_step.step
+        self._early.settle(step)
+        self._pipeline.publish_all(step)
+        self._accord.meet(step, "load")
         self._registry.rebind()
+        self._early.open(step + 1)
 
     # -- about it ----------------------------------------------------------------------------------
 

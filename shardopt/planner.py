@@ -12,8 +12,8 @@ from shardopt.stagger import STEP_NBYTES
 
 MIB = 1 << 20
 
-NUM_SLOTS = 3
-"""Buckets of gradients under way at a time: one that is summed, and two that keep the link busy."""
+NUM_SLOTS = 6
+"""Buckets of gradients under way at a time: enough to keep the link busy while a rank is late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def default_bucket_nbytes(num_nodes: int, world_size: int) -> int:
     small buckets keep the link busy from the first to the last: a step ends with the way of the
     last one. But each rank's part of it should be worth a message.
     """
-    return 32 * MIB if num_nodes == 1 else max(4 * MIB, world_size * MIB // 4)
+    return 32 * MIB if num_nodes == 1 else max(4 * MIB, world_size * MIB // 16)
 
 
 class Traffic(NamedTuple):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from shardopt.optimizer import ShardedNAdam
 from shardopt.report import tell
 
 _ROOM_NBYTES = 1 << 20  # for small arrays of extra, beside what is known to be staged
+
+T = TypeVar("T")
 
 
 class Restored(NamedTuple):
@@ -162,7 +164,7 @@ class Checkpointer:
                 extra = load(folder.path, opt)
             except CheckpointError as error:
                 damaged = isinstance(error, DamagedCheckpointError)
-                if not damaged and core.topology.comm.bcast(folder.path.exists()):
+                if not damaged and _from_rank_0(core, folder.path.exists()):
                     raise
                 reasons[folder] = f"{folder.path.name}: {error}"
                 continue
@@ -296,8 +298,8 @@ class Checkpointer:
         if core.topology.rank == 0 and error is None:
             found, error = attempt(self._list)
         core.enter_call("Checkpointer.restore()", {"step": step}, error)
-        folders: list[StepFolder] = core.topology.comm.bcast(found)
-        wanted = (folder for folder in reversed(folders) if step in (None, folder.step))
+        folders = _from_rank_0(core, found)
+        wanted = (folder for folder in reversed(folders or ()) if step in (None, folder.step))
         return next((folder for folder in wanted if folder not in tried), None)
 
     def _list(self) -> list[StepFolder]:
@@ -330,6 +332,10 @@ class Checkpointer:
 
     def _hear(self, number: signal.Signals | None) -> None:
         self.signalled = number
+
+
+def _from_rank_0(core: ShardedNAdam[Any], value: T) -> T:
+    return core.rollcall.gather(value, core.last_step.step, "Checkpointer.restore()")[0]
 
 
 def _tell_problem(core: ShardedNAdam[Any], committed: Committed) -> None:

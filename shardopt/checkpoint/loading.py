@@ -79,7 +79,8 @@ def _share_manifest(core: ShardedNAdam[Any], path: Path) -> Manifest:
     if core.topology.rank == 0:
         text, error = attempt(lambda: read_manifest_text(path))
     core.enter_call("load()", {"path": str(path)}, error)
-    everyones: bytes = core.topology.comm.bcast(text)
+    everyones = core.rollcall.gather(text, core.last_step.step, "load()")[0]
+    assert everyones is not None
     manifest, error = attempt(lambda: from_text(everyones))
     _agree(core, error)
     assert manifest is not None

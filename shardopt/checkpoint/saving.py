@@ -147,21 +147,21 @@ def finish(saving: Saving) -> Committed:
 def start_saving(plan: Plan, opt: HasCore, extra: Mapping[str, Any] | None) -> Saving:
     """See [Note: a save in three parts]. Collective, and so is going on with it."""
     core = opt.core
-    comm, here = core.topology.comm, core.topology.rank == 0
+    here = core.topology.rank == 0
     begun, error = attempt(lambda: _begin(plan, core, extra))
     try:
         _agree(core, plan, error)
         assert begun is not None
         core.adopt(begun.replaced)
-        folder = plan.folder / comm.bcast(begun.unfinished)
+        folder = plan.folder / _gather(core, plan, begun.unfinished)[0]
         with ExitStack() as claims:
             content, error = attempt(lambda: _lay_out(plan, core, begun))
             written = plan.submit(lambda: _write(folder, content, error, claims))
             yield written
-            files = comm.gather(_outcome(core, plan, written))
-            committed = plan.submit(lambda: _commit(plan, folder, content, files))
+            files = _gather(core, plan, _outcome(core, plan, written))
+            committed = plan.submit(lambda: _commit(plan, folder, content, files) if here else None)
             yield committed
-            outcome: Committed = comm.bcast(_outcome(core, plan, committed))
+            outcome: Committed = _gather(core, plan, _outcome(core, plan, committed))[0]
             return outcome
     except Exception:
         if here and begun is not None:
@@ -291,11 +291,10 @@ def _write(
 
 
 def _commit(
-    plan: Plan, folder: Path, content: _Content | None, written: Sequence[_Written] | None
-) -> Committed | None:
-    """Make the files a checkpoint. A job of rank 0, which alone knows of all files."""
-    if written is None or content is None:
-        return None
+    plan: Plan, folder: Path, content: _Content | None, written: Sequence[_Written]
+) -> Committed:
+    """Make the files a checkpoint. A job of rank 0."""
+    assert content is not None
     per_rank = [each.per_rank for each in written]
     draft = content.draft
     manifest = replace(
@@ -338,6 +337,10 @@ def _versions() -> dict[str, str]:
 
 def _agree(core: ShardedNAdam[Any], plan: Plan, error: Exception | None) -> None:
     core.enter_call(plan.call, {"step": plan.step, "folder": str(plan.folder)}, error)
+
+
+def _gather(core: ShardedNAdam[Any], plan: Plan, value: T) -> list[T]:
+    return core.rollcall.gather(value, core.last_step.step, plan.call)
 
 
 def _outcome(core: ShardedNAdam[Any], plan: Plan, job: Future[T]) -> T:

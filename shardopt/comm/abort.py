@@ -53,6 +53,7 @@ def end_job(code: int) -> None:
         _wait_until_read(stream)
         os.dup2(silence, stream)  # the library's own notice would bury the traceback
     MPI.COMM_WORLD.Abort(code)
+    os._exit(code)  # MPICH comes back; the end of Python would then wait for a host that is gone
 
 
 def _wait_until_read(stream: int) -> None:

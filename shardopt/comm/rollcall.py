@@ -28,6 +28,9 @@ _YIELD_FOR_S = 0.005
 _NAP_S = 0.0002
 _LOOK_ROUND_EVERY_S = 0.1
 
+LOOKS = 8
+"""Tests between two naps: in one, an MPI may move no more than 64 KiB of each connection."""
+
 
 class RollCall:
     """Brings small things together from all ranks, and ends the job rather than wait for ever.
@@ -54,6 +57,7 @@ class RollCall:
         self._mine[:] = 0
         self._muster = Muster(self._comm)
         self._pending: object = None
+        self._met_in_step = 0  # the last step in which every rank has come to something
         self._broken = Event()
         self._farewell = weakref.finalize(self, _leave, self._mine, self._window, self._broken)
         self._comm.Barrier()
@@ -144,6 +148,7 @@ class RollCall:
         self._pending = request, buffers  # MPI may write there even if waiting is given up
         self.wait(request.Test, step, phase)
         self._pending = None
+        self._met_in_step = step
 
     def _wait(
         self,
@@ -154,7 +159,7 @@ class RollCall:
     ) -> None:
         start = look_round_at = time.monotonic()
         self._muster.begin()
-        while not test():
+        while not any(test() for _ in range(LOOKS)):
             waited = time.monotonic() - start
             if waited < _YIELD_FOR_S:
                 os.sched_yield()
@@ -179,27 +184,31 @@ class RollCall:
         return bool(left.any()) or waited >= self._timeout_s
 
     def _describe(self, waited: float, step: int, phase: str, awaited: Sequence[int]) -> str:
-        answers, behind = self._muster.answers, self._behind()
+        answers, behind, place = self._muster.answers, self._behind(), f"step {step} ({phase})"
         seen = {rank: self._lines[i, _STEP] for i, rank in enumerate(self._node_ranks) if behind[i]}
         left = [rank for i, rank in enumerate(self._node_ranks) if rank in seen and self._left(i)]
         here = {self._topology.rank, *answers, *(set(self._node_ranks) - set(seen))}
         missing = left or [rank for rank in range(self._comm.size) if rank not in here]
-        texts = [
-            self._name([rank])
-            + (f", last seen in step {seen[rank]}" if rank in seen else "")
+        # Of ranks on other nodes it is known only what they must have come to.
+        absent = [
+            f"{self._name([rank])}, last seen in step {seen.get(rank, self._met_in_step)}"
             + (", has left the job" if rank in left else "")
             for rank in missing
         ]
-        elsewhere = awaited or [rank for rank in answers if rank in seen]
-        texts += [
-            f"{self._name([rank])}, waiting in {answers[rank]}"
-            for rank in elsewhere
-            if rank in answers
+        elsewhere = [
+            f"{self._name([rank])} waiting in {answers[rank]}"
+            for rank in awaited or seen or answers
+            if answers.get(rank, place) != place
         ]
+        got = "; ".join(elsewhere)
+        if absent or not elsewhere:
+            got = f"no sign for {waited:.1f} s of {'; '.join(absent) or 'some rank'}" + (
+                f", and {got}" if got else ""
+            )
         return (
-            f"every rank must come to step {step} ({phase}); got no sign for {waited:.1f} s of "
-            f"{'; '.join(texts) or 'some rank'}. Let all ranks make the same calls as often, look "
-            "for a rank or host that died, or raise policy.timeout_s if they are only slow."
+            f"every rank must come to {place}; got {got}. Let all ranks make the same calls as "
+            "often, look for a rank or host that died, or raise policy.timeout_s if they are only "
+            "slow."
         )
 
     def _left(self, node_rank: int) -> bool:

@@ -54,3 +54,9 @@ def test_saves_need_a_folder(capsys):
     )
     sentence = refusal(capsys, "--checkpoint", "x", "--save-every", "0")
     assert sentence == "--save-every must be at least 1; got 0. Choose a larger number."
+
+
+def test_the_wait_for_others_must_be_positive(capsys):
+    assert parse_options(["--timeout", "2.5"]).timeout == 2.5
+    told = "--timeout must be > 0; got 0. Leave it out for 300."
+    assert refusal(capsys, "--timeout", "0") == told

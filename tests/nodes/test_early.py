@@ -19,7 +19,7 @@ from shardopt.torch import NAdam  # noqa: E402
 pytestmark = pytest.mark.mpi(min_size=2)
 
 WIDTH, DEPTH = 90, 4
-BUCKET_NBYTES = 20_000  # some two buckets a layer
+BUCKET_NBYTES = 20_000  # a layer is some two buckets
 
 
 class Job:

@@ -1,0 +1,147 @@
+"""Who does not come is named, also to ranks that share no memory with it."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PRELUDE = """
+import signal, sys
+import numpy as np
+from mpi4py import MPI
+from shardopt import NAdam, Parameter, ShardPolicy
+from shardopt.comm.abort import install_abort_hook
+from shardopt.comm.rollcall import RollCall
+from shardopt.comm.topology import make_topology
+from shardopt.kernels.cpu import CpuKernel
+
+comm = MPI.COMM_WORLD
+last = comm.rank == comm.size - 1
+install_abort_hook()
+
+def make_rollcall(share_node=False):
+    return RollCall(make_topology(comm, share_node, 30), timeout_s=30 if last else 2)
+
+def meet(rollcall, step):
+    rollcall.allreduce(np.zeros(1), MPI.SUM, step, "finish")
+
+def never():
+    return False
+
+def live_on(*_):
+    while True:
+        signal.pause()
+"""
+
+
+@pytest.fixture
+def message(mpirun):
+    """Run three ranks, the last of which does not come; give what a job that fails says."""
+
+    def run(body):
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        job = mpirun(3, source=PRELUDE + body, env={"PYTHONPATH": path})
+        assert job.returncode != 0, job.output
+        found = re.findall(r"RankFailureError: (.*)", job.stderr)
+        assert found, job.output
+        return found[0]
+
+    return run
+
+
+def told(step, phase, got):
+    remedy = "Let all ranks make the same calls as often, look for a rank or host that died, or"
+    seconds = r"[2-9]\.\d"
+    start = re.escape(f"every rank must come to step {step} (")
+    return rf"{start}{phase}\); got {got.replace('SECONDS', seconds)}\. {remedy} "
+
+
+@pytest.mark.parametrize("share_node", [False, True], ids=["nodes", "node"])
+def test_a_rank_that_hangs_is_named_with_its_last_step(message, share_node):
+    got = message(
+        f"""
+rollcall = make_rollcall({share_node})
+for step in range(1, 100):
+    if last and step == 4:
+        live_on()
+    meet(rollcall, step)
+"""
+    )
+    assert re.match(told(4, "finish", "no sign for SECONDS s of rank 2, last seen in step 3"), got)
+
+
+def test_a_rank_that_ends_on_another_node_is_named(message):
+    got = message(
+        """
+rollcall = make_rollcall()
+meet(rollcall, 1)
+if last:
+    sys.exit()
+meet(rollcall, 2)
+"""
+    )
+    assert re.match(told(2, "finish", "no sign for SECONDS s of rank 2, last seen in step 1"), got)
+
+
+def test_a_rank_that_ends_on_this_node_is_not_waited_for(message):
+    got = message(
+        """
+rollcall = make_rollcall(True)
+meet(rollcall, 1)
+if last:
+    sys.exit()
+meet(rollcall, 2)
+"""
+    )
+    gone = r"no sign for [01]\.\d s of rank 2, last seen in step 1, has left the job"
+    assert re.match(told(2, "finish", gone), got)
+
+
+def test_a_rank_that_waits_for_something_else_is_named_with_it(message):
+    got = message(
+        """
+rollcall = make_rollcall()
+meet(rollcall, 6)
+if last:
+    rollcall.wait(never, 7, "exchange of bucket 5")
+rollcall.wait(never, 7, "publishing of bucket 3", lambda: [2])
+"""
+    )
+    elsewhere = r"rank 2 waiting in step 7 \(exchange of bucket 5\)"
+    assert re.match(told(7, "publishing of bucket 3", elsewhere), got)
+
+
+def test_a_rank_that_waits_is_told_apart_from_one_that_hangs(message):
+    got = message(
+        """
+rollcall = make_rollcall()
+if last:
+    live_on()
+if comm.rank == 1:
+    rollcall = rollcall.wait(never, 1, "exchange of bucket 5")
+rollcall.wait(never, 1, "publishing of bucket 3", lambda: [1, 2])
+"""
+    )
+    hangs = "no sign for SECONDS s of rank 2, last seen in step 0"
+    waits = r"rank 1 waiting in step 1 \(exchange of bucket 5\)"
+    one = told(1, "publishing of bucket 3", f"{hangs}, and {waits}")
+    other = told(1, "exchange of bucket 5", rf"{hangs}, and rank 0 waiting in step 1 \(pub.*\)")
+    assert re.match(one, got) or re.match(other, got)
+
+
+def test_a_rank_that_hangs_amid_a_step_is_named_with_phase_and_bucket(message):
+    got = message(
+        """
+param = Parameter(np.ones(100_000, np.float32))
+opt = NAdam([param], policy=ShardPolicy(share_node=False, timeout_s=2, bucket_nbytes=50_000))
+opt.step()
+if last:
+    CpuKernel.update = live_on
+opt.step()
+"""
+    )
+    missing = "no sign for SECONDS s of rank 2, last seen in step 2"
+    assert re.match(told(2, r"(publishing|exchange) of bucket \d", missing), got)

@@ -1,0 +1,69 @@
+"""What ranks on any nodes saved, ranks on any others load, and every node's window shows it."""
+
+import numpy as np
+import pytest
+
+from shardopt import ShardPolicy
+from shardopt.checkpoint import Checkpointer, load, save
+from shardopt.numpy import NAdam
+from tests.checkpoint.runs import SPECS, content, make_params, params_of, train
+from tests.nodes.shapes import several_nodes, ways_to_share
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def build(comm, share, seed=0, bucket_nbytes=30_000):
+    """An optimizer; parameters of another seed are not yet what is going to be loaded."""
+    policy = ShardPolicy(share_node=share, bucket_nbytes=bucket_nbytes, timeout_s=30)
+    return NAdam(make_params(seed, SPECS), comm=comm, policy=policy)
+
+
+def params_bits(opt):
+    return b"".join(param.data.tobytes() for param in params_of(opt))
+
+
+def test_any_nodes_load_what_any_nodes_saved(comm, mpi_tmp_path):
+    ways = ways_to_share(comm)
+    for number, saving in enumerate(ways):
+        with build(comm, saving) as opt:
+            train(opt, range(3))
+            save(mpi_tmp_path / str(number), opt)
+            saved, bits = content(opt), params_bits(opt)
+            for loading in ways:
+                with build(comm, loading, seed=9, bucket_nbytes=70_000) as other:
+                    load(mpi_tmp_path / str(number), other)
+                    assert params_bits(other) == bits  # what this node's window shows
+                    assert content(other) == saved
+
+
+def test_training_goes_on_with_the_gradients_after_the_load(comm, mpi_tmp_path):
+    for share in several_nodes(comm):
+        folder = mpi_tmp_path / f"run-{share}"
+        with build(comm, share) as opt, build(comm, share, seed=9) as resumed:
+            train(opt, range(4))
+            train(resumed, range(50, 52))
+            for param in params_of(resumed):
+                param.grad[...] = 1  # left over from before
+            with Checkpointer(folder) as checkpointer:
+                checkpointer.save(4, opt)
+            assert Checkpointer(folder).restore(resumed).step == 4
+            for each in opt, resumed:
+                train(each, range(4, 7))
+            assert params_bits(opt) == params_bits(resumed)
+            assert content(opt) == content(resumed)
+
+
+def test_a_value_that_one_rank_put_in_place_is_saved_and_seen_on_every_node(comm, mpi_tmp_path):
+    for share in several_nodes(comm):
+        with build(comm, share) as opt, build(comm, share, seed=9) as other:
+            train(opt, range(2))
+            weight = params_of(opt)[0]
+            if comm.rank == comm.size - 1:
+                weight.data = np.full_like(weight.data, 7)
+            save(mpi_tmp_path / f"replaced-{share}", opt)
+            assert (weight.data == 7).all()
+            load(mpi_tmp_path / f"replaced-{share}", other)
+            assert (params_of(other)[0].data == 7).all()
+            for each in opt, other:
+                train(each, range(2, 4))
+            assert params_bits(opt) == params_bits(other)
