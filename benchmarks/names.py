@@ -52,3 +52,19 @@ BESIDE = "{}: {} meanwhile"
 GROWTH = "{}: {} takes beyond, MB"
 
 CHECKPOINT_NBYTES = 1 << 30
+
+# Between nodes.
+NODES_NUMEL = 1 << 24
+NARROW_WIRE = "shardopt, wire_dtype=bfloat16"
+NARROW = "shardopt, bfloat16 parameters and wire"
+UPDATE_ALONE = "update alone, nothing sent"
+WIRE = "its bytes over bare TCP"
+BACKWARD = "backward"
+STEP_BEHIND = "step of what backward left"
+IN_TURN = "backward, then step: overlap=False"
+OVERLAPPED = "backward and step: overlap=True"
+HIDDEN = "exchange of gradients, share behind backward"
+SENT_MB = "MB sent by a node in a step"
+SENT_ALONE_MB = "MB sent by a node of 1 rank"
+BUCKET_MIB = "MiB in a bucket"
+HIDDEN_BUCKET_MIB = "MiB in a bucket that leaves while backward runs"

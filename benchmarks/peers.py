@@ -19,11 +19,14 @@ from shardopt.kernels.cpu import CpuKernel
 from shardopt.nadam import Clock, Hyperparams, step_coefficients
 from shardopt.numpy import NAdam, Parameter
 from shardopt.partition import CHUNK_NUMEL
+from shardopt.policy import ShardPolicy
 from shardopt.stagger import staggered_zeros
 
 DTYPE = "float32"
 GRAD_SIZE = 0.01
 LARGEST_MEAN_DIFFERENCE = 1e-5
+
+_DEFAULTS = ShardPolicy()
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,24 @@ class Contender(Protocol):
 
 
 class Shardopt:
-    """This project."""
+    """This project.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: The model.
+        policy: How to shard.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self, problem: Problem, policy: ShardPolicy = _DEFAULTS, dtype: str = DTYPE
+    ) -> None:
         self._params: list[Any] = [
-            Parameter(problem.param(tensor), f"tensor{tensor}")
+            Parameter(problem.param(tensor).astype(dtype, copy=False), f"tensor{tensor}")
             for tensor in range(problem.num_tensors)
         ]
-        self._optimizer: Any = NAdam(self._params, comm=problem.comm)
+        self._optimizer: Any = NAdam(self._params, comm=problem.comm, policy=policy)
         for tensor, param in enumerate(self._params):
-            problem.fill_grad(param.grad, tensor)
+            param.grad[...] = problem.grad(tensor)
 
     def step(self) -> None:
         """See ``Contender``."""
@@ -260,17 +271,21 @@ def load_torch(threads: int) -> Any | None:
 
 @contextmanager
 def gloo(comm: MPI.Intracomm, wanted: bool) -> Iterator[None]:
-    """Make the ranks of one machine a process group of torch, if wanted.
+    """Make the ranks a process group of torch, if wanted.
+
+    They meet where MASTER_ADDR says, or in a file if they are all on one machine.
 
     Collective: every rank, on its way in and out.
     """
     if not wanted:
         yield
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist = importlib.import_module("torch.distributed")
     with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{comm.bcast(folder)}/store"
+        store = "env://"
+        if "MASTER_ADDR" not in os.environ:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = f"file://{comm.bcast(folder)}/store"
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
         yield
         dist.destroy_process_group()

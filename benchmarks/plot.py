@@ -25,10 +25,14 @@ from names import (
     DIRECT_WRITE,
     DURABLE,
     FOLDER,
+    HIDDEN,
     LIMIT,
     LOAD,
     MEMCPY,
     MEMORY_NUMEL,
+    NARROW,
+    NARROW_WIRE,
+    NODES_NUMEL,
     QUIET,
     REDUCE_SCATTER,
     REPLICATED,
@@ -42,6 +46,8 @@ from names import (
     THROUGH_TORCH,
     THROUGH_TORCH_BFLOAT16,
     TORCH_SAVE,
+    UPDATE_ALONE,
+    WIRE,
     ZERO_REDUNDANCY,
 )
 
@@ -86,7 +92,8 @@ def main() -> None:
     drawn = [line for line in steps if line["mpi"].startswith(arguments.mpi)]
     if drawn:
         draw_step_time(drawn, [".svg", ".png"] if arguments.png else [".svg"])
-    text = "\n\n".join(figures(steps, memory, faces, checkpoints))
+    nodes = [line for count in (4, 2) for line in newest("nodes", NODES_NUMEL, nodes=count)]
+    text = "\n\n".join(figures(steps, memory, faces, checkpoints, nodes))
     print(text)
     if arguments.readme is not None:
         rewrite(arguments.readme, text)
@@ -194,6 +201,7 @@ def figures(
     memory: Sequence[Line],
     faces: Sequence[Line],
     checkpoints: Sequence[Line],
+    nodes: Sequence[Line],
 ) -> list[str]:
     """Write the README's part: the picture, the tables, where they come from."""
     parts: list[str] = []
@@ -205,6 +213,13 @@ def figures(
             "axpy, on all ranks in the same run; a step, which reads more streams, may pass it. "
             f"Best and worst of all rounds are in `benchmarks/results`. {_origin(steps)}"
         )
+    if nodes:
+        parts += [
+            nodes_table(nodes),
+            "Nodes are network namespaces of one machine, which share its cores; links carry "
+            "1 Gbit/s each way. In parentheses: how many times the limit, the same bytes over bare "
+            f"TCP; for others, how many times shardopt. {_origin(nodes)}",
+        ]
     if memory:
         parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
     if faces:
@@ -250,6 +265,26 @@ def memory_table(lines: Sequence[Line]) -> str:
         rows.append(cells)
     head = ["Memory of a node, bytes per parameter (= GB per 10⁹ parameters)", *_heads()]
     return _markdown(head, rows)
+
+
+def nodes_table(lines: Sequence[Line]) -> str:
+    """Write step times between nodes in ms, and the share of the exchange that backward hides."""
+    rows = []
+    for line in lines:
+        times = {name: 1e3 * median(values) for name, values in line["samples_s"].items()}
+        ratios = {ratio["name"]: ratio["value"] for ratio in line["ratios"]}
+        ours, place = times[SHARDOPT], line["settings"]
+        limit = max(times[WIRE], times[UPDATE_ALONE])
+        cells = [f"{place['nodes']} nodes x {place['node_size']}, {line['mpi']}"]
+        cells.append(f"**{ours:.0f} ({ours / limit:.2f})**")
+        cells += [f"{times[name]:.0f}" for name in (NARROW_WIRE, NARROW)]
+        for name in (REDUCE_SCATTER, ZERO_REDUNDANCY):
+            cells.append(f"{times[name]:.0f} ({times[name] / ours:.1f} ×)" if name in times else "")
+        hidden = ratios.get(HIDDEN)
+        rows.append([*cells, "" if hidden is None else f"{100 * hidden:.0f} %"])
+    head = ["Step between nodes, ms", "shardopt", "bfloat16 wire", "bfloat16 parameters and wire"]
+    head += [LABELS[name].replace("\n", " ") for name in (REDUCE_SCATTER, ZERO_REDUNDANCY)]
+    return _markdown([*head, "exchange hidden behind backward"], rows)
 
 
 def faces_table(lines: Sequence[Line]) -> str:

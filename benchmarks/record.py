@@ -86,6 +86,7 @@ def sample(
     *,
     comm: MPI.Intracomm = MPI.COMM_SELF,
     warmup: int = 2,
+    networked: bool = False,
 ) -> tuple[Samples, float]:
     """Time the contenders in turn, round by round, so that a busy minute falls on all of them.
 
@@ -96,12 +97,13 @@ def sample(
         rounds: How many times each.
         comm: Ranks that run together.
         warmup: Rounds before those that count.
+        networked: As in ``Neighbours``.
 
     Returns:
         Seconds by contender, and the share of the cores that other jobs took meanwhile.
     """
     samples: Samples = {name: [] for name in contenders}
-    neighbours = Neighbours(comm)
+    neighbours = Neighbours(comm, networked=networked)
     for number in range(-warmup, rounds):
         for name, run in contenders.items():
             spent_s = slowest_s(run, comm)
@@ -121,17 +123,22 @@ def slowest_s(run: Callable[[], object], comm: MPI.Intracomm) -> float:
 
 
 class Neighbours:
-    """Other jobs, watched from now on. Collective: construction and every method."""
+    """Other jobs, watched from now on. Collective: construction and every method.
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self._comm = comm
-        self._all_s, self._own_s = _cores_spent_s(), time.process_time()
+    Args:
+        comm: The ranks of this job.
+        networked: Leave out interrupts, for it is they that move this job's packets.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, *, networked: bool = False) -> None:
+        self._comm, self._networked = comm, networked
+        self._all_s, self._own_s = _cores_spent_s(networked), time.process_time()
         self._begin_s = time.perf_counter()
 
     def share(self) -> float:
         """Give the share of the cores that they have taken."""
         own_s = self._comm.allreduce(time.process_time() - self._own_s)
-        others_s = max(0.0, _cores_spent_s() - self._all_s - own_s)
+        others_s = max(0.0, _cores_spent_s(self._networked) - self._all_s - own_s)
         share = others_s / (time.perf_counter() - self._begin_s) / (os.cpu_count() or 1)
         highest: float = self._comm.allreduce(share, MPI.MAX)
         return highest
@@ -202,10 +209,11 @@ def mpi_library() -> str:
     return f"{name} {'.'.join(map(str, version))}"
 
 
-def _cores_spent_s() -> float:
+def _cores_spent_s(networked: bool) -> float:
     """Time that all cores together have spent on something, since the machine started."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    interrupts = 0 if networked else irq + softirq
+    return (user + nice + system + interrupts) / os.sysconf("SC_CLK_TCK")
 
 
 def _git(*arguments: str) -> str:
