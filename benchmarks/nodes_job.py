@@ -39,7 +39,8 @@ from peers import (
 )
 from record import Result, Samples, mpi_library, report, sample, slowest_s
 from shardopt.comm.topology import Topology, make_topology
-from shardopt.policy import MIB, ShardPolicy
+from shardopt.planner import MIB
+from shardopt.policy import ShardPolicy
 from verdict import nodes_ratios
 
 _TENSORS = 32
