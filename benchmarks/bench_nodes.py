@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="what each node may send (1gbit)")
     parser.add_argument("--numel", type=int, default=NODES_NUMEL, help="parameters (16 Mi)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each contender (5)")
-    parser.add_argument("--bucket-mib", type=int, help="in all buckets (policy's; 4 in overlap)")
+    parser.add_argument("--bucket-mib", type=int, help="in all buckets (the policy's)")
     parser.add_argument("--only", choices=("step", "overlap"), help="leave out the other part")
     arguments = parser.parse_args()
     chosen = {name: getattr(arguments, name) for name in ("rate", "numel", "rounds")}

@@ -39,7 +39,7 @@ from peers import (
 )
 from record import Result, Samples, mpi_library, report, sample, slowest_s
 from shardopt.comm.topology import Topology, make_topology
-from shardopt.planner import MIB
+from shardopt.planner import MIB, default_bucket_nbytes
 from shardopt.policy import ShardPolicy
 from verdict import nodes_ratios
 
@@ -47,7 +47,6 @@ _TENSORS = 32
 _THREADS = 1  # hosts share the cores, but do not know it
 _RATE = "1gbit"
 _COUNTED_STEPS = 3
-_BUCKET_MIB = 4  # what is exchanged behind backward, but for the last of its buckets
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
         if arguments.only != "overlap":
             job.time_steps(_policy(arguments.bucket_mib))
         if has_torch and arguments.only != "step":
-            job.time_overlap(_policy(arguments.bucket_mib or _BUCKET_MIB))
+            job.time_overlap(_policy(arguments.bucket_mib))
     if comm.rank == 0:
         report(job.result(arguments.rate), job.others)
     topology.free()
@@ -104,7 +103,7 @@ class _Job:
         steps = {name: contender.step for name, contender in (contenders | rest).items()}
         self._sample({WIRE: self._link.transfer, **steps})
         require_alike(contenders, problem.num_tensors)
-        self._figures[BUCKET_MIB] = policy.bucket_nbytes / MIB
+        self._figures[BUCKET_MIB] = self._bucket_mib(policy)
         self._figures[SENT_MB] = self._count(steps[SHARDOPT]) / 1e6
         for contender in (contenders | rest).values():
             contender.close()
@@ -127,9 +126,13 @@ class _Job:
             optimizers.append(optimizer)
         runs[STEP_BEHIND] = optimizers[0].step
         self._sample(runs)
-        self._figures[HIDDEN_BUCKET_MIB] = policy.bucket_nbytes / MIB
+        self._figures[HIDDEN_BUCKET_MIB] = self._bucket_mib(policy)
         for optimizer in optimizers:
             optimizer.close()
+
+    def _bucket_mib(self, policy: ShardPolicy) -> float:
+        ranks = self._topology.num_nodes, self._topology.world_size
+        return (policy.bucket_nbytes or default_bucket_nbytes(*ranks)) / MIB
 
     def result(self, rate: str) -> Result:
         """Draw the ratios from the samples.
