@@ -135,7 +135,7 @@ class Mpirun:
         self.program = str(beside_python) if beside_python.exists() else "mpirun"
         self.folder = folder
         self.options: Sequence[str] = ()  # for every job
-        self.prefix = [self.program]
+        self.prefix: Sequence[str] = ()  # what starts it elsewhere
 
     def __call__(
         self,
@@ -184,7 +184,7 @@ class Mpirun:
             args = (script, *args)
         python = [*self.before_python(env or {}), sys.executable, *map(str, args)]
         return subprocess.Popen(
-            [*self.prefix, *self.options, *options, "-n", str(num_ranks), *python],
+            [*self.prefix, self.program, *self.options, *options, "-n", str(num_ranks), *python],
             cwd=self.folder,
             env=os.environ | read_job_env() | dict(env or {}),
             stdin=subprocess.DEVNULL,

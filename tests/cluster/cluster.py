@@ -35,7 +35,7 @@ class ClusterMpirun(Mpirun):
 
     def __init__(self, folder: Path, prefix: Sequence[str]) -> None:
         super().__init__(folder)
-        self.prefix = [*prefix, self.program]
+        self.prefix = prefix
 
     def before_python(self, env: Mapping[str, str]) -> Sequence[str]:
         """Set what Open MPI would not take along to another host."""

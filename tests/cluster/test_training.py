@@ -52,6 +52,14 @@ def test_one_two_and_four_hosts_give_the_same_bits(cluster, mpirun):
     assert [each["sent_nbytes"] for each in found][0] == 0
 
 
+def test_ranks_of_hosts_with_unequal_numbers_count_as_nodes(cluster, mpirun):
+    expected = trained(mpirun, 3, 10, 50_001)
+    hosts = cluster(2, slots=2)
+    found = trained(hosts.mpirun, 3, 10, 50_001)
+    assert (expected["shape"], found["shape"]) == ([1, 3], [3, 1])
+    assert found["digest"] == expected["digest"]
+
+
 def test_more_ranks_on_a_host_send_no_more(cluster):
     """Counted by the network interfaces, over as many steps as tell them from the start."""
     sent = {}
