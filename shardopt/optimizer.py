@@ -164,13 +164,13 @@ class ShardedNAdam(Generic[P]):
         watch.lap("agree")
         grad_scale = 1.0 / self._topology.world_size / inputs.loss_scale
         grad_norm, clip_factor, skipped = None, 1.0, inputs.overflowed
-        if not skipped:
+        if inputs.overflowed:
+            self._early.settle(number)
+        else:
             measured = self._pipeline.measure(self.partition, number, grad_scale)
             grad_norm, clip_factor, skipped = measured
         watch.lap("reduce")
         poisoned = None
-        if inputs.overflowed:
-            self._early.settle(number)
         if not skipped:
             self._schedule.regroup(inputs.present)
             rows = self._schedule.advance(survey.hypers, grad_scale * clip_factor)

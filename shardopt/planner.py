@@ -1,5 +1,6 @@
 """What a partition costs, memory and messages, computed before anything is allocated."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -94,13 +95,10 @@ def plan_traffic(
     """
     nbytes = messages = 0
     others = partition.num_nodes - 1
-    for bucket in partition.buckets:
-        dtype = partition.sections[bucket.section].dtype
-        wire = np.dtype(wire_dtype_of(dtype, partition.node_size, wire_dtype))
-        cuts = partition.lane_cuts(bucket, node_rank)
+    for dtype, wire, cuts in _lane_parts(partition, node_rank, wire_dtype):
         shards = [stop - start for start, stop in pairwise(cuts)]
         own = shards.pop(node)
-        nbytes += sum(shards) * wire.itemsize + own * others * np.dtype(dtype).itemsize
+        nbytes += sum(shards) * np.dtype(wire).itemsize + own * others * np.dtype(dtype).itemsize
         messages += sum(map(bool, shards)) + bool(own) * others
     return Traffic(nbytes, messages)
 
@@ -117,15 +115,23 @@ def plan_slot(
         wire_dtype: As in ``ShardPolicy``.
     """
     send = receive = 0
-    for bucket in partition.buckets:
-        dtype = partition.sections[bucket.section].dtype
-        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
-        cuts, itemsize = partition.lane_cuts(bucket, node_rank), np.dtype(wire).itemsize
+    for dtype, wire, cuts in _lane_parts(partition, node_rank, wire_dtype):
+        itemsize = np.dtype(wire).itemsize
         if not sends_grads(dtype, partition.node_size, wire):
             send = max(send, (cuts[-1] - cuts[0]) * itemsize)
         row = row_numel_between_nodes(cuts[node + 1] - cuts[node], itemsize)
         receive = max(receive, partition.num_nodes * row * itemsize)
     return send, receive
+
+
+def _lane_parts(
+    partition: Partition, node_rank: int, wire_dtype: str | None
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield each bucket's dtype, that of its sums on the wire, and its nodes' cuts."""
+    for bucket in partition.buckets:
+        dtype = partition.sections[bucket.section].dtype
+        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
+        yield dtype, wire, partition.lane_cuts(bucket, node_rank)
 
 
 def sends_grads(dtype: str, node_size: int, wire_dtype: str) -> bool:
