@@ -346,6 +346,8 @@ FIRST_LINES = {
     "a number": b'{"sha256": 1}',
     "another name": b'{"sha512": "%s"}',
     "capitals": None,
+    "other white space": b'{"sha256":\t"%s"}',
+    "a field more": b'{"sha256": "%s", "more": 1}',
 }
 
 
