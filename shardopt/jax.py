@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from shardopt.groups import Group
     from shardopt.kernels.base import FloatArray
-    from shardopt.registry import Survey
 
 __all__ = ["NAdam", "nadam"]
 
@@ -135,7 +134,7 @@ class NAdam(ShardedNAdam[_Leaf]):
     @property
     def count(self) -> int:
         """Steps taken, those of a loaded state included: what an optax schedule is asked for."""
-        return max(clock.step for clock in self._schedule.clocks)
+        return max(clock.step for clock in self.clocks)
 
     def step(  # type: ignore[override]  # gradients cannot be found anywhere, they are given
         self,
@@ -179,8 +178,8 @@ class NAdam(ShardedNAdam[_Leaf]):
                 leaf.data, leaf.grad = view, None
         return self.params
 
-    def _survey(self) -> Survey:
-        """Look at what ``step`` was given too; what is wrong with it is agreed upon."""
+    def _prepare_step(self) -> None:
+        """Put what ``step`` was given where the face finds it."""
         grads, params = self._offered
         new_grads = _arrays_like("grad", grads, self._structure, self._leaves)
         new_data: list[FloatArray | None] = [None] * len(self._leaves)
@@ -190,7 +189,6 @@ class NAdam(ShardedNAdam[_Leaf]):
             leaf.grad = grad
             if data is not None and not _is_same(data, leaf.data):
                 leaf.data = data
-        return super()._survey()
 
 
 # The optimizer is no data: under tree_map, and as optax's state, it has no leaves.

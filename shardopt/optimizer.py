@@ -1,22 +1,19 @@
 """ShardedNAdam: the optimizer that every framework's face is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Self
 
 from mpi4py import MPI
 
 from shardopt._version import __version__
-from shardopt.accord import Accord, Follower
-from shardopt.bindings import Binding, Face, P
+from shardopt.accord import Follower
+from shardopt.bindings import Face, P
 from shardopt.comm.abort import install_abort_hook
-from shardopt.comm.agree import Agreement, Description, attempt
+from shardopt.comm.agree import Description, attempt
 from shardopt.comm.rollcall import RollCall
-from shardopt.comm.topology import Topology, cores_per_rank, make_topology
-from shardopt.comm.window import shortage
-from shardopt.dtypes import wire_dtype_of
-from shardopt.early import EarlyStart
+from shardopt.comm.topology import Topology
+from shardopt.engine import Engine
 from shardopt.errors import (
     CheckpointError,
     ClosedError,
@@ -26,28 +23,14 @@ from shardopt.errors import (
 )
 from shardopt.groups import Group, make_group
 from shardopt.kernels.base import FloatArray
-from shardopt.kernels.cpu import CpuKernel
 from shardopt.nadam import Clock, as_real
-from shardopt.partition import Partition, plan_partition
-from shardopt.pipeline import Pipeline
-from shardopt.planner import MemoryReport, default_bucket_nbytes, plan_memory
+from shardopt.partition import Partition
+from shardopt.planner import MemoryReport, plan_memory
 from shardopt.policy import ShardPolicy
-from shardopt.registry import (
-    Addition,
-    Registry,
-    Survey,
-    describe_addition,
-)
-from shardopt.report import StepReport, Stopwatch, tell
-from shardopt.schedule import Schedule
-from shardopt.state import (
-    gather_state,
-    load_parsed,
-    local_state,
-    parse_state,
-    share_parsed,
-)
-from shardopt.storage import SectionStorage, window_nbytes
+from shardopt.registry import Addition, describe_addition
+from shardopt.report import StepReport, tell
+from shardopt.state import Held, gather_state, load_parsed, local_state, parse_state, share_parsed
+from shardopt.storage import SectionStorage
 
 
 class ShardedNAdam(Generic[P]):
@@ -102,28 +85,14 @@ class ShardedNAdam(Generic[P]):
         }
         self.last_step = StepReport()
         self._closed = False
-        self._topology = topology = make_topology(self.comm, policy.share_node, policy.timeout_s)
-        self._agreement = Agreement(topology, policy.timeout_s)
-        self.num_cores = cores_per_rank(topology)
-        self._kernel = CpuKernel(policy.threads or self.num_cores)
-        rollcall = self.rollcall
-        self._pipeline = Pipeline(topology, rollcall, self._kernel, max_grad_norm, policy)
-        self._wire_dtype = policy.wire_dtype
-        num_nodes, node_size = topology.num_nodes, topology.node_size
-        bucket_nbytes = policy.bucket_nbytes or default_bucket_nbytes(
-            num_nodes, topology.world_size
-        )
-        layout = plan_partition((), num_nodes, node_size, bucket_nbytes)
-        self._registry = Registry(face, layout)
-        self._schedule = Schedule(layout)
-        self._accord = Accord(self._agreement, self._registry, self._pipeline)
-        self._early = EarlyStart(topology, rollcall, self._registry, self._pipeline, policy.overlap)
+        self._engine = Engine(face, self.comm, max_grad_norm, policy)
+        self.num_cores = self._engine.num_cores
         try:
             self.extend("NAdam()", make)
         except RankFailureError:
             raise  # to release needs every rank
         except (ShardoptError, TypeError, ValueError):
-            self._release()
+            self._release("NAdam()")
             raise
 
     # -- a step ------------------------------------------------------------------------------------
@@ -158,48 +127,12 @@ class ShardedNAdam(Generic[P]):
             RankFailureError: A rank did not come within ``policy.timeout_s``.
         """
         loss = None if closure is None else closure()
-        number, watch = self.last_step.step + 1, Stopwatch()
         self._require_open()
-        survey, inputs = self._accord.enter_step(self._survey, number, loss_scale, overflowed)
-        watch.lap("agree")
-        grad_scale = 1.0 / self._topology.world_size / inputs.loss_scale
-        grad_norm, clip_factor, skipped = None, 1.0, inputs.overflowed
-        if inputs.overflowed:
-            self._early.settle(number)
-        else:
-            measured = self._pipeline.measure(self.partition, number, grad_scale)
-            grad_norm, clip_factor, skipped = measured
-        watch.lap("reduce")
-        poisoned = None
-        if not skipped:
-            self._schedule.regroup(inputs.present)
-            rows = self._schedule.advance(survey.hypers, grad_scale * clip_factor)
-            reduced = grad_norm is not None
-            poisoned = self._pipeline.update(self._schedule, rows, number, reduced=reduced)
-            self._registry.updated(inputs.present)
-        watch.lap("update")
-        poisoned_name, bids = self._accord.finish_step(poisoned, number)
-        watch.lap("finish")
-        sent, waited_s = self._pipeline.traffic, self._pipeline.waited_s
-        self._early.open(number + 1, was_stale=inputs.stale != 0)
-        before = self.last_step.healed() if inputs.replaced else self.last_step
-        none = skipped or not self.partition.params
-        self.last_step = StepReport(
-            step=number,
-            grad_norm=grad_norm,
-            clip_factor=clip_factor,
-            skipped=skipped,
-            loss_scale=inputs.loss_scale,
-            num_updated=None if none else inputs.present.bit_count(),
-            seconds=watch.seconds,
-            waited_s=waited_s,
-            copied_nbytes=survey.copied_nbytes,
-            sent_nbytes=sent.nbytes,
-            sent_messages=sent.messages,
-        ).diagnosed(poisoned_name, before)
+        before = self.last_step
+        self.last_step, bids = self._engine.step(before, loss_scale, overflowed, self._prepare_step)
         for warning in self.last_step.news(before):
-            tell(warning, aloud=self._topology.rank == 0)
-        self._accord.tell_followers(bids)
+            tell(warning, aloud=self.topology.rank == 0)
+        self._engine.accord.tell_followers(bids)
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -209,15 +142,15 @@ class ShardedNAdam(Generic[P]):
             set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
         """
         self._require_open()
-        self._early.grads_zeroed()
-        self._registry.zero_grads(set_to_none, self._pipeline.zero_grads)
+        self._engine.early.grads_zeroed()
+        self._engine.registry.zero_grads(set_to_none, self._engine.pipeline.zero_grads)
 
     # -- param groups ------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[Group]:
         """Dicts as in torch; hyperparameters written there hold from the next step on."""
-        return self._registry.param_groups
+        return self._engine.registry.param_groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
         """Add a group of parameters; see ``extend``. Collective: every rank."""
@@ -242,17 +175,8 @@ class ShardedNAdam(Generic[P]):
         addition, error = attempt(lambda: self._plan(make))
         self.enter_call(call, {**self._settings, **describe_addition(addition)}, error)
         assert addition is not None
-        partition = addition.partition
-        sections = range(len(self.partition.sections), len(partition.sections))
-        first_here = self._topology.node_rank == 0
-        error = shortage(window_nbytes(partition, sections)) if first_here else None
-        self.enter_call(call, {}, error)
-        self._early.settle(self.last_step.step)
-        self._pipeline.extend(partition)
-        bindings = self._registry.commit(addition, self._pipeline.storages)
-        self._schedule.extend(partition)
-        self._publish_initial(bindings)
-        self._early.open(self.last_step.step + 1)
+        self.enter_call(call, {}, self._engine.shortage(addition.partition))
+        self._engine.extend(addition, call, self.last_step.step)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -265,9 +189,7 @@ class ShardedNAdam(Generic[P]):
             their runs of the flattened parameter. ``param_groups``: as torch has it.
         """
         self._require_open()
-        return local_state(
-            self.partition, self._pipeline.storages, self._schedule.clocks, self.param_groups
-        )
+        return local_state(self._held())
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
         """Bring the whole state to one rank, in the format of torch.optim.NAdam with NumPy arrays.
@@ -281,20 +203,13 @@ class ShardedNAdam(Generic[P]):
             CheckpointError: ``root`` is no rank.
         """
         self._require_open()
-        ranks, error = range(self._topology.world_size), None
+        ranks, error = range(self.topology.world_size), None
         if root not in ranks:
             error = CheckpointError(
                 f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
             )
         self.enter_call("gather_state_dict()", {"root": root}, error)
-        return gather_state(
-            self.partition,
-            self._pipeline.storages,
-            self._schedule.clocks,
-            self.param_groups,
-            self._topology,
-            root,
-        )
+        return gather_state(self._held(), self.rollcall, root, self.last_step.step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Take over a state; parameters themselves are not in it.
@@ -311,14 +226,14 @@ class ShardedNAdam(Generic[P]):
                 then.
         """
         self._require_open()
-        storages = self._pipeline.storages
+        storages, step = self.storages, self.last_step.step
         parsed, error = attempt(
             lambda: parse_state(
-                state_dict, self.partition, storages, self.param_groups, self._registry.face
+                state_dict, self.partition, storages, self.param_groups, self._engine.registry.face
             )
         )
         self.enter_call("load_state_dict()", {}, error)
-        state = share_parsed(parsed, self.partition, self._topology)
+        state = share_parsed(parsed, self.partition, self.rollcall, step)
         steps = [clock.step for clock in state.clocks]
         groups = {"the state's steps": steps, "the state's param_groups": state.groups}
         self.enter_call("load_state_dict()", groups)
@@ -335,72 +250,67 @@ class ShardedNAdam(Generic[P]):
     @property
     def topology(self) -> Topology:
         """The ranks, with communicators of shardopt's own."""
-        return self._topology
+        return self._engine.topology
 
     @property
     def rollcall(self) -> RollCall:
         """For what ranks tell each other beside the steps, with their deadline."""
-        return self._agreement.rollcall
+        return self._engine.agreement.rollcall
 
     @property
     def storages(self) -> Sequence[SectionStorage]:
         """The memory of each section."""
-        return self._pipeline.storages
+        return self._engine.pipeline.storages
 
     @property
     def clocks(self) -> Sequence[Clock]:
         """How far each parameter has come."""
-        return self._schedule.clocks
+        return self._engine.schedule.clocks
 
     @property
     def followers(self) -> list[Follower]:
         """What goes on beside the steps; the same on every rank."""
-        return self._accord.followers
+        return self._engine.accord.followers
 
     def enter_call(
         self, call: str, description: Description, error: Exception | None = None
     ) -> None:
         """Make sure that all ranks make the same call alike; see ``Agreement``. Collective."""
         self._require_open()
-        self._accord.enter_call(call, description, error, step=self.last_step.step)
+        self._engine.accord.enter_call(call, description, error, step=self.last_step.step)
 
     def find_replaced(self) -> dict[int, FloatArray]:
         """Find parameters that were replaced since the last step; see ``Registry``."""
-        return self._registry.find_replaced()
+        return self._engine.registry.find_replaced()
 
     def adopt(self, replaced: Mapping[int, FloatArray]) -> None:
         """Take over replaced parameters now, rather than in the next step. Collective."""
-        if self._accord.adopt(replaced, self.last_step.step):
+        if self._engine.accord.adopt(replaced, self.last_step.step):
             self.last_step = self.last_step.healed()
 
     def take_over(
         self, groups: Sequence[Group], clocks: Sequence[Clock], report: StepReport
     ) -> None:
         """Go on from other hyperparameters and clocks, moments being in place already."""
-        self._schedule.set_clocks(clocks)
+        self._engine.schedule.set_clocks(clocks)
         self.last_step = report
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update(values)
 
     def take_over_params(self) -> None:
         """Let parameters be what each owner has written of them into its window. Collective."""
-        step = self.last_step.step
-        self._early.settle(step)
-        self._pipeline.publish_all(step)
-        self._accord.meet(step, "load")
-        self._registry.rebind()
-        self._early.open(step + 1)
+        self._engine.publish(self.last_step.step)
 
     # -- about it ----------------------------------------------------------------------------------
 
     @property
     def partition(self) -> Partition:
         """Where every element lives."""
-        return self._registry.partition
+        return self._engine.partition
 
     def memory_report(self) -> MemoryReport:
         """Bytes that parameters, gradients and moments take, here and without sharding."""
-        return plan_memory(self.partition, self._wire_dtype)
+        return plan_memory(self.partition, self._engine.policy.wire_dtype)
 
     def close(self) -> None:
         """Give parameters memory of their own again and release the windows. Collective.
@@ -412,8 +322,8 @@ class ShardedNAdam(Generic[P]):
         for follower in list(self.followers):
             follower.finish()
         self.enter_call("close()", {})
-        self._early.settle(self.last_step.step)
-        self._release()
+        self._engine.early.settle(self.last_step.step)
+        self._release("close()")
 
     def __enter__(self) -> Self:
         return self
@@ -429,32 +339,15 @@ class ShardedNAdam(Generic[P]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _survey(self) -> Survey:
-        stale = self._early.close()  # before other gradients are copied in
-        survey = self._registry.survey()
-        copied_nbytes = survey.copied_nbytes + self._early.copied_nbytes
-        return replace(survey, copied_nbytes=copied_nbytes, stale=stale)
-
-    def _publish_initial(self, bindings: Sequence[Binding]) -> None:
-        """Copy rank 0's values into the windows and bind all parameters to them."""
-        self._accord.meet(0, "allocate")  # every owner has touched its pages
-        if self._topology.rank == 0:
-            for binding in bindings:
-                binding.fill()
-        self._accord.meet(0, "fill")
-        self._pipeline.spread(self._topology.places[0][0])
-        self._accord.meet(0, "publish")
-        for binding in bindings:
-            binding.bind()
-
     def _plan(self, make: Callable[[], list[Group]]) -> Addition:
         _require_supported(self._settings["max_grad_norm"])
-        addition = self._registry.plan(make)
-        node_size, several = self._topology.node_size, self._topology.num_nodes > 1
-        for dtype in {param.spec.dtype for param in addition.partition.params}:
-            wire = wire_dtype_of(dtype, node_size, self._wire_dtype) if several else None
-            self._kernel.prepare(dtype, wire)
-        return addition
+        return self._engine.plan(make)
+
+    def _prepare_step(self) -> None:
+        """Bring gradients to where the face finds them; what it raises is agreed upon."""
+
+    def _held(self) -> Held:
+        return Held(self.partition, self.storages, self.clocks, self.param_groups)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -462,13 +355,9 @@ class ShardedNAdam(Generic[P]):
                 "the optimizer must be open; got a call after close(). Build a new one."
             )
 
-    def _release(self) -> None:
+    def _release(self, call: str) -> None:
         self._closed = True
-        self._registry.release()
-        self._early.free()
-        self._pipeline.free()
-        self._agreement.free()
-        self._kernel.close()
+        self._engine.free(call)
 
 
 def _require_supported(max_grad_norm: object) -> None:

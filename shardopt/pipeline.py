@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -20,6 +21,20 @@ from shardopt.schedule import Schedule
 from shardopt.storage import SectionStorage
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_
+
+
+class Measured(NamedTuple):
+    """What is known of the gradients before the update.
+
+    Attributes:
+        grad_norm: The L2 norm of their average, or None where nothing asked for it.
+        clip_factor: What to multiply them by.
+        skipped: Whether to update nothing, as one of them is not finite.
+    """
+
+    grad_norm: float | None = None
+    clip_factor: float = 1.0
+    skipped: bool = False
 
 
 class Pipeline:
@@ -130,9 +145,7 @@ class Pipeline:
         square_sums = self._rollcall.allreduce(square_sums, MPI.SUM, step, "reduce")
         return float(np.cumsum(square_sums)[-1:].sum())  # one after the other, if there are any
 
-    def measure(
-        self, partition: Partition, step: int, grad_scale: float
-    ) -> tuple[float | None, float, bool]:
+    def measure(self, partition: Partition, step: int, grad_scale: float) -> Measured:
         """Reduce first where something must be known before the update.
 
         Collective: every rank.
@@ -141,22 +154,19 @@ class Pipeline:
             partition: The layout.
             step: For messages.
             grad_scale: Factor on the sum of gradients that makes it the average.
-
-        Returns:
-            The norm or None, the clip factor, and whether to skip the step.
         """
         max_grad_norm, check_finite = self._max_grad_norm, self._policy.check_finite
         if check_finite is None and self._overflows_easily():
             check_finite = True
         if max_grad_norm is None and not check_finite:
-            return None, 1.0, False
+            return Measured()
         grad_norm = math.sqrt(self.reduce(partition, step)) * grad_scale
         if not math.isfinite(grad_norm) and check_finite is not False:
-            return grad_norm, 1.0, True
+            return Measured(grad_norm, skipped=True)
         if max_grad_norm is None:
-            return grad_norm, 1.0, False
+            return Measured(grad_norm)
         clip_factor = max_grad_norm / (grad_norm + _CLIP_EPS)
-        return grad_norm, 1.0 if clip_factor > 1.0 else clip_factor, False
+        return Measured(grad_norm, 1.0 if clip_factor > 1.0 else clip_factor)
 
     def update(
         self,

@@ -6,14 +6,16 @@ What stands here of moments holds for masters too.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from shardopt.bindings import Face
-from shardopt.comm.topology import Topology
+from shardopt.comm.rollcall import RollCall
 from shardopt.dtypes import compute_dtype, is_floating, state_keys
 from shardopt.errors import CheckpointError, HyperparamsError
 from shardopt.groups import Group, group_values
@@ -25,7 +27,6 @@ from shardopt.storage import SectionStorage
 StateDict = dict[str, Any]
 
 _SCALARS = ("step", "mu_product")
-_MESSAGE_NUMEL = 1 << 27  # below every MPI's limit on one count
 
 
 @dataclass(frozen=True)
@@ -46,64 +47,75 @@ def owned_runs(partition: Partition, shards: Sequence[Shard]) -> Iterator[Run]:
             yield Run(index, start - zero, stop - zero, slice(start + shift, stop + shift))
 
 
-def local_state(
-    partition: Partition,
-    storages: Sequence[SectionStorage],
-    clocks: Sequence[Clock],
-    groups: list[Group],
-) -> StateDict:
+@dataclass(frozen=True)
+class Held:
+    """What the state of an optimizer is made of, as this rank has it."""
+
+    partition: Partition
+    storages: Sequence[SectionStorage]
+    clocks: Sequence[Clock]
+    groups: list[Group]
+
+
+def local_state(held: Held) -> StateDict:
     """Copy what this rank owns; see ``ShardedNAdam.state_dict``."""
-    runs: list[list[Run]] = [[] for _ in partition.params]
-    for storage in storages:
-        for run in owned_runs(partition, storage.shards):
+    runs: list[list[Run]] = [[] for _ in held.partition.params]
+    for storage in held.storages:
+        for run in owned_runs(held.partition, storage.shards):
             runs[run.param].append(run)
     entries = {}
-    for index, param in enumerate(partition.params):
+    for index, param in enumerate(held.partition.params):
         entries[index] = {
-            **_clock_entry(clocks[index]),
+            **_clock_entry(held.clocks[index]),
             "slices": [(run.start, run.stop) for run in runs[index]],
         }
-        for key, moment in storages[param.section].state.items():
+        for key, moment in held.storages[param.section].state.items():
             pieces = [moment[run.local] for run in runs[index]]
             entries[index][key] = np.concatenate([moment[:0], *pieces])
-    return {"state": entries, "param_groups": _packed_groups(groups)}
+    return {"state": entries, "param_groups": _packed_groups(held.groups)}
 
 
-def gather_state(
-    partition: Partition,
-    storages: Sequence[SectionStorage],
-    clocks: Sequence[Clock],
-    groups: list[Group],
-    topology: Topology,
-    root: int,
-) -> StateDict | None:
+def gather_state(held: Held, rollcall: RollCall, root: int, step: int) -> StateDict | None:
     """Bring the whole state to ``root``; see ``ShardedNAdam.gather_state_dict``. Collective."""
-    if topology.rank != root:
-        for storage in storages:
-            for moment in storage.state.values():
-                for piece in _messages(moment):
-                    topology.comm.Send(piece, root)
+    rank, call = rollcall.topology.rank, "gather_state_dict()"
+    moments = [_zero_moments(param.spec) for param in held.partition.params if rank == root]
+    for source, place in enumerate(rollcall.topology.places):
+        rollcall.allreduce(np.zeros(1), MPI.MAX, step, call)  # the deadline is for one rank's part
+        if rank == root:
+            receive = partial(rollcall.receive, rank=source, step=step, phase=call)
+            _place_moments(held, place, moments, None if source == root else receive)
+        elif rank == source:
+            for storage in held.storages:
+                for moment in storage.state.values():
+                    rollcall.send(moment, root, step, call)
+    if rank != root:
         return None
-    moments = [_zero_moments(param.spec) for param in partition.params]
-    for rank, place in enumerate(topology.places):
-        for section, storage in enumerate(storages):
-            shards = partition.shards(*place, section)
-            for key, own in storage.state.items():
-                moment = own
-                if rank != root:
-                    moment = np.empty(sum(shard.numel for shard in shards), own.dtype)
-                    for piece in _messages(moment):
-                        topology.comm.Recv(piece, rank)
-                for run in owned_runs(partition, shards):
-                    moments[run.param][key][run.start : run.stop] = moment[run.local]
     entries = {
         index: {
-            **_clock_entry(clocks[index]),
+            **_clock_entry(held.clocks[index]),
             **{key: moment.reshape(param.spec.shape) for key, moment in moments[index].items()},
         }
-        for index, param in enumerate(partition.params)
+        for index, param in enumerate(held.partition.params)
     }
-    return {"state": entries, "param_groups": _packed_groups(groups)}
+    return {"state": entries, "param_groups": _packed_groups(held.groups)}
+
+
+def _place_moments(
+    held: Held,
+    place: tuple[int, int],
+    moments: Sequence[Mapping[str, FloatArray]],
+    receive: Callable[[FloatArray], None] | None,
+) -> None:
+    """Put what the rank at ``place`` owns where it belongs; without ``receive`` it is this one."""
+    for section, storage in enumerate(held.storages):
+        shards = held.partition.shards(*place, section)
+        for key, own in storage.state.items():
+            moment = own
+            if receive is not None:
+                moment = np.empty(sum(shard.numel for shard in shards), own.dtype)
+                receive(moment)
+            for run in owned_runs(held.partition, shards):
+                moments[run.param][key][run.start : run.stop] = moment[run.local]
 
 
 @dataclass(frozen=True)
@@ -232,39 +244,31 @@ def load_parsed(
 
 
 def share_parsed(
-    parsed: ParsedState | None, partition: Partition, topology: Topology
+    parsed: ParsedState | None, partition: Partition, rollcall: RollCall, step: int
 ) -> ParsedState:
     """Give ranks that have no state that of the lowest rank that has a whole one. Collective.
 
     Raises:
         CheckpointError: Some rank has none, and no rank a whole one.
     """
-    kinds = topology.comm.allgather(None if parsed is None else parsed.sharded)
+    call = "load_state_dict()"
+    kinds = rollcall.gather(None if parsed is None else parsed.sharded, step, call)
     if None not in kinds:
         assert parsed is not None
         return parsed
     _require(
         False in kinds, "state_dict", "be whole on some rank if others have none", kinds, _WHOLE
     )
-    return _bcast_parsed(parsed, kinds.index(False), partition, topology)
-
-
-def _bcast_parsed(
-    parsed: ParsedState | None, source: int, partition: Partition, topology: Topology
-) -> ParsedState:
-    comm, here = topology.comm, topology.rank == source
-    outline = None
-    if here and parsed is not None:
-        outline = parsed.groups, parsed.clocks
-    groups, clocks = comm.bcast(outline, source)
+    source = kinds.index(False)
+    own = parsed if rollcall.topology.rank == source else None
+    outlines = rollcall.gather((own.groups, own.clocks) if own else ([], []), step, call)
     moments = [_zero_moments(param.spec) for param in partition.params]
     for index, arrays in enumerate(moments):
         for key, array in arrays.items():
-            if here and parsed is not None:
-                array[:] = parsed.moments[index][key]
-            for piece in _messages(array):
-                comm.Bcast(piece, source)
-    return ParsedState(groups, clocks, moments, sharded=False)
+            if own is not None:
+                array[:] = own.moments[index][key]
+            rollcall.broadcast(array, source, step, call)
+    return ParsedState(*outlines[source], moments, sharded=False)
 
 
 def _zero_moments(spec: ParamSpec) -> dict[str, FloatArray]:
@@ -336,8 +340,3 @@ def _packed_groups(groups: Sequence[Group]) -> list[Group]:
         packed.append({**group, "params": indices})
         first += len(indices)
     return packed
-
-
-def _messages(array: FloatArray) -> Iterator[FloatArray]:
-    for start in range(0, array.size, _MESSAGE_NUMEL):
-        yield array[start : start + _MESSAGE_NUMEL]

@@ -191,6 +191,51 @@ def test_a_rank_that_never_builds_the_optimizer_ends_the_job(run):
     assert_ended_by(job, f"shardopt.errors.RankFailureError: {told}")
 
 
+def test_a_rank_that_hangs_in_the_midst_of_an_allocation_ends_the_job(run):
+    job = run(
+        2,
+        """
+import shardopt.pipeline
+if last:
+    shardopt.pipeline.SectionStorage = lambda *_: live_on()
+build(timeout_s=2)
+""",
+    )
+    assert job.returncode != 0, job.output
+    told = (
+        r"RankFailureError: every rank must complete NAdam\(\); got no end of it for 2 s on rank "
+    )
+    assert re.search(told + r"[01] on ", job.stderr), job.output
+    assert re.search("in live_on|in Window|in __init__", job.stderr), job.output  # stacks
+
+
+HANGS = {
+    "gather_state_dict(root=0)": "opt.rollcall.send = lambda *_: live_on()",
+    "load_state_dict(state)": "opt.rollcall.broadcast = lambda *_: live_on()",
+}
+
+
+@pytest.mark.parametrize("call", HANGS)
+def test_a_rank_that_hangs_while_state_travels_is_named(run, call):
+    job = run(
+        3,
+        f"""
+opt = build(timeout_s=2)
+opt.zero_grad()
+opt.step()
+state = opt.gather_state_dict(root=2)
+if last:
+    {HANGS[call]}
+opt.{call}
+""",
+    )
+    told = (
+        rf"come to step 1 \({call.partition('(')[0]}\(\)\); got no sign for [2-9]\.\d s of rank 2"
+    )
+    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come")
+    assert re.search(told, job.stderr), job.output
+
+
 def test_a_rank_whose_parameters_fail_is_an_error_on_all(run):
     job = run(
         2,

@@ -19,7 +19,9 @@ from numpy.random.mtrand import get_bit_generator
 
 from shardopt.checkpoint.rng_form import UNDAMAGED, brief, read_state, require, require_kind
 from shardopt.comm.agree import attempt, digest_of, first_difference, raise_first
+from shardopt.comm.deadline import deadline
 from shardopt.errors import RandomStreamWarning, RankMismatchError
+from shardopt.policy import ShardPolicy
 from shardopt.report import tell
 
 _Setter: TypeAlias = Callable[[], object]
@@ -67,6 +69,7 @@ def capture_rng(**generators: np.random.Generator) -> dict[str, Any]:
     }
 
 
+@deadline(ShardPolicy().timeout_s, "restore_rng()")
 def restore_rng(
     states: Sequence[Mapping[str, Any]],
     comm: MPI.Intracomm | None = None,
@@ -83,8 +86,9 @@ def restore_rng(
     or the device is not there; import what is to be continued. One that was not saved stays as it
     is, unless all are seeded anew.
 
-    Collective: every rank. What one rank finds wrong, all raise, and nothing has changed then; only
-    a device that fails while it is being seeded leaves some streams changed.
+    Collective: every rank, within ``ShardPolicy``'s usual ``timeout_s``, or the job ends. What one
+    rank finds wrong, all raise, and nothing has changed then; only a device that fails while it is
+    being seeded leaves some streams changed.
 
     Args:
         states: What ``capture_rng`` gave on every rank of the job that saved, in rank order; the

@@ -4,9 +4,9 @@ import os
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -20,8 +20,11 @@ from shardopt.errors import RankFailureError
 
 _T = TypeVar("_T")
 _N = TypeVar("_N", np.int64, np.float64)
+_Floats = NDArray[np.floating[Any]]
 
 _ARRIVALS, _STEP, _LEFT, _LINE_NUMEL = 0, 1, 2, 8  # a cache line of int64 for each rank
+
+_MESSAGE_NUMEL = 1 << 24  # below every MPI's limit on one count; each has a deadline of its own
 
 _SPINS = 200  # some 50 us: long enough to meet a rank on a core of its own
 _YIELD_FOR_S = 0.005
@@ -39,15 +42,18 @@ class RollCall:
     missing without the help of the missing. A rank that exits notes that too: nobody waits for
     it. Ranks of other nodes are asked; see ``Muster``.
 
-    Collective: construction, ``allreduce``, ``gather`` and ``free``.
+    Collective: construction, ``allreduce``, ``gather``, ``broadcast`` and ``free``.
 
     Args:
         topology: The ranks.
         timeout_s: Longest wait for one of them.
+
+    Attributes:
+        topology: As given.
     """
 
     def __init__(self, topology: Topology, timeout_s: float) -> None:
-        self._topology = topology
+        self.topology = topology
         self._comm = topology.comm
         self._timeout_s = timeout_s
         self._node_ranks = topology.node_comm.allgather(topology.rank)
@@ -104,6 +110,24 @@ class RollCall:
         self._arrive(request, (own, everyone), step, phase)
         return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
 
+    def send(self, array: _Floats, rank: int, step: int, phase: str) -> None:
+        """Send an array, contiguous, to another rank that receives it now; raises as ``wait``."""
+        for piece in _messages(array):
+            self._complete(self._comm.Isend(piece, rank), piece, (step, phase), rank)
+
+    def receive(self, array: _Floats, rank: int, step: int, phase: str) -> None:
+        """Receive what another rank sends now; raises as ``wait``."""
+        for piece in _messages(array):
+            self._complete(self._comm.Irecv(piece, rank), piece, (step, phase), rank)
+
+    def broadcast(self, array: _Floats, root: int, step: int, phase: str) -> None:
+        """Give every rank what ``root`` has in an array, contiguous; raises as ``wait``.
+
+        Collective: every rank.
+        """
+        for piece in _messages(array):
+            self._arrive(self._comm.Ibcast(piece, root), piece, step, phase)
+
     def wait(
         self,
         test: Callable[[], bool],
@@ -145,10 +169,15 @@ class RollCall:
     def _arrive(self, request: MPI.Request, buffers: object, step: int, phase: str) -> None:
         self._mine[_STEP] = step
         self._mine[_ARRIVALS] += 1
-        self._pending = request, buffers  # MPI may write there even if waiting is given up
-        self.wait(request.Test, step, phase)
-        self._pending = None
+        self._complete(request, buffers, (step, phase))
         self._met_in_step = step
+
+    def _complete(
+        self, request: MPI.Request, buffers: object, where: tuple[int, str], *awaited: int
+    ) -> None:
+        self._pending = request, buffers  # MPI may write there even if waiting is given up
+        self.wait(request.Test, *where, lambda: awaited)
+        self._pending = None
 
     def _wait(
         self,
@@ -187,7 +216,8 @@ class RollCall:
         answers, behind, place = self._muster.answers, self._behind(), f"step {step} ({phase})"
         seen = {rank: self._lines[i, _STEP] for i, rank in enumerate(self._node_ranks) if behind[i]}
         left = [rank for i, rank in enumerate(self._node_ranks) if rank in seen and self._left(i)]
-        here = {self._topology.rank, *answers, *(set(self._node_ranks) - set(seen))}
+        come = set(self._node_ranks) - set(seen) - set(awaited)
+        here = {self.topology.rank, *answers, *come}
         missing = left or [rank for rank in range(self._comm.size) if rank not in here]
         # Of ranks on other nodes it is known only what they must have come to.
         absent = [
@@ -216,9 +246,14 @@ class RollCall:
 
     def _name(self, ranks: Sequence[int]) -> str:
         """Write ranks, with their hosts where there are several."""
-        hosts = self._topology.hosts
+        hosts = self.topology.hosts
         several = len(set(hosts)) > 1
         return ", ".join(f"rank {r} on {hosts[r]}" if several else f"rank {r}" for r in ranks)
+
+
+def _messages(array: _Floats) -> Iterator[_Floats]:
+    for start in range(0, array.size, _MESSAGE_NUMEL):
+        yield array[start : start + _MESSAGE_NUMEL]
 
 
 def _leave(line: NDArray[np.int64], window: Window, broken: Event) -> None:

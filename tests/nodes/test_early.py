@@ -33,7 +33,7 @@ class Job:
         self.params = [*self.model.parameters(), *self.extra.parameters()]
         policy = ShardPolicy(share_node=share, bucket_nbytes=BUCKET_NBYTES, timeout_s=30, **policy)
         self.opt = NAdam(self.params, lr=0.01, comm=comm, policy=policy)
-        self.exchange = self.opt.core._pipeline.courier.exchange
+        self.exchange = self.opt.core._engine.pipeline.courier.exchange
         self.num_routes = len(self.exchange.routes)
 
     def backward(self, seed, *, with_extra=True):
@@ -110,7 +110,7 @@ def test_what_is_stale_is_sent_again_and_then_stays_at_home(comm):
     for step in range(6):
         job.opt.zero_grad()
         job.backward(step)
-        has_begun.append(job.opt.core._early._runner.announced > 0)
+        has_begun.append(job.opt.core._engine.early._runner.announced > 0)
         torch.nn.utils.clip_grad_norm_(job.params, 0.1)
         job.opt.step()
         assert job.sent_as_planned() != has_begun[-1]
