@@ -108,7 +108,12 @@ class Accord:
         if inputs.replaced or rescaled:
             self.meet(step, "adopt")
         if self._pipeline.courier is not None:
-            self._pipeline.courier.exchange.repeat(-1 if rescaled else inputs.stale)
+            exchange, stale = self._pipeline.courier.exchange, inputs.stale
+            if rescaled:  # whatever has left had the old scale
+                started = np.array([exchange.num_started])
+                most = self._agreement.rollcall.allreduce(started, MPI.MAX, step, "adopt")
+                stale = (1 << int(most[0])) - 1
+            exchange.repeat(stale)
         self._pipeline.sync()
         return replace(survey, copied_nbytes=copied_nbytes), inputs
 

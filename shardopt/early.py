@@ -68,6 +68,7 @@ class EarlyStart:
         self._version: list[object] = []
         self._routes_of: list[list[int]] = []
         self._missing: list[int] = []  # for each route, parameters that are not ready
+        self._unused: list[list[int]] = []  # for each, what begins in it and is not awaited
         self._stale = 0
         self._halted = False
         self.copied_nbytes = 0
@@ -97,12 +98,19 @@ class EarlyStart:
         self._version[index] = self._registry.bindings[index].grad_version()
         for route in self._routes_of[index]:
             self._missing[route] -= 1
-        announced = self._runner.announced
-        while announced < len(self._missing) and not self._missing[announced]:
-            announced += 1
-        if announced > self._runner.announced and not self._halted and not self._rest:
+        if not self._halted and not self._rest:
+            self._announce(self._runner)
+
+    def _announce(self, runner: "_Runner") -> None:
+        """Let the routes set out that are ready by now."""
+        start = stop = runner.announced
+        while stop < len(self._missing) and not self._missing[stop]:
+            for index in self._unused[stop]:
+                self._version[index] = self._registry.bindings[index].grad_version()
+            stop += 1
+        if stop > start:
             self._pipeline.sync()
-            self._runner.announce(announced)
+            runner.announce(stop)
 
     def grads_zeroed(self) -> None:
         """Take note that all gradients are about to be written to."""
@@ -153,7 +161,7 @@ class EarlyStart:
         if courier is None:
             return
         if self._runner is not None:
-            self._runner.pause()
+            self._runner.withdraw()
         begun = np.array([courier.exchange.num_started])
         if self._rollcall.allreduce(begun, MPI.MAX, step, "settle")[0]:
             courier.collect_all(step)
@@ -168,9 +176,9 @@ class EarlyStart:
     def _is_fresh(self, index: int) -> bool:
         """Whether a gradient is what it was when it was announced."""
         binding = self._registry.bindings[index]
-        if self._count[index]:
-            return binding.holds_grad() and self._version[index] == binding.grad_version()
-        return not binding.has_grad() and not binding.grad.any()
+        if self._version[index] != binding.grad_version():
+            return False
+        return binding.holds_grad() or not (binding.has_grad() or binding.grad.any())
 
     def _mark_stale(self, index: int) -> None:
         assert self._runner is not None
@@ -192,9 +200,14 @@ class EarlyStart:
                 for index, *_ in partition.params_in(bucket.section, bucket.start, bucket.stop):
                     self._routes_of[index].append(place)
         self._missing = [0] * len(courier.exchange.routes)
-        for expected, routes in zip(self._expected, self._routes_of, strict=True):
+        self._unused = [[] for _ in courier.exchange.routes]
+        for index, (expected, routes) in enumerate(
+            zip(self._expected, self._routes_of, strict=True)
+        ):
             for route in routes if expected else ():
                 self._missing[route] += 1
+            if routes and not expected:
+                self._unused[routes[0]].append(index)
         self._stale, self._halted, self.copied_nbytes = 0, False, 0
 
 
@@ -243,6 +256,15 @@ class _Runner:
             self._paused = self._lock.acquire()
         if self._error is not None:
             raise self._error
+
+    def withdraw(self) -> None:
+        """Pause, and take back what was announced, as the same step may be opened again.
+
+        Nobody opens it before all ranks have come here: see ``EarlyStart.settle``.
+        """
+        self._mine[0] = 0
+        self._window.sync()
+        self.pause()
 
     def open(self, step: int) -> None:
         """Hand the courier to the thread, for the gradients of step ``step``."""

@@ -201,8 +201,8 @@ class Exchange:
         partials = slot.partials(route)
         shard_numel = route.shard.numel
         rows = [(node, partials[node, :shard_numel]) for node in lane.others]
-        receives = lane.receive(rows, _GRADS)
-        sends = []
+        transfer = Transfer([], lane.receive(rows, _GRADS))
+        self._under_way.append((route, slot, transfer))
         storage = route.storage
         for node in lane.others:
             part = route.part(node)
@@ -212,12 +212,11 @@ class Exchange:
                 zero = route.cuts[0]
                 piece = slot.sums(route)[part.start - zero : part.stop - zero]
                 self._kernel.reduce(storage.grads, piece, part.start, part.stop, None)
-            sends += lane.send(piece, node, _GRADS)
+            transfer.sends += lane.send(piece, node, _GRADS)
         own = route.part(lane.node)
         self._kernel.reduce(
             storage.grads, partials[lane.node, :shard_numel], own.start, own.stop, None
         )
-        self._under_way.append((route, slot, Transfer(sends, receives)))
 
     def _sum(self, route: Route, slot: _Slot) -> None:
         """Sum what the nodes have brought, in their order."""

@@ -1,6 +1,7 @@
 """Fixtures and settings for every test; the ranks of a run with MPI are kept in step by in_step."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of the tests without ranks: those that start no mpirun, those that do, "
         "or those of them that are not marked any_mpi",
     )
+
+
+def pytest_collection() -> None:
+    """Collect no garbage while frameworks are imported; see ``pytest_collection_finish``."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage looked for in what tests make, not among a million objects of frameworks.
+
+    Each rank would stop to search them at moments of its own, while the others wait for it.
+    """
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

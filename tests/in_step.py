@@ -16,9 +16,15 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+OUTCOMES = ("passed", "skipped", "failed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,20 +95,28 @@ class InStep:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """End the run here when the ranks have not collected the same tests."""
         collected = ([item.nodeid for item in session.items], self.collect_errors)
-        everywhere = self.exchange(collected, "collected the tests", self.limit_s)
+        self.wait(self.comm.Ibarrier(), "collected the tests", self.limit_s)
+        everywhere = self.comm.allgather(collected)
         if any(other != everywhere[0] for other in everywhere):
             pytest.exit(_describe_collections(everywhere), returncode=pytest.ExitCode.TESTS_FAILED)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Give the report of a phase the same outcome on all ranks."""
+        from mpi4py import MPI
+
         report = yield
         text = _failure_text(report)
-        everywhere = self.exchange(
-            (report.outcome, text),
+        code = OUTCOMES.index(report.outcome)
+        extremes = np.array([code, -code], np.int32)
+        self.wait(
+            self.comm.Iallreduce(MPI.IN_PLACE, extremes, MPI.MAX),
             f"{report.outcome} the {report.when} of {report.nodeid}\n{text}",
             self.grace_s if report.failed else self.limit_s,
         )
+        if extremes.sum() == 0 and not report.failed:  # the same on all ranks, nothing to tell
+            return report
+        everywhere = self.comm.allgather((report.outcome, text))
         outcomes = [outcome for outcome, _ in everywhere]
         if "failed" in outcomes:
             _adopt_failures(report, everywhere)
@@ -111,22 +125,20 @@ class InStep:
             report.longrepr = f"must end alike on all ranks; got {outcomes}, by rank"
         return report
 
-    def exchange(self, mine: Any, what: str, patience_s: float) -> list[Any]:
-        """Return what every rank brings here, or abort the job when one does not come.
+    def wait(self, arrival: "MPI.Request", what: str, patience_s: float) -> None:
+        """Return when every rank has come here, or abort the job when one does not.
 
         Args:
-            mine: What this rank brings.
+            arrival: A collective that this rank has begun.
             what: What this rank has done by now, for the message in case of an abort.
             patience_s: Seconds to wait for the others.
         """
-        arrival = self.comm.Ibarrier()
         start_s = time.monotonic()
         while not arrival.Test():
             waited_s = time.monotonic() - start_s
             if waited_s > patience_s:
                 self.give_up(what)
-            time.sleep(0 if waited_s < 0.01 else 0.001)
-        return self.comm.allgather(mine)
+            time.sleep(min(0.001, waited_s / 8))  # a core for ranks that still work
 
     def give_up(self, what: str) -> NoReturn:
         """Print what this rank has done and where all ranks of the machine are; abort the job."""

@@ -135,6 +135,7 @@ for pid in "${pids[@]}"; do wait "$pid"; done
 set -a
 source tests/mpi.env
 set +a
+unset PYTHONDONTWRITEBYTECODE # many a container sets it; every rank would compile every test anew
 selected=$#
 pytest=(-m pytest --color=no -p no:cacheprovider -rs "$@")
 
@@ -156,10 +157,14 @@ for mpi in "${mpis[@]}"; do
     if [[ -f .test-env/$mpi/missing ]]; then notes+=("$(<".test-env/$mpi/missing")"); fi
 done
 finish
+# Jobs mostly wait, be it for a rank that will not come: those of the MPIs share the cores.
 part=jobs
 for mpi in "${mpis[@]}"; do
-    without_ranks run "$mpi" "$part"
+    without_ranks begin "$mpi" "$part"
     part=mpi-jobs # with the next MPI, those that it may change
+done
+finish
+for mpi in "${mpis[@]}"; do
     for n in ${ranks[@]+"${ranks[@]}"}; do
         if ((n > 1)); then on_ranks run "$mpi" "$n"; fi
     done

@@ -45,7 +45,9 @@ def run(mpirun):
 def printed_by_ranks(job):
     """The lines on stderr without those that Open MPI's launcher adds at the end of a bad job."""
     text = re.sub(r"(?ms)^-{60,}$.*?^-{60,}$\n?", "", job.stderr)
-    return [line for line in text.splitlines() if line.strip(" \0") and "[warn] Ep" not in line]
+    launchers = ("[warn] Ep", "] pmix_ptl_base: ")
+    lines = [line for line in text.splitlines() if line.strip(" \0")]
+    return [line for line in lines if not any(word in line for word in launchers)]
 
 
 def assert_ended_by(job, line):

@@ -28,12 +28,15 @@ class Transfer:
     Args:
         sends: Requests by node.
         receives: Likewise.
+
+    Attributes:
+        sends: Those that are not over; more may be added.
     """
 
     def __init__(
         self, sends: Sequence[tuple[int, MPI.Request]], receives: Sequence[tuple[int, MPI.Request]]
     ) -> None:
-        self._sends = list(sends)
+        self.sends = list(sends)
         self._receives = list(receives)
 
     def has_arrived(self) -> bool:
@@ -43,13 +46,13 @@ class Transfer:
 
     def is_over(self) -> bool:
         """Whether all that is sent is out of its buffers as well; makes progress."""
-        self._sends = _still_under_way(self._sends)
-        return self.has_arrived() and not self._sends
+        self.sends = _still_under_way(self.sends)
+        return self.has_arrived() and not self.sends
 
     @property
     def awaited_nodes(self) -> list[int]:
         """The nodes whose part is missing."""
-        return sorted({node for node, _ in self._receives} or {node for node, _ in self._sends})
+        return sorted({node for node, _ in self._receives} or {node for node, _ in self.sends})
 
 
 class Lane:

@@ -70,7 +70,8 @@ class Topology:
     @property
     def lane_ranks(self) -> list[int]:
         """The ranks of this rank's lane, by node."""
-        return [rank for rank, place in enumerate(self.places) if place[1] == self.node_rank]
+        of = {node: rank for rank, (node, lane) in enumerate(self.places) if lane == self.node_rank}
+        return [of[node] for node in sorted(of)]
 
     def free(self) -> None:
         """Release the communicators. Collective."""
@@ -105,10 +106,23 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
     if len(set(comm.allgather(node_comm.size))) > 1:
         node_comm.Free()
         node_comm = _split(comm, comm.rank)
+    return arrange(comm, node_comm)
+
+
+def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
+    """Number nodes by their lowest ranks, and lay lanes across them.
+
+    Collective: every rank of ``comm``.
+
+    Args:
+        comm: The ranks that train together.
+        node_comm: Those of this rank's node, in rank order; as many on every node.
+    """
     members = comm.allgather((node_comm.bcast(comm.rank), node_comm.rank))
     nodes = sorted({first for first, _ in members})
     places = tuple((nodes.index(first), rank) for first, rank in members)
-    lane_comm = _split(comm, places[comm.rank][1])
+    node, lane = places[comm.rank]
+    lane_comm = _split(comm, lane, key=node)  # ranks need not be numbered node by node
     hosts = tuple(comm.allgather(MPI.Get_processor_name()))
     return Topology(comm, node_comm, lane_comm, places, hosts)
 
@@ -121,8 +135,8 @@ def _split_machine(comm: MPI.Intracomm, limit: int) -> MPI.Intracomm:
     return node_comm
 
 
-def _split(comm: MPI.Intracomm, color: int) -> MPI.Intracomm:
-    return cast("MPI.Intracomm", comm.Split(color, key=comm.rank))
+def _split(comm: MPI.Intracomm, color: int, key: int = 0) -> MPI.Intracomm:
+    return cast("MPI.Intracomm", comm.Split(color, key))  # of equal keys, in rank order
 
 
 def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:

@@ -120,7 +120,8 @@ class _TorchFace(Face[Tensor]):
 
     def _accumulated(self, param: Tensor) -> None:
         self._touched.add(param)
-        if self._listener is not None:
+        # A gradient with a graph of its own (create_graph) stays what it is until the step.
+        if self._listener is not None and not (param.grad is None or param.grad.requires_grad):
             self._listener(param)
 
 

@@ -478,6 +478,7 @@ def test_the_wrong_mpirun_is_told_once_and_by_name():
 
 ABSENT = """
 import os, signal, sys
+from shardopt.cli import main
 absent = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1"
 if sys.argv[1] == "after the start":
     import shardopt.cli.doctor.measure  # slow imports take nothing off the time allowed
@@ -485,7 +486,6 @@ if sys.argv[1] == "after the start":
     MPI.COMM_WORLD.Barrier()
 if absent:
     signal.pause()
-from shardopt.cli import main
 sys.exit(main(["doctor", "--quick", "--timeout", "1"]))
 """
 

@@ -10,6 +10,7 @@ from tests.frameworks import LEND_OVERRIDE, environment_for, require
 from tests.launch.runs import SCRIPT, SMALL, Started, column, read_log
 
 
+@pytest.mark.any_mpi
 def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
     out = tmp_path / "out"
     arguments = ("--steps", "10", "--text", text, "--out", out, *SMALL)

@@ -154,3 +154,20 @@ def test_memory_is_what_the_plan_says(comm, wire_dtype):
         held = storage.sums.nbytes + sum(slots)
         held_by_node = opt.core.topology.node_comm.allreduce(held)
         assert opt.memory_report().travel_node_nbytes == held_by_node
+
+
+def test_loss_scales_that_differ_send_nothing_twice(comm):
+    for share in several_nodes(comm):
+        params = make_params()
+        policy = ShardPolicy(share_node=share, timeout_s=30)
+        with NAdam(params, lr=0.01, comm=comm, policy=policy) as opt:
+            draw_grads(params, 0, comm.rank)
+            for param in params:
+                param.grad = param.grad * 2**comm.rank
+            opt.step(loss_scale=2.0**comm.rank)
+            place = opt.core.topology.places[comm.rank]
+            planned = plan_traffic(opt.partition, *place)
+            report = opt.last_step
+        expected, *_ = train(comm, share, 1)
+        assert b"".join(param.data.tobytes() for param in params) == expected
+        assert (report.sent_nbytes, report.sent_messages) == planned

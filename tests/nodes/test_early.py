@@ -104,6 +104,19 @@ def test_unused_parameters_hold_up_nothing(comm):
     job.finish()
 
 
+def test_zeros_of_parameters_that_are_no_longer_used_are_not_stale(comm):
+    job = Job(comm, several_nodes(comm)[0])
+    for step in range(4):
+        job.opt.zero_grad(set_to_none=False)
+        job.backward(step, with_extra=step == 0)
+        if step > 1:
+            job.wait_until_summed()
+        job.opt.step()
+        assert job.opt.last_step.num_updated == len(job.params)
+        assert job.sent_as_planned()
+    job.finish()
+
+
 def test_what_is_stale_is_sent_again_and_then_stays_at_home(comm):
     job = Job(comm, several_nodes(comm)[0])
     has_begun = []

@@ -1,0 +1,21 @@
+"""Nodes and lanes, however the launcher has numbered the ranks."""
+
+import pytest
+
+from shardopt.comm.topology import arrange
+
+
+@pytest.mark.mpi(min_size=4)
+def test_in_a_lane_a_rank_is_its_node(comm):
+    """As ``mpirun -host h1 ... : -host h2 ... : -host h1 ...`` numbers ranks."""
+    outermost_first = min(comm.rank, comm.size - 1 - comm.rank)
+    if comm.size % 2:
+        pytest.skip("nodes of two ranks")
+    topology = arrange(comm.Dup(), comm.Split(outermost_first))
+    assert topology.node == outermost_first
+    assert topology.lane_comm.rank == topology.node
+    assert topology.lane_comm.allgather(comm.rank) == topology.lane_ranks
+    assert [topology.places[rank] for rank in topology.lane_ranks] == [
+        (node, topology.node_rank) for node in range(topology.num_nodes)
+    ]
+    topology.free()
