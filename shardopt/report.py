@@ -29,7 +29,8 @@ class StepReport:
         waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes.
         copied_nbytes: Gradients and parameters that had been replaced and were copied in.
         sent_nbytes: Gradients and parameters that this rank sent to other nodes: what
-            ``plan_traffic`` says, unless gradients changed after they had left.
+            ``plan_traffic`` says, unless gradients changed after they had left or nothing was
+            updated.
         sent_messages: In how many messages.
         poisoned_param: A parameter that an update left with inf or NaN, the first seen, or None;
             known until parameters are replaced or a state is loaded.
