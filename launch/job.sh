@@ -26,8 +26,11 @@ find_mpi() {
   # The mpirun of an environment goes with its Python.
   [[ -n ${MPIRUN:-} || $1 != */* || ! -x ${found%/*}/mpirun ]] || mpirun=${found%/*}/mpirun
   [[ -n $mpirun ]] || mpirun=${found%/*}/mpirun
+  [[ -z ${MPIRUN:-} || $(command -v "$mpirun" || true) ]] ||
+    fail "MPIRUN must name a program; got '$MPIRUN'. Unset it, or set it to the place of mpirun."
   [[ $(command -v "$mpirun" || true) ]] ||
-    fail "mpirun must be in PATH or beside $found; it is not. Set PATH, or MPIRUN to its place."
+    fail "mpirun must be in PATH or beside $found; it is not. Activate the environment that has" \
+      "it, or set PATH, or MPIRUN to its place."
   [[ $mpirun != */* ]] || mpirun=$(cd "${mpirun%/*}" && pwd)/${mpirun##*/}
   version=$("$mpirun" --version 2>&1)
   case $version in

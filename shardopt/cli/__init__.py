@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from shardopt._version import __version__
 from shardopt.cli import ckpt, doctor
 from shardopt.cli.base import Exit, Parser, add_command, add_group
 from shardopt.cli.text import printable
@@ -39,6 +40,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may be of any script
     parser = Parser(prog="shardopt", description="Look after training under MPI.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in GROUPS:
         add_group(names, group)

@@ -139,7 +139,7 @@ def test_nothing_is_overwritten_unasked(path, tmp_path, capsys):
     assert call(capsys, "merge", path[0], out, "--force").code == 0
     assert len(read(out)[1]) == 5
     refused(call(capsys, "merge", path[0], tmp_path, "--force"), "Name a file")
-    refused(call(capsys, "merge", path[0], tmp_path / "no" / "out"), "must be accessible")
+    refused(call(capsys, "merge", path[0], tmp_path / "no" / "out"), "OUT must be in a folder")
     refused(call(capsys, "merge", path[0], out, "--dtype", "int8"), "invalid choice")
 
 

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from shardopt import __version__
 from shardopt.cli import GROUPS, ckpt, main, progress, text
 from tests.cli.making import call, make, refused
 from tests.conftest import Mpirun
@@ -109,6 +110,13 @@ def test_every_group_is_in_the_help(capsys):
     assert ended.value.code == 0
     told = capsys.readouterr().out
     assert all(group.summary in told for group in GROUPS)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"shardopt {__version__}\n"
 
 
 @pytest.mark.parametrize(

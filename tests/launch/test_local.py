@@ -116,3 +116,9 @@ def test_mistakes_are_named(tmp_path, arguments, rule):
     job = run(["env", path, "bash", LAUNCH / "local.sh", *arguments], tmp_path)
     assert job.returncode == 2
     assert job.stderr.startswith(f"local.sh: {rule}")
+
+
+def test_an_mpirun_that_is_not_there_is_named(tmp_path):
+    job = run(["env", "MPIRUN=/no/mpirun", "bash", LAUNCH / "local.sh", "true"], tmp_path)
+    assert job.returncode == 2
+    assert job.stderr.startswith("local.sh: MPIRUN must name a program; got '/no/mpirun'.")

@@ -81,6 +81,10 @@ def _require_free(out: Path, force: bool) -> None:
     if out.exists() and not (force and out.is_file()):
         remedy = "Choose another name, or add --force" if out.is_file() else "Name a file"
         raise CheckpointError(f"OUT must not exist; got {str(out)!r}. {remedy}.")
+    if not out.absolute().parent.is_dir():
+        raise CheckpointError(
+            f"OUT must be in a folder that exists; got {str(out)!r}. Make it first."
+        )
 
 
 def _plan(manifest: Manifest, state: bool, masters: bool, dtype: str | None) -> dict[Tensor, Entry]:
