@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,15 @@ class Courier:
         """What this rank has sent to other nodes since ``reset``."""
         return Traffic(self._lane.sent_nbytes, self._lane.sent_messages)
 
-    def advance(self) -> None:
+    def advance(self, step: int) -> None:
         """Make progress, and start what can be started."""
-        self._publishing.advance()
-        self.exchange.advance()
+        with self.in_touch(step):
+            self._publishing.advance()
+            self.exchange.advance()
+
+    def in_touch(self, step: int) -> AbstractContextManager[None]:
+        """See ``RollCall``; for what does not wait."""
+        return self._rollcall.in_touch(step, "exchange", self._awaited_ranks)
 
     def collect(self, step: int) -> Iterator[Route]:
         """Yield each bucket when this rank's shard of it is summed."""
@@ -90,7 +96,8 @@ class Courier:
     def publish(self, route: Route, step: int) -> None:
         """Send an updated shard to the other nodes and take theirs."""
         self._wait(lambda: self._publishing.has_room, step, self._late_publishing)
-        self._publishing.start(route)
+        with self.in_touch(step):
+            self._publishing.start(route)
 
     def finish(self, step: int) -> None:
         """Wait until everything that is under way has arrived."""
@@ -115,7 +122,9 @@ class Courier:
 
     def broadcast(self, array: FloatArray, root: int, step: int) -> None:
         """Bring an array from node ``root`` to the others. Collective over the lane."""
-        for request in self._lane.broadcast(array, root):
+        with self.in_touch(step):
+            requests = self._lane.broadcast(array, root)
+        for request in requests:
             self._rollcall.wait(request.Test, step, "broadcast")
 
     def free(self) -> None:
@@ -129,9 +138,14 @@ class Courier:
     def _wait(
         self, test: Callable[[], bool], step: int, late: Callable[[], tuple[str, list[int]]]
     ) -> None:
-        if test():
-            return
+        with self.in_touch(step):
+            if test():
+                return
         start = time.perf_counter()
         phase, _ = late()
         self._rollcall.wait(test, step, phase, lambda: [self._lane.ranks[n] for n in late()[1]])
         self.waited_s += time.perf_counter() - start
+
+    def _awaited_ranks(self) -> list[int]:
+        nodes = {*self.exchange.awaited[1], *self._publishing.awaited_nodes}
+        return [self._lane.ranks[node] for node in sorted(nodes)]

@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,7 @@ class _Runner:
         assert pipeline.courier is not None
         self.announced = 0
         self._pipeline = pipeline
+        self._courier = pipeline.courier
         self._exchange = pipeline.courier.exchange
         self._window = Window(topology.node_comm, 8 * _LINE_NUMEL)
         self._lines = self._window.memory.view(np.int64).reshape(-1, _LINE_NUMEL)
@@ -295,7 +297,8 @@ class _Runner:
     def _work(self) -> bool:
         """Do what can be done without waiting; give whether there will be more."""
         try:
-            self._exchange.advance(self._num_ready())
+            with self._courier.in_touch(self._step):
+                self._exchange.advance(self._num_ready())
         except Exception as error:  # for the next step to raise
             self._error = error
         more = self._exchange.num_started < self.announced or not self._exchange.is_idle
@@ -318,5 +321,6 @@ def _say_farewell(
     wake.set()
     thread.join()
     stop = time.monotonic() + _LONGEST_FAREWELL_S
-    while not MPI.Is_finalized() and not exchange.is_quiet() and time.monotonic() < stop:
-        time.sleep(_NAP_S)
+    with suppress(MPI.Exception):  # of others that are gone before
+        while not MPI.Is_finalized() and not exchange.is_quiet() and time.monotonic() < stop:
+            time.sleep(_NAP_S)

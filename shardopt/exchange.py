@@ -267,5 +267,9 @@ class Publishing:
     @property
     def awaited(self) -> tuple[int, list[int]]:
         """The bucket that is to be over next, and the nodes it waits for."""
-        route, transfer = self._under_way[0]
-        return route.bucket, transfer.awaited_nodes
+        return self._under_way[0][0].bucket, self.awaited_nodes
+
+    @property
+    def awaited_nodes(self) -> list[int]:
+        """Those nodes; none where nothing is under way."""
+        return self._under_way[0][1].awaited_nodes if self._under_way else []

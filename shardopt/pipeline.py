@@ -197,7 +197,7 @@ class Pipeline:
         for storage, shard, sources, sources_start in self._collect(reduced, step):
             table = tables[compute_dtype(storage.section.dtype)]
             segments = schedule.segments(shard)
-            for start, stop in self._pieces(*storage.positions(shard)):
+            for start, stop in self._pieces(*storage.positions(shard), step):
                 plan = UpdatePlan(start, stop, segments, table, sources_start)
                 flag = self._update_piece(storage, shard, sources, plan)
                 if flag != ALL_FINITE:
@@ -231,14 +231,14 @@ class Pipeline:
             self.courier.publish(route, step)
         self.courier.finish(step)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def _pieces(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         """Cut [start, stop) so that messages between nodes do not wait for the whole of it."""
         if self.courier is None:
             yield start, stop
             return
         for begin in range(start, stop, self._kernel.piece_numel):
             yield begin, min(stop, begin + self._kernel.piece_numel)
-            self.courier.advance()
+            self.courier.advance(step)
 
     def _update_piece(
         self, storage: SectionStorage, shard: Shard, sources: FloatArray, plan: UpdatePlan

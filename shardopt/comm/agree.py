@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from shardopt.comm.rollcall import RollCall
 from shardopt.comm.topology import Topology
-from shardopt.errors import RankMismatchError
+from shardopt.errors import RankFailureError, RankMismatchError
 
 _T = TypeVar("_T")
 _TROUBLE = -1
@@ -118,9 +118,15 @@ class Agreement:
 
 
 def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """Call ``function``; what it raises is handed back, to be agreed upon first."""
+    """Call ``function``; what it raises is handed back, to be agreed upon first.
+
+    Raises:
+        RankFailureError: Without agreement, which is beyond ranks that are not all there.
+    """
     try:
         return function(), None
+    except RankFailureError:
+        raise
     except Exception as error:
         return None, _portable(error)
 

@@ -5,6 +5,8 @@ import pickle
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from threading import Event
 from typing import Any, TypeVar
 
@@ -84,8 +86,7 @@ class RollCall:
                 The communicator is of no use after that.
         """
         result = np.empty_like(values)
-        request = self._comm.Iallreduce(values, result, op)
-        self._arrive(request, (values, result), step, phase)
+        self._arrive(lambda: self._comm.Iallreduce(values, result, op), step, phase)
         return result
 
     def gather(self, value: _T, step: int, phase: str) -> list[_T]:
@@ -103,22 +104,22 @@ class RollCall:
         """
         own = np.frombuffer(pickle.dumps(value), np.uint8)
         sizes = np.empty(self._comm.size, np.int64)
-        request = self._comm.Iallgather(np.array([own.size]), sizes)
-        self._arrive(request, sizes, step, phase)
+        size = np.array([own.size])
+        self._arrive(lambda: self._comm.Iallgather(size, sizes), step, phase)
         everyone = np.empty(sizes.sum(), np.uint8)
-        request = self._comm.Iallgatherv(own, (everyone, sizes.tolist()))
-        self._arrive(request, (own, everyone), step, phase)
+        parts = everyone, sizes.tolist()
+        self._arrive(lambda: self._comm.Iallgatherv(own, parts), step, phase)
         return [pickle.loads(part.tobytes()) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
 
     def send(self, array: _Floats, rank: int, step: int, phase: str) -> None:
         """Send an array, contiguous, to another rank that receives it now; raises as ``wait``."""
         for piece in _messages(array):
-            self._complete(self._comm.Isend(piece, rank), piece, (step, phase), rank)
+            self._complete(partial(self._comm.Isend, piece, rank), (step, phase), rank)
 
     def receive(self, array: _Floats, rank: int, step: int, phase: str) -> None:
         """Receive what another rank sends now; raises as ``wait``."""
         for piece in _messages(array):
-            self._complete(self._comm.Irecv(piece, rank), piece, (step, phase), rank)
+            self._complete(partial(self._comm.Irecv, piece, rank), (step, phase), rank)
 
     def broadcast(self, array: _Floats, root: int, step: int, phase: str) -> None:
         """Give every rank what ``root`` has in an array, contiguous; raises as ``wait``.
@@ -126,7 +127,7 @@ class RollCall:
         Collective: every rank.
         """
         for piece in _messages(array):
-            self._arrive(self._comm.Ibcast(piece, root), piece, step, phase)
+            self._arrive(partial(self._comm.Ibcast, piece, root), step, phase)
 
     def wait(
         self,
@@ -146,17 +147,36 @@ class RollCall:
         Raises:
             RankFailureError: As ``allreduce`` does; or MPI reports that a connection broke.
         """
-        try:
+        with self.in_touch(step, phase, awaited):
             for _ in range(_SPINS):
                 if test():
                     return
             self._wait(test, step, phase, awaited)
+
+    @contextmanager
+    def in_touch(
+        self, step: int, phase: str, awaited: Callable[[], Sequence[int]] = tuple
+    ) -> Iterator[None]:
+        """Let errors of MPI say who is lost: any call of MPI may be the first to notice.
+
+        Args:
+            step: As for ``allreduce``.
+            phase: Likewise.
+            awaited: As for ``wait``.
+
+        Raises:
+            RankFailureError: In the place of an error of MPI.
+        """
+        try:
+            yield
         except MPI.Exception as error:
             self._broken.set()
+            lost = self._lost()
+            about = "which has lost" if lost else "when waiting for"
+            names = self._name(lost or awaited() or self._missing())
             raise RankFailureError(
                 f"every rank must stay in touch; got an error of MPI in step {step} ({phase}), "
-                f"when waiting for {self._name(awaited()) or 'other ranks'}: {error}. Look for a "
-                "rank or host that died."
+                f"{about} {names or 'other ranks'}: {error}. Look for a rank or host that died."
             ) from error
 
     def free(self) -> None:
@@ -166,16 +186,18 @@ class RollCall:
         self._window.free()
         self._muster.free()
 
-    def _arrive(self, request: MPI.Request, buffers: object, step: int, phase: str) -> None:
+    def _arrive(self, post: Callable[[], MPI.Request], step: int, phase: str) -> None:
         self._mine[_STEP] = step
         self._mine[_ARRIVALS] += 1
-        self._complete(request, buffers, (step, phase))
+        self._complete(post, (step, phase))
         self._met_in_step = step
 
     def _complete(
-        self, request: MPI.Request, buffers: object, where: tuple[int, str], *awaited: int
+        self, post: Callable[[], MPI.Request], where: tuple[int, str], *awaited: int
     ) -> None:
-        self._pending = request, buffers  # MPI may write there even if waiting is given up
+        with self.in_touch(*where, lambda: awaited):
+            request = post()
+        self._pending = request, post  # MPI may write to its arrays even if waiting is given up
         self.wait(request.Test, *where, lambda: awaited)
         self._pending = None
 
@@ -216,9 +238,7 @@ class RollCall:
         answers, behind, place = self._muster.answers, self._behind(), f"step {step} ({phase})"
         seen = {rank: self._lines[i, _STEP] for i, rank in enumerate(self._node_ranks) if behind[i]}
         left = [rank for i, rank in enumerate(self._node_ranks) if rank in seen and self._left(i)]
-        come = set(self._node_ranks) - set(seen) - set(awaited)
-        here = {self.topology.rank, *answers, *come}
-        missing = left or [rank for rank in range(self._comm.size) if rank not in here]
+        missing = left or self._missing(awaited)
         # Of ranks on other nodes it is known only what they must have come to.
         absent = [
             f"{self._name([rank])}, last seen in step {seen.get(rank, self._met_in_step)}"
@@ -240,6 +260,21 @@ class RollCall:
             "often, look for a rank or host that died, or raise policy.timeout_s if they are only "
             "slow."
         )
+
+    def _missing(self, awaited: Sequence[int] = ()) -> list[int]:
+        """All ranks but those of this node that have come, and those that have answered."""
+        behind = self._behind()
+        come = {rank for i, rank in enumerate(self._node_ranks) if not behind[i]} - set(awaited)
+        here = {self.topology.rank, *self._muster.answers, *come}
+        return [rank for rank in range(self._comm.size) if rank not in here]
+
+    def _lost(self) -> list[int]:
+        """The ranks that MPI knows to be gone: none, where it is not told to bear that."""
+        try:
+            failed = self._comm.Get_failed()
+            return sorted(failed.Translate_ranks(None, self._comm.group)) if failed.size else []
+        except (MPI.Exception, NotImplementedError):  # it must not hide the error at hand
+            return []
 
     def _left(self, node_rank: int) -> bool:
         return bool(self._lines[node_rank, _LEFT])

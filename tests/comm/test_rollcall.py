@@ -2,14 +2,17 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.frameworks import require
+
 ROOT = Path(__file__).parents[2]
 
 PRELUDE = """
-import signal, sys
+import os, signal, sys, time
 import numpy as np
 from mpi4py import MPI
 from shardopt import NAdam, Parameter, ShardPolicy
@@ -41,10 +44,11 @@ def live_on(*_):
 def message(mpirun):
     """Run three ranks, the last of which does not come; give what a job that fails says."""
 
-    def run(body):
+    def run(body, *options):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        job = mpirun(3, source=PRELUDE + body, env={"PYTHONPATH": path})
-        assert job.returncode != 0, job.output
+        job = mpirun(3, source=PRELUDE + body, env={"PYTHONPATH": path}, options=options)
+        # Open MPI's, when it is to bear the loss of ranks, may give 0 though the others abort.
+        assert job.returncode != 0 or "ulfm" in options, job.output
         found = re.findall(r"RankFailureError: (.*)", job.stderr)
         assert found, job.output
         return found[0]
@@ -145,3 +149,77 @@ opt.step()
     )
     missing = "no sign for SECONDS s of rank 2, last seen in step 2"
     assert re.match(told(2, r"(publishing|exchange) of bucket \d", missing), got)
+
+
+# -- errors of MPI ---------------------------------------------------------------------------------
+
+ERRORS = {  # for each MPI one that it can be brought to: what the last rank does, options of mpirun
+    "mpich": ("request = lane.Isend(np.zeros(50_000, np.uint8), 0, tag=1)  # too long", ()),
+    "openmpi": ("os.kill(os.getpid(), signal.SIGKILL)", ("--with-ft", "ulfm")),
+}
+TOLD = {
+    "mpich": "when waiting for (rank 1, )?rank 2: .*truncated",
+    "openmpi": "which has lost rank 2: MPI_ERR_PROC_FAILED",
+}
+MAKE = {
+    "numpy": """
+param = Parameter(np.ones(100_000, np.float32))
+opt = NAdam([param], policy=policy)
+
+def differentiate():
+    param.grad[...] = 1
+
+def meet_with_the_error():  # in the step
+    pass
+""",
+    "torch": """
+import torch
+from shardopt.torch import NAdam
+
+param = torch.nn.Parameter(torch.ones(100_000))
+opt = NAdam([param], policy=policy)
+
+def differentiate():
+    param.square().sum().backward()
+
+def meet_with_the_error():
+    while opt.core._engine.early._runner._error is None:
+        time.sleep(0.001)  # the thread wants Python's lock
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("framework", "share_node"), [("numpy", False), ("torch", False), ("numpy", True)]
+)
+def test_an_error_of_mpi_names_whom_it_may_concern(mpirun, message, framework, share_node):
+    """With torch a thread meets with it, before the step."""
+    if framework == "torch":
+        require("torch")
+    shown = subprocess.run([mpirun.program, "--version"], capture_output=True, text=True)
+    library = "openmpi" if "Open MPI" in shown.stdout else "mpich"
+    if library == "mpich" and share_node:
+        pytest.skip("ranks of one node send each other nothing that could be too long")
+    fault, options = ERRORS[library]
+    got = message(
+        f"""
+policy = ShardPolicy(share_node={share_node}, timeout_s=30, bucket_nbytes=50_000)
+{MAKE[framework]}
+differentiate()
+opt.step()
+if last:
+    comm.recv(source=0), comm.recv(source=1)  # they have completed the step, too
+    lane = opt.core.topology.lane_comm
+    {fault}
+else:
+    comm.send(None, 2)
+opt.zero_grad()
+differentiate()
+if comm.rank == 0:
+    meet_with_the_error()
+opt.step()
+""",
+        *options,
+    )
+    met = r"every rank must stay in touch; got an error of MPI in step 2 \((agree|exchange.*?)\), "
+    assert re.match(met + TOLD[library], got), got

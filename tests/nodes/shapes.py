@@ -13,6 +13,11 @@ def ways_to_share(comm):
     return [True, 2, False] if comm.size % 2 == 0 else [True, False]
 
 
+def ways_to_the_same_bits(comm):
+    """Those of them that sum over ranks in the same order: all, for a power of two."""
+    return ways_to_share(comm) if comm.size & (comm.size - 1) == 0 else [False]
+
+
 def several_nodes(comm):
     """Those of them that have more than one node."""
     return [share for share in ways_to_share(comm) if share is not True and share < comm.size]
