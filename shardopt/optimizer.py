@@ -75,8 +75,10 @@ class ShardedNAdam(Generic[P]):
         comm: MPI.Intracomm | None,
         policy: ShardPolicy,
     ) -> None:
-        install_abort_hook()
         self.comm = MPI.COMM_WORLD if comm is None else comm
+        _require_kind("comm", self.comm, MPI.Intracomm)
+        _require_kind("policy", policy, ShardPolicy)
+        install_abort_hook()
         self.defaults = dict(defaults)
         self._settings: Description = {
             "shardopt's version": __version__,
@@ -358,6 +360,13 @@ class ShardedNAdam(Generic[P]):
     def _release(self, call: str) -> None:
         self._closed = True
         self._engine.free(call)
+
+
+def _require_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise HyperparamsError(
+            f"{name} must be of type {kind.__name__}; got {value!r}. Leave it out for the default."
+        )
 
 
 def _require_supported(max_grad_norm: object) -> None:

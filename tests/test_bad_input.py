@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shardopt.errors import HyperparamsError, KernelError, PartitionError, RankMismatchError
-from shardopt.numpy import Parameter
+from shardopt.numpy import NAdam, Parameter
 from shardopt.policy import ShardPolicy
 from tests.refusal import (
     BOTH_WAYS,
@@ -169,6 +169,18 @@ WRONG_POLICIES = [
 def test_a_wrong_policy_is_refused(comm, settings, told):
     with refused(comm, HyperparamsError, told):
         ShardPolicy(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"policy": {"threads": 1}}, "policy must be of type ShardPolicy; got {'threads': 1}"),
+        ({"comm": 3}, "comm must be of type Intracomm; got 3"),
+    ],
+)
+def test_policy_and_comm_are_no_other_things(comm, setting, told):
+    with refused(comm, HyperparamsError, told):
+        NAdam(make_params(), **{"comm": comm, **setting})
 
 
 def named(*arrays):

@@ -17,7 +17,15 @@ from shardopt.checkpoint.followers import InFlight, SignalWatch
 from shardopt.checkpoint.image import FileImage, StagedImage
 from shardopt.checkpoint.loading import load
 from shardopt.checkpoint.reader import Reader, read_manifest
-from shardopt.checkpoint.saving import Committed, HasCore, Plan, finish, run_here, start_saving
+from shardopt.checkpoint.saving import (
+    Committed,
+    HasCore,
+    Plan,
+    core_of,
+    finish,
+    run_here,
+    start_saving,
+)
 from shardopt.checkpoint.snapshot import Layout, lay_out
 from shardopt.checkpoint.values import Array
 from shardopt.comm.agree import attempt
@@ -108,7 +116,7 @@ class Checkpointer:
             CheckpointError: This save failed, or the one before did; on every rank.
         """
         self.wait()
-        core, number = opt.core, int(step) if isinstance(step, np.integer) else step
+        core, number = core_of(opt), int(step) if isinstance(step, np.integer) else step
         plan = Plan(
             call="Checkpointer.save()",
             step=number,
@@ -157,7 +165,7 @@ class Checkpointer:
                 on every rank. The optimizer is as it was.
         """
         self.wait()
-        core, reasons = opt.core, dict[StepFolder, str]()
+        core, reasons = core_of(opt), dict[StepFolder, str]()
         # Looked for again each time, as what is missing may have been removed for a newer one.
         while folder := self._newest(core, step, reasons):
             try:
@@ -239,9 +247,9 @@ class Checkpointer:
         """
         self._stop_watching()
         chosen = signals or (signal.SIGTERM, signal.SIGUSR1)
-        self._watch, error = attempt(lambda: SignalWatch(opt.core, chosen, self._hear))
+        self._watch, error = attempt(lambda: SignalWatch(core_of(opt), chosen, self._hear))
         try:
-            opt.core.enter_call("Checkpointer.save_on_signal()", {"signals": chosen}, error)
+            core_of(opt).enter_call("Checkpointer.save_on_signal()", {"signals": chosen}, error)
         except Exception:
             self._stop_watching()
             raise

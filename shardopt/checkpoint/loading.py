@@ -17,7 +17,7 @@ from typing import Any
 from shardopt.checkpoint.fields import damaged
 from shardopt.checkpoint.manifest import PARAM_KEY, Manifest, ParamEntry, from_text
 from shardopt.checkpoint.reader import Reader, Wanted, read_manifest_text, wanted_slices
-from shardopt.checkpoint.saving import HasCore
+from shardopt.checkpoint.saving import HasCore, core_of
 from shardopt.checkpoint.snapshot import owned_parts, part_arrays
 from shardopt.comm.agree import attempt
 from shardopt.errors import CheckpointError, DamagedCheckpointError
@@ -50,7 +50,7 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
             was loaded; on every rank.
         CheckpointError: It is of another model; likewise.
     """
-    core, path = opt.core, Path(path).absolute()
+    core, path = core_of(opt), Path(path).absolute()
     manifest = _share_manifest(core, path)
     with Reader(path, manifest) as reader:
         content, error = attempt(lambda: _match(core, reader))

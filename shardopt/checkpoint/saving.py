@@ -62,6 +62,21 @@ class HasCore(Protocol):
         ...
 
 
+def core_of(opt: HasCore) -> ShardedNAdam[Any]:
+    """Give the core of what a user calls an optimizer.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    core = getattr(opt, "core", None)
+    if not isinstance(core, ShardedNAdam):
+        raise CheckpointError(
+            f"opt must be an optimizer of shardopt; got a {type(opt).__name__}. Pass the optimizer "
+            "itself, not its state."
+        )
+    return core
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a save is to be done; the same on every rank.
@@ -119,7 +134,7 @@ def save(path: str | Path, opt: HasCore, *, extra: Mapping[str, Any] | None = No
     Raises:
         CheckpointError: It could not be saved; on every rank. Nothing has changed then.
     """
-    path, step = Path(path).absolute(), opt.core.last_step.step
+    path, step = Path(path).absolute(), core_of(opt).last_step.step
     plan = Plan("save()", step, path.parent, lambda: [path.name], submit=run_here)
     finish(start_saving(plan, opt, extra))
 
@@ -146,7 +161,7 @@ def finish(saving: Saving) -> Committed:
 
 def start_saving(plan: Plan, opt: HasCore, extra: Mapping[str, Any] | None) -> Saving:
     """See [Note: a save in three parts]. Collective, and so is going on with it."""
-    core = opt.core
+    core = core_of(opt)
     here = core.topology.rank == 0
     begun, error = attempt(lambda: _begin(plan, core, extra))
     try:

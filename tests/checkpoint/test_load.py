@@ -172,6 +172,23 @@ def test_what_is_no_checkpoint_is_refused(comm, path, kind):
         load(path, opt)
 
 
+@pytest.mark.parametrize("call", ["save", "load", "Checkpointer.save", "Checkpointer.restore"])
+def test_a_state_is_no_optimizer(comm, path, mpi_tmp_path, call):
+    state = {"state": {}}
+    saver = Checkpointer(mpi_tmp_path)
+    told = "opt must be an optimizer of shardopt; got a dict. Pass the optimizer itself"
+    with refused_alike(comm, CheckpointError, told):
+        match call:
+            case "save":
+                save(mpi_tmp_path / "new", state)
+            case "load":
+                load(path, state)
+            case "Checkpointer.save":
+                saver.save(1, state)
+            case "Checkpointer.restore":
+                saver.restore(state)
+
+
 def test_all_ranks_must_load_the_same(comm, path):
     if comm.size == 1:
         pytest.skip("needs two ranks")
