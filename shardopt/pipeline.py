@@ -124,7 +124,7 @@ class Pipeline:
     def scale_grads(self, factor: float) -> None:
         """Multiply this rank's gradients."""
         for storage in self.storages:
-            grads = storage.grads[storage.node_rank]
+            grads = storage.grads[storage.node_rank, : storage.section.numel]
             grads *= grads.dtype.type(factor)
 
     def reduce(self, partition: Partition, step: int) -> float:
