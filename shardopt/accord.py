@@ -107,13 +107,7 @@ class Accord:
         rescaled = len({each.loss_scale for each in everyone}) > 1
         if inputs.replaced or rescaled:
             self.meet(step, "adopt")
-        if self._pipeline.courier is not None:
-            exchange, stale = self._pipeline.courier.exchange, inputs.stale
-            if rescaled:  # whatever has left had the old scale
-                started = np.array([exchange.num_started])
-                most = self._agreement.rollcall.allreduce(started, MPI.MAX, step, "adopt")
-                stale = (1 << int(most[0])) - 1
-            exchange.repeat(stale)
+        self._repeat_stale(inputs, step, rescaled=rescaled)
         self._pipeline.sync()
         return replace(survey, copied_nbytes=copied_nbytes), inputs
 
@@ -150,6 +144,17 @@ class Accord:
         """Let followers go on, when the step itself is over: they may raise."""
         for follower, bid in zip(list(self.followers), least, strict=True):
             follower.step_ended(bid)
+
+    def _repeat_stale(self, inputs: StepInputs, step: int, *, rescaled: bool) -> None:
+        """See to it that gradients which have left before are exchanged as they are now."""
+        if self._pipeline.courier is None:
+            return
+        exchange, stale = self._pipeline.courier.exchange, inputs.stale
+        if rescaled:  # whatever has left had the old scale
+            started = np.array([exchange.num_started])
+            most = self._agreement.rollcall.allreduce(started, MPI.MAX, step, "adopt")
+            stale = (1 << int(most[0])) - 1
+        exchange.repeat(stale)
 
     def _adopt(self, replaced: Mapping[int, FloatArray], masks: Sequence[int], step: int) -> int:
         """Of several values of a parameter the lowest rank's wins; gives the bytes copied."""

@@ -78,7 +78,7 @@ class InStep:
         self.collect_errors: list[str] = []
         self.stderr = os.fdopen(os.dup(2), "w")  # not what pytest captures
         # A handler in C prints the Python stacks even while this rank sits in a call of MPI's.
-        faulthandler.register(signal.SIGUSR1, file=self.stderr)
+        faulthandler.register(signal.SIGQUIT, file=self.stderr)
 
     def pytest_report_header(self) -> str:
         """Say how many ranks there are, and of which MPI."""
@@ -147,7 +147,7 @@ class InStep:
         time.sleep(0.5 * rank)  # the lowest rank that waits prints the stacks, once
         for other, pid in self.node_pids:
             self.print_past_capture(f"\nrank {other} is here:")
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGQUIT)
             time.sleep(0.1)
         self.comm.Abort(1)
 
