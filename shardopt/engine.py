@@ -42,6 +42,7 @@ class Engine(Generic[P]):
         policy: How to shard.
 
     Attributes:
+        policy: As given.
         topology: The ranks, with communicators of shardopt's own.
         agreement: How they come together.
         num_cores: This rank's share of those it may run on.
