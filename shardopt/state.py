@@ -78,7 +78,7 @@ def local_state(held: Held) -> StateDict:
 def gather_state(held: Held, rollcall: RollCall, root: int, step: int) -> StateDict | None:
     """Bring the whole state to ``root``; see ``ShardedNAdam.gather_state_dict``. Collective."""
     rank, call = rollcall.topology.rank, "gather_state_dict()"
-    moments = [_zero_moments(param.spec) for param in held.partition.params if rank == root]
+    moments = [_zero_moments(param.spec) for param in held.partition.params] if rank == root else []
     for source, place in enumerate(rollcall.topology.places):
         rollcall.allreduce(np.zeros(1), MPI.MAX, step, call)  # the deadline is for one rank's part
         if rank == root:

@@ -204,38 +204,10 @@ build(timeout_s=2)
 """,
     )
     assert job.returncode != 0, job.output
-    told = (
-        r"RankFailureError: every rank must complete NAdam\(\); got no end of it for 2 s on rank "
-    )
-    assert re.search(told + r"[01] on ", job.stderr), job.output
-    assert re.search("in live_on|in Window|in __init__", job.stderr), job.output  # stacks
-
-
-HANGS = {
-    "gather_state_dict(root=0)": "opt.rollcall.send = lambda *_: live_on()",
-    "load_state_dict(state)": "opt.rollcall.broadcast = lambda *_: live_on()",
-}
-
-
-@pytest.mark.parametrize("call", HANGS)
-def test_a_rank_that_hangs_while_state_travels_is_named(run, call):
-    job = run(
-        3,
-        f"""
-opt = build(timeout_s=2)
-opt.zero_grad()
-opt.step()
-state = opt.gather_state_dict(root=2)
-if last:
-    {HANGS[call]}
-opt.{call}
-""",
-    )
-    told = (
-        rf"come to step 1 \({call.partition('(')[0]}\(\)\); got no sign for [2-9]\.\d s of rank 2"
-    )
-    assert_ended_by(job, "shardopt.errors.RankFailureError: every rank must come")
-    assert re.search(told, job.stderr), job.output
+    told = r"every rank must complete NAdam\(\); got no end of it for 2 s on rank [01] on "
+    assert re.search("RankFailureError: " + told, job.stderr), job.output
+    stack = r"line \d+ in live_on|window\.py\", line \d+ in __init__"
+    assert re.search(stack, job.stderr), job.output
 
 
 def test_a_rank_whose_parameters_fail_is_an_error_on_all(run):

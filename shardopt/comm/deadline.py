@@ -2,13 +2,28 @@
 
 import faulthandler
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 
 from mpi4py import MPI
 
 from shardopt.comm.abort import end_job
+
+
+@contextmanager
+def overdue(timeout_s: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Call ``give_up``, in a thread, if what is inside takes longer.
+
+    mpi4py lets go of the interpreter in calls that block, so these may be inside.
+    """
+    timer = Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -22,20 +37,16 @@ def deadline(timeout_s: float, call: str) -> Iterator[None]:
         timeout_s: Longest time.
         call: What the user has called, for the message.
     """
-    timer = threading.Timer(timeout_s, _end_overdue, [timeout_s, call])
-    timer.daemon = True
-    timer.start()
-    try:
+
+    def give_up() -> None:
+        faulthandler.dump_traceback()
+        sys.stderr.write(
+            f"shardopt.errors.RankFailureError: every rank must complete {call}; got no end of it "
+            f"for {timeout_s} s on rank {MPI.COMM_WORLD.rank} on {MPI.Get_processor_name()}. Look "
+            "for a rank or host that died or hangs, or raise policy.timeout_s if they are only "
+            "slow.\n"
+        )
+        end_job(1)
+
+    with overdue(timeout_s, give_up):
         yield
-    finally:
-        timer.cancel()
-
-
-def _end_overdue(timeout_s: float, call: str) -> None:
-    faulthandler.dump_traceback()
-    sys.stderr.write(
-        f"shardopt.errors.RankFailureError: every rank must complete {call}; got no end of it for "
-        f"{timeout_s} s on rank {MPI.COMM_WORLD.rank} on {MPI.Get_processor_name()}. Look for a "
-        "rank or host that died or hangs, or raise policy.timeout_s if they are only slow.\n"
-    )
-    end_job(1)

@@ -70,8 +70,8 @@ class Topology:
     @property
     def lane_ranks(self) -> list[int]:
         """The ranks of this rank's lane, by node."""
-        of = {node: rank for rank, (node, lane) in enumerate(self.places) if lane == self.node_rank}
-        return [of[node] for node in sorted(of)]
+        ranks = [rank for rank, place in enumerate(self.places) if place[1] == self.node_rank]
+        return sorted(ranks, key=lambda rank: self.places[rank])
 
     def free(self) -> None:
         """Release the communicators. Collective."""
@@ -110,13 +110,13 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
 
 
 def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
-    """Number nodes by their lowest ranks, and lay lanes across them.
+    """Number nodes by their lowest ranks, and lay lanes across them, as far as nodes have ranks.
 
     Collective: every rank of ``comm``.
 
     Args:
         comm: The ranks that train together.
-        node_comm: Those of this rank's node, in rank order; as many on every node.
+        node_comm: Those of this rank's node, in rank order.
     """
     members = comm.allgather((node_comm.bcast(comm.rank), node_comm.rank))
     nodes = sorted({first for first, _ in members})

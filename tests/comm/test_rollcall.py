@@ -151,6 +151,30 @@ opt.step()
     assert re.match(told(2, r"(publishing|exchange) of bucket \d", missing), got)
 
 
+HANGS = {
+    "gather_state_dict(root=0)": "opt.rollcall.send = live_on",
+    "load_state_dict(state)": "opt.rollcall.broadcast = live_on",
+}
+
+
+@pytest.mark.parametrize("call", HANGS)
+def test_a_rank_that_hangs_while_state_travels_is_named(message, call):
+    got = message(
+        f"""
+param = Parameter(np.zeros(5, np.float32))
+opt = NAdam([param], policy=ShardPolicy(timeout_s=2))
+opt.zero_grad()
+opt.step()
+state = opt.gather_state_dict(root=2)
+if last:
+    {HANGS[call]}
+opt.{call}
+"""
+    )
+    phase = re.escape(f"{call.partition('(')[0]}()")
+    assert re.match(told(1, phase, "no sign for SECONDS s of rank 2, last seen in step 1"), got)
+
+
 # -- errors of MPI ---------------------------------------------------------------------------------
 
 ERRORS = {  # for each MPI one that it can be brought to: what the last rank does, options of mpirun

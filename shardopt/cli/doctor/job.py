@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from shardopt.cli.doctor.facts import Node, Rank
 from shardopt.cli.doctor.watch import Watch
-from shardopt.comm.topology import Topology, cores_per_rank
+from shardopt.comm.topology import Topology, arrange, cores_per_rank
 from shardopt.comm.window import SHARED_MEMORY_FOLDER, Window
 from shardopt.cores import QUOTA, bound_to, read_quota
 
@@ -36,12 +36,7 @@ def split(comm: MPI.Intracomm, watch: Watch) -> Topology:
     with watch.together("the search for nodes", comm):
         comm = comm.Dup()
         node_comm = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
-        lane_comm = cast("MPI.Intracomm", comm.Split(node_comm.rank, key=comm.rank))
-        members = comm.allgather((node_comm.bcast(comm.rank), node_comm.rank))
-        hosts = tuple(comm.allgather(MPI.Get_processor_name()))
-    firsts = sorted({first for first, _ in members})
-    places = tuple((firsts.index(first), node_rank) for first, node_rank in members)
-    return Topology(comm, node_comm, lane_comm, places, hosts)
+        return arrange(comm, node_comm)
 
 
 def describe_job(topology: Topology, watch: Watch) -> tuple[tuple[Rank, ...], tuple[Node, ...]]:

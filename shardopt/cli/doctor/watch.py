@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from select import select
 from signal import SIGKILL
-from threading import Timer
 
 import numpy as np
 from mpi4py import MPI
 
 from shardopt.comm.abort import end_job
+from shardopt.comm.deadline import overdue
 
 _GRACE_S = 2.0
 _NAP_S = 0.0005
@@ -21,9 +21,6 @@ _SIGN = 1  # the tag of a rank's sign of life
 
 class Watch:
     """Times the steps that ranks take together.
-
-    A thread watches, so that a step may use calls that block: mpi4py lets go of the interpreter
-    meanwhile.
 
     Args:
         timeout_s: Longest time for a step.
@@ -42,13 +39,8 @@ class Watch:
     @contextmanager
     def over(self, step: str) -> Iterator[None]:
         """Watch over a step."""
-        timer = Timer(self._patience_s, self._give_up, (step,))
-        timer.daemon = True
-        timer.start()
-        try:
+        with overdue(self._patience_s, lambda: self._give_up(step)):
             yield
-        finally:
-            timer.cancel()
 
     @contextmanager
     def from_outside(self, step: str) -> Iterator[None]:
