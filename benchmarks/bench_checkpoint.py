@@ -45,7 +45,7 @@ from savers import (
     require_equal,
 )
 from scratch import DirectWriter, scratch_folder, write_directly
-from shardopt.checkpoint.image import aligned_empty
+from shardopt.checkpoint.format.image import aligned_empty
 from shardopt.numpy import NAdam
 from training import make_compute, make_optimizer, some_numbers
 from verdict import checkpoint_ratios

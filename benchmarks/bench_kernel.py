@@ -13,11 +13,12 @@ from names import AXPY, FOREACH, KERNEL, KERNEL_NUMEL, TRIAD
 from peers import GRAD_SIZE, load_torch
 from placing import page_aligned
 from record import Ratio, Result, Samples, medians, report, sample
-from shardopt.dtypes import DTYPES, compute_dtype, has_master
-from shardopt.kernels.base import UpdatePlan
-from shardopt.kernels.cpu import CpuKernel
-from shardopt.nadam import Clock, Hyperparams, step_coefficients
-from shardopt.stagger import row_numel, staggered_zeros
+from shardopt.backends.base import UpdatePlan
+from shardopt.backends.cpu.kernel import CpuKernel
+from shardopt.backends.cpu.memory import padded_zeros
+from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
+from shardopt.layout.padding import row_numel
+from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
 from triad import Triad
 
 NUM_TENSORS = 16
@@ -42,7 +43,7 @@ class Setting:
 
 
 class KernelRun:
-    """The kernel and its arrays, which lie to each other as in ``shardopt.storage``.
+    """The kernel and its arrays, which lie to each other as in ``shardopt.store.buffers``.
 
     Attributes:
         nbytes: What one update must move: gradients once; parameters, moments and the master that
@@ -61,13 +62,13 @@ class KernelRun:
             fill_random(self._grads[source, :numel], GRAD_SIZE, 1 + source)
         names = ["exp_avg", "exp_avg_sq"] + ["master"] * has_master(dtype)
         self._state = {
-            name: staggered_zeros(numel, compute_dtype(dtype), len(rows) + i, self._param)
+            name: padded_zeros(numel, compute_dtype(dtype), len(rows) + i, self._param)
             for i, name in enumerate(names)
         }
         if has_master(dtype):
             self._state["master"][:] = self._param
         self._segments = np.array([[0, numel, 0]])
-        self._clock, self._hyper = Clock(), Hyperparams()
+        self._clock, self._hyper = StepCount(), Hyperparams()
         each = np.dtype(dtype).itemsize * (num_sources + 2)
         self.nbytes = numel * each + 2 * sum(array.nbytes for array in self._state.values())
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from names import SHARDOPT, THROUGH_JAX, THROUGH_LUCID, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16
 from peers import Contender, Problem, Shardopt
-from shardopt.kernels.base import FloatArray
+from shardopt._typing import FloatArray
 
 
 class ShardoptTorch(Shardopt):

@@ -39,7 +39,7 @@ from peers import (
 )
 from record import Result, Samples, mpi_library, report, sample, slowest_s
 from shardopt.comm.topology import Topology, make_topology
-from shardopt.planner import MIB, default_bucket_nbytes
+from shardopt.layout.traffic import MIB, default_bucket_nbytes
 from shardopt.policy import ShardPolicy
 from verdict import nodes_ratios
 

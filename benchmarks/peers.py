@@ -13,14 +13,15 @@ from mpi4py import MPI
 
 from names import REDUCE_SCATTER, REPLICATED, SHARDOPT, ZERO_REDUNDANCY
 from placing import page_aligned
+from shardopt._typing import FloatArray
+from shardopt.backends.base import UpdatePlan
+from shardopt.backends.cpu.kernel import CpuKernel
+from shardopt.backends.cpu.memory import padded_zeros
 from shardopt.comm.topology import cores_per_rank, make_topology
-from shardopt.kernels.base import FloatArray, UpdatePlan
-from shardopt.kernels.cpu import CpuKernel
-from shardopt.nadam import Clock, Hyperparams, step_coefficients
+from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.numpy import NAdam, Parameter
-from shardopt.partition import CHUNK_NUMEL
 from shardopt.policy import ShardPolicy
-from shardopt.stagger import staggered_zeros
+from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
 
 DTYPE = "float32"
 GRAD_SIZE = 0.01
@@ -138,17 +139,17 @@ class ReduceScatter:
         shard, start = chunks * CHUNK_NUMEL, chunks * CHUNK_NUMEL * problem.comm.rank
         # As NumPy places arrays: from and to whole pages both MPIs copy up to 1.4 times slower.
         origin = page_aligned(5, DTYPE)[4:]
-        self._params = staggered_zeros(shard * problem.comm.size, DTYPE, 0, origin)
-        self._grads = staggered_zeros(shard * problem.comm.size, DTYPE, 4, origin)
+        self._params = padded_zeros(shard * problem.comm.size, DTYPE, 0, origin)
+        self._grads = padded_zeros(shard * problem.comm.size, DTYPE, 4, origin)
         self._grad, self._exp_avg, self._exp_avg_sq = (
-            staggered_zeros(shard, DTYPE, stream, origin) for stream in (1, 2, 3)
+            padded_zeros(shard, DTYPE, stream, origin) for stream in (1, 2, 3)
         )
         for tensor, bounds in enumerate(self._bounds):
             problem.fill_param(self._params[slice(*bounds)], tensor)
             problem.fill_grad(self._grads[slice(*bounds)], tensor)
         self._param = self._params[start : start + shard]
         self._segments = np.array([[0, shard, 0]])
-        self._clock, self._hyper = Clock(), Hyperparams()
+        self._clock, self._hyper = StepCount(), Hyperparams()
         self._kernel = CpuKernel(problem.threads)
         self._kernel.prepare(DTYPE)
 

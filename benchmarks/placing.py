@@ -8,7 +8,7 @@ import mmap
 
 import numpy as np
 
-from shardopt.kernels.base import FloatArray
+from shardopt._typing import FloatArray
 
 
 def page_aligned(numel: int, dtype: str) -> FloatArray:

@@ -221,7 +221,7 @@ def figures(
             f"TCP; for others, how many times shardopt. {_origin(nodes)}",
         ]
     if memory:
-        parts += [memory_table(memory), f"Measured as proportional set size. {_origin(memory)}"]
+        parts += [memory_table(memory), f"GradNorm as proportional set size. {_origin(memory)}"]
     if faces:
         parts += [faces_table(faces), _origin(faces)]
     if checkpoints:

@@ -21,12 +21,12 @@ import xxhash
 from mpi4py import MPI
 
 from names import DCP, DCP_KEPT, SHARDOPT, SYNCHRONOUS, TORCH_SAVE
+from shardopt._typing import FloatArray
 from shardopt.checkpoint import Checkpointer, load
-from shardopt.checkpoint.disk import sync_folder
-from shardopt.checkpoint.image import PIECE_NBYTES, Bytes, run_all
-from shardopt.checkpoint.reader import read_manifest, wanted_slices
+from shardopt.checkpoint.format.disk import sync_folder
+from shardopt.checkpoint.format.image import PIECE_NBYTES, Bytes, run_all
+from shardopt.checkpoint.format.reader import read_manifest, wanted_slices
 from shardopt.checkpoint.snapshot import owned_parts, part_arrays
-from shardopt.kernels.base import FloatArray
 from shardopt.numpy import NAdam
 
 
@@ -65,7 +65,7 @@ class Saver(Background, Protocol):
 def owned_arrays(opt: NAdam) -> list[FloatArray]:
     """All that this rank saves."""
     core = opt.core
-    return part_arrays(owned_parts(core.partition, core.storages), core.storages)
+    return part_arrays(owned_parts(core.partition, core.buffers), core.buffers)
 
 
 def digest(opt: NAdam) -> str:
@@ -94,7 +94,7 @@ class ShardoptSaver:
 
     def in_flight(self) -> bool:
         """See ``Saver``."""
-        return bool(self._opt.core.followers)
+        return bool(self._opt.core.listeners)
 
     def wait(self) -> None:
         """See ``Saver``."""
@@ -235,10 +235,10 @@ def make_savers(folder: Path, opt: NAdam, has_torch: bool) -> dict[str, Saver]:
 def read_bare(path: Path, opt: NAdam) -> None:
     """Read a checkpoint of shardopt into place, by as many threads, without a look at the bytes."""
     core, manifest = opt.core, read_manifest(path)
-    parts = list(owned_parts(core.partition, core.storages))
+    parts = list(owned_parts(core.partition, core.buffers))
     requests = [
         (run.file, run.offset + start, run.target[start : start + PIECE_NBYTES])
-        for part, array in zip(parts, part_arrays(parts, core.storages), strict=True)
+        for part, array in zip(parts, part_arrays(parts, core.buffers), strict=True)
         for run in wanted_slices(
             manifest.slices[part.param][part.key], part.start, part.stop, array
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from shardopt.checkpoint.image import PIECE_NBYTES, Bytes, run_all
+from shardopt.checkpoint.format.image import PIECE_NBYTES, Bytes, run_all
 
 NUM_WRITERS = 4  # requests in flight, as many as shardopt has
 

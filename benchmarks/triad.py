@@ -17,8 +17,8 @@ import numba
 import numpy as np
 
 from placing import page_aligned
-from shardopt.kernels.base import FloatArray
-from shardopt.stagger import staggered_zeros
+from shardopt._typing import FloatArray
+from shardopt.backends.cpu.memory import padded_zeros
 
 _SCALE = 3.0
 
@@ -53,7 +53,7 @@ class Triad:
         self.nbytes = 3 * numel * np.dtype(dtype).itemsize
         self._scale = np.dtype(dtype).type(_SCALE)
         origin = page_aligned(1, dtype)
-        self._arrays = [staggered_zeros(numel, dtype, stream, origin) for stream in range(3)]
+        self._arrays = [padded_zeros(numel, dtype, stream, origin) for stream in range(3)]
         self._cuts = [numel * i // threads for i in range(threads + 1)]
         self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
         self._for_each(self._touch)

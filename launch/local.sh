@@ -35,7 +35,7 @@ main() {
     esac
   done
   find_mpi "$@"
-  ranks=${ranks:-$(python3 -I "$repo/shardopt/cores.py" 2>/dev/null || nproc)}
+  ranks=${ranks:-$(python3 -I "$repo/shardopt/measure/cores.py" 2>/dev/null || nproc)}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
     fail "--ranks must be a number from 1 up; got '$ranks'. See --help."
 

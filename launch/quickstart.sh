@@ -55,7 +55,7 @@ main() {
     esac
   done
   python=$(find_python)
-  cores=$("$python" -I "$repo/shardopt/cores.py")
+  cores=$("$python" -I "$repo/shardopt/measure/cores.py")
   ranks=${ranks:-$((cores > 2 ? cores : 2))}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
     fail "--ranks must be a number from 1 up; got '$ranks'. See --help."

@@ -29,7 +29,7 @@ from options import HEAD_WIDTH, Options, parse_options
 from report import MainReport, Report
 from screen import Setting, Step
 from shardopt import ShardPolicy
-from shardopt.cores import bound_to, count_cores
+from shardopt.measure.cores import bound_to, count_cores
 
 BETAS = (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
@@ -219,8 +219,8 @@ class Run:
 
     def sum_over_ranks(self, step: int, phase: str, *values: float) -> list[float]:
         """Add each value over all ranks, with the optimizer's deadline. Collective."""
-        rollcall = self.learner.opt.core.rollcall
-        sums = rollcall.allreduce(np.array(values, np.float64), MPI.SUM, step, phase)
+        collectives = self.learner.opt.core.collectives
+        sums = collectives.allreduce(np.array(values, np.float64), MPI.SUM, step, phase)
         return [float(value) for value in sums]
 
     def write_sample(self) -> tuple[bytes, bytes]:

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from shardopt.bindings import ArrayFace
-from shardopt.dtypes import DTYPES, compute_dtype
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
-from shardopt.groups import defaults_of, make_groups
-from shardopt.optimizer import ShardedNAdam
+from shardopt.layout.dtypes import DTYPES, compute_dtype
+from shardopt.params.adapter import ArrayAdapter
+from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from shardopt.groups import Group
-    from shardopt.kernels.base import FloatArray
+    from shardopt._typing import FloatArray
+    from shardopt.params.groups import Group
 
 __all__ = ["NAdam", "nadam"]
 
@@ -58,7 +58,7 @@ class _Leaf:
         return f"<{self.name}, shape={self.data.shape}>"
 
 
-class NAdam(ShardedNAdam[_Leaf]):
+class NAdam(Optimizer[_Leaf]):
     """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks; pytrees in and out.
 
     Arrays that are handed out never change: every step makes new ones, a copy on each rank beside
@@ -67,7 +67,7 @@ class NAdam(ShardedNAdam[_Leaf]):
 
     Steps run on the host, outside of ``jax.jit``: compile what computes the gradients.
 
-    Collective: construction and most methods; see ``ShardedNAdam`` for those and for the errors.
+    Collective: construction and most methods; see ``Optimizer`` for those and for the errors.
 
     Args:
         params: Pytree of arrays, [any shape] each, in float16, bfloat16, float32 or, with
@@ -117,7 +117,7 @@ class NAdam(ShardedNAdam[_Leaf]):
 
         super().__init__(
             make,
-            face=_JaxFace(),
+            face=_JaxAdapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -134,7 +134,7 @@ class NAdam(ShardedNAdam[_Leaf]):
     @property
     def count(self) -> int:
         """Steps taken, those of a loaded state included: what an optax schedule is asked for."""
-        return max(clock.step for clock in self.clocks)
+        return max(clock.step for clock in self.step_counts)
 
     def step(  # type: ignore[override]  # gradients cannot be found anywhere, they are given
         self,
@@ -155,8 +155,8 @@ class NAdam(ShardedNAdam[_Leaf]):
             params: What the parameters are before the step, for those who change what they were
                 handed out; where ranks change the same one, the lowest rank's value wins. None, for
                 all or in the place of a leaf: they are what the optimizer has.
-            loss_scale: See ``ShardedNAdam.step``.
-            overflowed: See ``ShardedNAdam.step``.
+            loss_scale: See ``Optimizer.step``.
+            overflowed: See ``Optimizer.step``.
 
         Returns:
             The new parameters, as ``params`` gives them.
@@ -239,8 +239,8 @@ def nadam(lr: float | Callable[[int], Any] = 2e-3, **settings: Any) -> Any:
     return optax.GradientTransformation(init, update)
 
 
-class _JaxFace(ArrayFace[_Leaf]):
-    """See ``Face``."""
+class _JaxAdapter(ArrayAdapter[_Leaf]):
+    """See ``Adapter``."""
 
     def name(self, param: _Leaf) -> str | None:
         if not isinstance(param, _Leaf):

@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lucid import Tensor
 from lucid.nn import Parameter
-from lucid.optim import Optimizer
+from lucid.optim import Optimizer as LucidOptimizer
 
-from shardopt.bindings import ArrayFace
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
-from shardopt.groups import defaults_of, make_groups
-from shardopt.nadam import mu_product_at
-from shardopt.optimizer import ShardedNAdam
+from shardopt.params.adapter import ArrayAdapter
+from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
+from shardopt.rule.nadam import mu_product_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpi4py import MPI
 
-    from shardopt.kernels.base import FloatArray
-    from shardopt.nadam import Hyperparams
+    from shardopt._typing import FloatArray
+    from shardopt.rule.nadam import Hyperparams
 
 __all__ = ["NAdam"]
 
 
-@Optimizer.register  # an instance of lucid's by name, with none of its methods
-class NAdam(ShardedNAdam[Parameter]):
+@LucidOptimizer.register  # an instance of lucid's by name, with none of its methods
+class NAdam(Optimizer[Parameter]):
     """The NAdam of the paper and of torch, in place of lucid.optim.NAdam, sharded over MPI ranks.
 
     ``variant="lucid"`` gives the numbers of lucid.optim.NAdam instead. Those are not NAdam's: lucid
@@ -38,7 +38,7 @@ class NAdam(ShardedNAdam[Parameter]):
     Arguments stand in lucid's order; state dicts go both ways, and ``mu_product``, which lucid does
     not keep, is rebuilt from ``step``. lucid's schedulers take this optimizer as one of lucid's.
 
-    Collective: construction and most methods; see ``ShardedNAdam`` for those and for the errors.
+    Collective: construction and most methods; see ``Optimizer`` for those and for the errors.
 
     Args:
         params: ``model.parameters()``, (name, parameter) pairs, or dicts with ``params`` and
@@ -84,7 +84,7 @@ class NAdam(ShardedNAdam[Parameter]):
         defaults = defaults_of(locals())
         super().__init__(
             lambda: make_groups(params, defaults),
-            face=_LucidFace(),
+            face=_LucidAdapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -102,8 +102,8 @@ class NAdam(ShardedNAdam[Parameter]):
         super().zero_grad(set_to_none)
 
 
-class _LucidFace(ArrayFace[Parameter]):
-    """See ``Face``."""
+class _LucidAdapter(ArrayAdapter[Parameter]):
+    """See ``Adapter``."""
 
     def name(self, param: Parameter) -> str | None:
         if not isinstance(param, Parameter):

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardopt.bindings import ArrayFace
-from shardopt.dtypes import is_floating
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
-from shardopt.groups import defaults_of, make_groups
-from shardopt.optimizer import ShardedNAdam
+from shardopt.layout.dtypes import is_floating
+from shardopt.params.adapter import ArrayAdapter
+from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from shardopt.kernels.base import FloatArray
+    from shardopt._typing import FloatArray
 
 __all__ = ["NAdam", "Parameter"]
 
@@ -51,10 +51,10 @@ class Parameter:
         return f"Parameter({self.name!r}, shape={np.shape(self.data)})"
 
 
-class NAdam(ShardedNAdam[Parameter]):
+class NAdam(Optimizer[Parameter]):
     """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks.
 
-    Collective: construction and most methods; see ``ShardedNAdam`` for those and for the errors.
+    Collective: construction and most methods; see ``Optimizer`` for those and for the errors.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
@@ -96,7 +96,7 @@ class NAdam(ShardedNAdam[Parameter]):
         defaults = defaults_of(locals())
         super().__init__(
             lambda: make_groups(params, defaults),
-            face=_NumpyFace(),
+            face=_NumpyAdapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -104,8 +104,8 @@ class NAdam(ShardedNAdam[Parameter]):
         )
 
 
-class _NumpyFace(ArrayFace[Parameter]):
-    """See ``Face``."""
+class _NumpyAdapter(ArrayAdapter[Parameter]):
+    """See ``Adapter``."""
 
     grads_from_start = True
 

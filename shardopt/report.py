@@ -51,7 +51,7 @@ class StepReport:
     poisoned_param: str | None = None
     poisoned_since: int | None = None
 
-    def diagnosed(self, poisoned_param: str | None, before: "StepReport") -> "StepReport":
+    def with_poison(self, poisoned_param: str | None, before: "StepReport") -> "StepReport":
         """Add what is known of poisoned parameters.
 
         Args:
@@ -85,7 +85,7 @@ class StepReport:
                 "that makes new parameters, such as load_state_dict(assign=True)."
             )
 
-    def healed(self) -> "StepReport":
+    def without_poison(self) -> "StepReport":
         """Forget poisoned parameters: values have been replaced."""
         return replace(self, poisoned_param=None, poisoned_since=None)
 

@@ -160,7 +160,7 @@ def _failure_text(report: pytest.TestReport) -> str:
     """All that a rank has to tell of a failure: the traceback, and what it printed."""
     if not report.failed:
         return ""
-    printed = (f"----- {title} -----\n{content}" for title, content in report.sections)
+    printed = (f"----- {title} -----\n{content}" for title, content in report.regions)
     return "\n".join((report.longreprtext, *printed))
 
 
@@ -177,7 +177,7 @@ def _adopt_failures(report: pytest.TestReport, everywhere: Sequence[tuple[str, s
         for text, ranks in ranks_by_text.items()
     ]
     if report.failed:
-        report.sections += told
+        report.regions += told
     else:
         report.outcome = "failed"
         report.longrepr = "\n".join(f"{title}:\n{text}" for title, text in told)

@@ -7,8 +7,8 @@ of any number of ranks, either MPI and any bucket size can be compared bit for b
 import numpy as np
 
 from shardopt import Parameter
-from shardopt.dtypes import compute_dtype
-from shardopt.nadam import Clock, Hyperparams, step_coefficients
+from shardopt.layout.dtypes import compute_dtype
+from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
 from tests.kernels.suite import tree_sum
 
 SHAPES = [(3, 4), (), (0, 5), (9000,), (33, 131), (1,), (4096,), (2, 3, 5), (20_001,)]
@@ -34,7 +34,7 @@ class Oracle:
         self.masters = [param.astype(compute_dtype(param.dtype.name)) for param in params]
         self.exp_avg = [np.zeros_like(master) for master in self.masters]
         self.exp_avg_sq = [np.zeros_like(master) for master in self.masters]
-        self.clocks = [Clock() for _ in params]
+        self.step_counts = [StepCount() for _ in params]
         self.hyper = hyper
 
     def step(self, grads_by_rank, factor=1.0, **changed):
@@ -48,8 +48,8 @@ class Oracle:
             zeros = np.zeros_like(p)
             grads = [zeros if grad is None else grad.astype(p.dtype) for grad in grads]
             total = tree_sum(grads)
-            self.clocks[index].advance(hyper)
-            row = step_coefficients(hyper, self.clocks[index], factor / world_size)
+            self.step_counts[index].advance(hyper)
+            row = step_coefficients(hyper, self.step_counts[index], factor / world_size)
             c = np.array(row, p.dtype)
             g = c[0] * total + c[1] * p
             m = c[3] * self.exp_avg[index] + c[4] * g

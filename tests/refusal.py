@@ -125,7 +125,7 @@ def assert_steps(opt: NAdam) -> None:
 
 
 def everything(opt: NAdam) -> list[bytes]:
-    """Parameters, moments, clocks and groups of an optimizer, to be compared bit by bit."""
+    """Parameters, moments, step_counts and groups of an optimizer, to be compared bit by bit."""
     state = opt.state_dict()
     entries = [
         value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shardopt import cores
+from shardopt.measure import cores
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,9 @@ def test_a_rank_that_hangs_in_the_midst_of_an_allocation_ends_the_job(run):
     job = run(
         2,
         """
-import shardopt.pipeline
+import shardopt.core.pipeline
 if last:
-    shardopt.pipeline.SectionStorage = lambda *_: live_on()
+    shardopt.core.pipeline.ShardBuffers = lambda *_: live_on()
 build(timeout_s=2)
 """,
     )

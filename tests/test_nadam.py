@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardopt.errors import HyperparamsError, ShardoptError
-from shardopt.nadam import VARIANTS, Clock, Hyperparams, mu_product_at, step_coefficients
+from shardopt.rule.nadam import VARIANTS, Hyperparams, StepCount, mu_product_at, step_coefficients
 from tests.paper import PaperNAdam
 
 
@@ -76,7 +76,7 @@ def test_coefficients_follow_the_paper(settings, decoupled, start, grads):
         settings = settings | {"decoupled_weight_decay": decoupled}
     if settings["variant"] == "optax":  # has decoupled decay only, applied to the old parameter
         settings |= {"decoupled_weight_decay": True}
-    hyper, clock = Hyperparams(**settings), Clock()
+    hyper, clock = Hyperparams(**settings), StepCount()
     paper = PaperNAdam(start, **settings)
     p, m, v = start, 0.0, 0.0
     for grad in grads:
@@ -96,7 +96,7 @@ def test_coefficients_follow_the_paper(settings, decoupled, start, grads):
 
 @given(reals(0, 4), reals(-5, 5))
 def test_grad_scale_scales_the_gradient(scale, grad):
-    hyper, clock = Hyperparams(), Clock(1, 0.5)
+    hyper, clock = Hyperparams(), StepCount(1, 0.5)
     assert step_coefficients(hyper, clock, scale).source_scale * grad == scale * grad
     maximize = Hyperparams(maximize=True)
     assert step_coefficients(maximize, clock, scale).source_scale * grad == -scale * grad
@@ -104,7 +104,7 @@ def test_grad_scale_scales_the_gradient(scale, grad):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mu_product_can_be_rebuilt(variant):
-    hyper, clock = Hyperparams(variant=variant, momentum_decay=0.1), Clock()
+    hyper, clock = Hyperparams(variant=variant, momentum_decay=0.1), StepCount()
     for step in range(1, 9000):  # into the smallest numbers, where it stays
         clock.advance(hyper)
         if step in (1, 2, 10, 8999):

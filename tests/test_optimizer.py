@@ -123,11 +123,11 @@ def test_params_without_gradient_stand_still(comm):
                 opt.step()
             oracle.step(grads)
             assert_same(params, oracle)
-        clocks = [
+        step_counts = [
             (entry["step"], entry["mu_product"]) for entry in opt.state_dict()["state"].values()
         ]
-    assert clocks == [(clock.step, clock.mu_product) for clock in oracle.clocks]
-    assert len(set(clocks)) > 2
+    assert step_counts == [(clock.step, clock.mu_product) for clock in oracle.step_counts]
+    assert len(set(step_counts)) > 2
 
 
 def test_zero_grad(comm):

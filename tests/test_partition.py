@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardopt.errors import PartitionError
-from shardopt.partition import ALIGNMENT_NUMEL, CHUNK_NUMEL, ParamSpec, plan_partition
+from shardopt.layout.partition import ALIGNMENT_NUMEL, CHUNK_NUMEL, ParamSpec, plan_partition
 
 shapes = st.one_of(
     st.just(()),
@@ -30,12 +30,12 @@ bucket_sizes = st.sampled_from([1, 16_384, 40_000, 1 << 17, 32 << 20])
 
 
 def owners(partition):
-    """Give (section, start, stop) of every shard with its owner."""
+    """Give (region, start, stop) of every shard with its owner."""
     for node in range(partition.num_nodes):
         for node_rank in range(partition.node_size):
-            for section in range(len(partition.sections)):
-                for shard in partition.shards(node, node_rank, section):
-                    yield (section, shard.start, shard.stop), (node, node_rank), shard
+            for region in range(len(partition.regions)):
+                for shard in partition.shards(node, node_rank, region):
+                    yield (region, shard.start, shard.stop), (node, node_rank), shard
 
 
 @given(spec_lists(), worlds, bucket_sizes)
@@ -57,10 +57,10 @@ def test_parameters_keep_apart_and_aligned(specs, world, bucket_nbytes):
     taken = sorted((param.start, param.stop) for param in partition.params if param.spec.numel)
     assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
     for param in partition.params:
-        section = partition.sections[param.section]
+        region = partition.regions[param.region]
         assert param.start % ALIGNMENT_NUMEL == 0
-        assert section.dtype == param.spec.dtype
-        assert section.start <= param.start <= param.stop <= section.stop
+        assert region.dtype == param.spec.dtype
+        assert region.start <= param.start <= param.stop <= region.stop
     assert partition.param_numel == sum(stop - start for start, stop in taken)
 
 
@@ -68,7 +68,7 @@ def test_parameters_keep_apart_and_aligned(specs, world, bucket_nbytes):
 def test_the_index_space_does_not_depend_on_the_world(specs, bucket_nbytes):
     one, many = (plan_partition(specs, *world, bucket_nbytes) for world in [(1, 1), (5, 7)])
     assert one.params == many.params
-    assert one.sections == many.sections
+    assert one.regions == many.regions
     assert one.buckets == many.buckets
 
 
@@ -76,15 +76,15 @@ def test_the_index_space_does_not_depend_on_the_world(specs, bucket_nbytes):
 def test_cuts_fall_on_chunks_and_shards_differ_by_one(specs, world, bucket_nbytes):
     partition = plan_partition(specs, *world, bucket_nbytes)
     for bucket in partition.buckets:
-        itemsize = np.dtype(partition.sections[bucket.section].dtype).itemsize
+        itemsize = np.dtype(partition.regions[bucket.region].dtype).itemsize
         assert (bucket.start % CHUNK_NUMEL, bucket.stop % CHUNK_NUMEL) == (0, 0)
         numel = bucket.stop - bucket.start
         assert 0 < numel <= max(CHUNK_NUMEL, bucket_nbytes // itemsize)
     local_stop: dict = {}
-    for (section, start, stop), owner, shard in owners(partition):
+    for (region, start, stop), owner, shard in owners(partition):
         assert start % CHUNK_NUMEL == stop % CHUNK_NUMEL == 0
-        assert shard.local_start == local_stop.get((owner, section), 0)  # end to end
-        local_stop[owner, section] = shard.local_stop
+        assert shard.local_start == local_stop.get((owner, region), 0)  # end to end
+        local_stop[owner, region] = shard.local_stop
     for bucket in partition.buckets:
         parts = [bucket.lane_part(i, partition.node_size) for i in range(partition.node_size)]
         chunks = [(stop - start) // CHUNK_NUMEL for start, stop in parts]
@@ -104,7 +104,7 @@ def test_segments_cover_exactly_the_parameters_of_a_cohort(specs, world, bucket_
         for segment in segments:
             assert shard.start <= segment.start < segment.stop <= shard.stop
             for index, start, stop in partition.params_in(
-                shard.section, segment.start, segment.stop
+                shard.region, segment.start, segment.stop
             ):
                 assert cohort_of[index] == segment.cohort
                 covered[index] = covered.get(index, 0) + stop - start
@@ -118,7 +118,7 @@ def test_extending_leaves_the_rest_in_place(specs, more, world, bucket_nbytes):
     before = plan_partition(specs, *world, bucket_nbytes)
     after = before.extend(more)
     assert after.params[: len(specs)] == before.params
-    assert after.sections[: len(before.sections)] == before.sections
+    assert after.regions[: len(before.regions)] == before.regions
     assert after.buckets[: len(before.buckets)] == before.buckets
     assert [param.spec for param in after.params[len(specs) :]] == more
 

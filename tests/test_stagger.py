@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardopt.stagger import PERIOD_NBYTES, STEP_NBYTES, row_numel, staggered_zeros
+from shardopt.backends.cpu.memory import padded_zeros
+from shardopt.layout.padding import PERIOD_NBYTES, STEP_NBYTES, row_numel
 
 
 def test_offsets_of_64_streams_differ():
@@ -15,7 +16,7 @@ def test_offsets_of_64_streams_differ():
 @given(st.integers(1, 1 << 20), st.integers(0, 9), st.sampled_from(["float32", "float64"]))
 def test_staggered_zeros(numel, stream, dtype):
     origin = np.zeros(10, dtype)
-    array = staggered_zeros(numel, dtype, stream, origin)
+    array = padded_zeros(numel, dtype, stream, origin)
     assert (array.shape, array.dtype) == ((numel,), dtype)
     assert not array[:100].any()
     distance = array.ctypes.data - origin.ctypes.data

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardopt.checkpoint.checkpointer import Checkpointer, Restored
     from shardopt.checkpoint.loading import load
-    from shardopt.checkpoint.rng import capture_rng, restore_rng
+    from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
     from shardopt.checkpoint.saving import save
 
 _HOMES = {

@@ -11,12 +11,18 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from shardopt.checkpoint import disk
-from shardopt.checkpoint.directory import StepFolder, list_checkpoints, step_names, superfluous
-from shardopt.checkpoint.followers import InFlight, SignalWatch
-from shardopt.checkpoint.image import FileImage, StagedImage
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.directory import (
+    StepFolder,
+    list_checkpoints,
+    step_names,
+    superfluous,
+)
+from shardopt.checkpoint.format.image import FileImage, StagedImage
+from shardopt.checkpoint.format.reader import Reader, read_manifest
+from shardopt.checkpoint.format.values import Array
+from shardopt.checkpoint.listeners import PendingSave, SignalWatch
 from shardopt.checkpoint.loading import load
-from shardopt.checkpoint.reader import Reader, read_manifest
 from shardopt.checkpoint.saving import (
     Committed,
     HasCore,
@@ -27,10 +33,9 @@ from shardopt.checkpoint.saving import (
     start_saving,
 )
 from shardopt.checkpoint.snapshot import Layout, lay_out
-from shardopt.checkpoint.values import Array
-from shardopt.comm.agree import attempt
+from shardopt.comm.consensus import attempt
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
-from shardopt.optimizer import ShardedNAdam
 from shardopt.report import tell
 
 _ROOM_NBYTES = 1 << 20  # for small arrays of extra, beside what is known to be staged
@@ -91,7 +96,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._layout: Layout | None = None
         self._staged = StagedImage()
-        self._in_flight: InFlight | None = None
+        self._in_flight: PendingSave | None = None
         self._failure: CheckpointError | None = None
         self._watch: SignalWatch | None = None
         self._writer: ThreadPoolExecutor | None = None
@@ -144,7 +149,7 @@ class Checkpointer:
                 _tell(core, f"a checkpoint could not be saved, as wait() will say, too: {outcome}")
 
         saving = start_saving(replace(plan, submit=self._submit, stage=stage), opt, extra)
-        self._in_flight = InFlight(saving, core, landed)
+        self._in_flight = PendingSave(saving, core, landed)
 
     def restore(self, opt: HasCore, step: int | None = None) -> Restored | None:
         """Load the newest checkpoint that is whole on all ranks.
@@ -286,19 +291,19 @@ class Checkpointer:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="shardopt-checkpoint")
         return self._writer.submit(job)
 
-    def _reserve(self, core: ShardedNAdam[Any]) -> None:
+    def _reserve(self, core: Optimizer[Any]) -> None:
         """Prepare before training begins what saves will need: the layout, and memory, touched."""
         if self._asynchronous:
             self._staged.reserve(self._lay_out(core, ()).file.nbytes + _ROOM_NBYTES)
 
-    def _lay_out(self, core: ShardedNAdam[Any], arrays: Sequence[Array]) -> Layout:
+    def _lay_out(self, core: Optimizer[Any], arrays: Sequence[Array]) -> Layout:
         self._layout = lay_out(
-            core.partition, core.storages, core.topology.rank, arrays, self._layout
+            core.partition, core.buffers, core.topology.rank, arrays, self._layout
         )
         return self._layout
 
     def _newest(
-        self, core: ShardedNAdam[Any], step: int | None, tried: Container[StepFolder]
+        self, core: Optimizer[Any], step: int | None, tried: Container[StepFolder]
     ) -> StepFolder | None:
         """Let rank 0 find the newest checkpoint not tried, and get ready to save. Collective."""
         _, error = attempt(lambda: self._reserve(core))
@@ -342,14 +347,14 @@ class Checkpointer:
         self.signalled = number
 
 
-def _from_rank_0(core: ShardedNAdam[Any], value: T) -> T:
-    return core.rollcall.gather(value, core.last_step.step, "Checkpointer.restore()")[0]
+def _from_rank_0(core: Optimizer[Any], value: T) -> T:
+    return core.collectives.gather(value, core.last_step.step, "Checkpointer.restore()")[0]
 
 
-def _tell_problem(core: ShardedNAdam[Any], committed: Committed) -> None:
+def _tell_problem(core: Optimizer[Any], committed: Committed) -> None:
     if committed.problem is not None:
         _tell(core, f"{committed.path.name} is safe, but {committed.problem}")
 
 
-def _tell(core: ShardedNAdam[Any], text: str) -> None:
+def _tell(core: Optimizer[Any], text: str) -> None:
     tell(CheckpointWarning(text), aloud=core.topology.rank == 0)

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.fields import damaged
-from shardopt.checkpoint.manifest import PARAM_KEY, Manifest, ParamEntry, from_text
-from shardopt.checkpoint.reader import Reader, Wanted, read_manifest_text, wanted_slices
+from shardopt.checkpoint.format.fields import damaged
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, ParamEntry, from_text
+from shardopt.checkpoint.format.reader import Reader, Wanted, read_manifest_text, wanted_slices
 from shardopt.checkpoint.saving import HasCore, core_of
 from shardopt.checkpoint.snapshot import owned_parts, part_arrays
-from shardopt.comm.agree import attempt
+from shardopt.comm.consensus import attempt
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import CheckpointError, DamagedCheckpointError
-from shardopt.groups import Group, group_values
-from shardopt.nadam import Clock, Hyperparams
-from shardopt.optimizer import ShardedNAdam
-from shardopt.partition import ParamSpec
+from shardopt.layout.partition import ParamSpec
+from shardopt.params.groups import Group, group_values
 from shardopt.report import StepReport
+from shardopt.rule.nadam import Hyperparams, StepCount
 
 
 def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
@@ -66,20 +66,20 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
         _agree(core, error and _changed_meanwhile(error))
     core.take_over(
         content.groups,
-        content.clocks,
+        content.step_counts,
         StepReport(step=manifest.num_steps, loss_scale=manifest.loss_scale),
     )
     core.take_over_params()
     return content.extra
 
 
-def _share_manifest(core: ShardedNAdam[Any], path: Path) -> Manifest:
+def _share_manifest(core: Optimizer[Any], path: Path) -> Manifest:
     """Let rank 0 read the manifest, and give it to all. Collective."""
     text, error = None, None
     if core.topology.rank == 0:
         text, error = attempt(lambda: read_manifest_text(path))
     core.enter_call("load()", {"path": str(path)}, error)
-    everyones = core.rollcall.gather(text, core.last_step.step, "load()")[0]
+    everyones = core.collectives.gather(text, core.last_step.step, "load()")[0]
     assert everyones is not None
     manifest, error = attempt(lambda: from_text(everyones))
     _agree(core, error)
@@ -93,7 +93,7 @@ class _Content:
 
     Attributes:
         groups: Values for each param group.
-        clocks: For each parameter.
+        step_counts: For each parameter.
         extra: As it was saved.
         precious: Where what this rank owns is in the files, and where it belongs: what must be
             verified before it is read.
@@ -102,12 +102,12 @@ class _Content:
     """
 
     groups: list[Group]
-    clocks: list[Clock]
+    step_counts: list[StepCount]
     extra: dict[str, Any] | None
     precious: list[Wanted]
     disposable: list[Wanted]
 
-    def first_pass(self, core: ShardedNAdam[Any], manifest: Manifest) -> list[Wanted]:
+    def first_pass(self, core: Optimizer[Any], manifest: Manifest) -> list[Wanted]:
         """Verify what is precious, and this rank's share of the headers; read the disposable."""
         files = range(core.topology.rank, len(manifest.files), core.topology.world_size)
         headers = [Wanted(i, 0, manifest.files[i].header_nbytes, None) for i in files]
@@ -120,7 +120,7 @@ class _Content:
                 run.target[:] = 0
 
 
-def _match(core: ShardedNAdam[Any], reader: Reader) -> _Content:
+def _match(core: Optimizer[Any], reader: Reader) -> _Content:
     """Check that a checkpoint fits the optimizer, and find what this rank needs of it.
 
     Raises:
@@ -130,17 +130,17 @@ def _match(core: ShardedNAdam[Any], reader: Reader) -> _Content:
     manifest = reader.manifest
     saved_index = match_params([param.spec for param in core.partition.params], manifest.params)
     entries = [manifest.params[index] for index in saved_index]
-    never_stepped = all(clock.step == 0 for clock in core.clocks)
+    never_stepped = all(clock.step == 0 for clock in core.step_counts)
     precious: list[Wanted] = []
     disposable: list[Wanted] = []
-    parts = list(owned_parts(core.partition, core.storages))
-    for part, array in zip(parts, part_arrays(parts, core.storages), strict=True):
+    parts = list(owned_parts(core.partition, core.buffers))
+    for part, array in zip(parts, part_arrays(parts, core.buffers), strict=True):
         slices = manifest.slices[saved_index[part.param]][part.key]
         pile = disposable if never_stepped and part.key != PARAM_KEY else precious
         pile += wanted_slices(slices, part.start, part.stop, array)
     return _Content(
         groups=_read_groups(core.param_groups, reader),
-        clocks=[Clock(entry.step, entry.mu_product) for entry in entries],
+        step_counts=[StepCount(entry.step, entry.mu_product) for entry in entries],
         extra=reader.extra(),
         precious=precious,
         disposable=disposable,
@@ -208,5 +208,5 @@ def _changed_meanwhile(error: Exception) -> DamagedCheckpointError:
     )
 
 
-def _agree(core: ShardedNAdam[Any], error: Exception | None) -> None:
+def _agree(core: Optimizer[Any], error: Exception | None) -> None:
     core.enter_call("load()", {}, error)

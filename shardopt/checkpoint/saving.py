@@ -26,24 +26,18 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 import numpy as np
 from mpi4py import MPI
 
+from shardopt._typing import FloatArray
 from shardopt._version import __version__
-from shardopt.checkpoint import disk
-from shardopt.checkpoint.image import FileImage
-from shardopt.checkpoint.manifest import ArrayEntry, FileEntry, Manifest, file_name, to_text
-from shardopt.checkpoint.reader import Reader
-from shardopt.checkpoint.snapshot import (
-    Layout,
-    lay_out,
-    merge_slices,
-    param_entries,
-    part_arrays,
-)
-from shardopt.checkpoint.values import Array, encode
-from shardopt.comm.agree import attempt
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.image import FileImage
+from shardopt.checkpoint.format.manifest import ArrayEntry, FileEntry, Manifest, file_name, to_text
+from shardopt.checkpoint.format.reader import Reader
+from shardopt.checkpoint.format.values import Array, encode
+from shardopt.checkpoint.snapshot import Layout, lay_out, merge_slices, param_entries, part_arrays
+from shardopt.comm.consensus import attempt
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import CheckpointError, ShardoptError
-from shardopt.groups import group_values
-from shardopt.kernels.base import FloatArray
-from shardopt.optimizer import ShardedNAdam
+from shardopt.params.groups import group_values
 
 T = TypeVar("T")
 
@@ -57,19 +51,19 @@ class HasCore(Protocol):
     """An optimizer of any face."""
 
     @property
-    def core(self) -> ShardedNAdam[Any]:
+    def core(self) -> Optimizer[Any]:
         """What all faces have in common."""
         ...
 
 
-def core_of(opt: HasCore) -> ShardedNAdam[Any]:
+def core_of(opt: HasCore) -> Optimizer[Any]:
     """Give the core of what a user calls an optimizer.
 
     Raises:
         CheckpointError: It is none.
     """
     core = getattr(opt, "core", None)
-    if not isinstance(core, ShardedNAdam):
+    if not isinstance(core, Optimizer):
         raise CheckpointError(
             f"opt must be an optimizer of shardopt; got a {type(opt).__name__}. Pass the optimizer "
             "itself, not its state."
@@ -97,8 +91,8 @@ class Plan:
     folder: Path
     names: Callable[[], Iterable[str]]
     submit: Callable[[Callable[[], Any]], Future[Any]]
-    layout: Callable[[ShardedNAdam[Any], Sequence[Array]], Layout] = lambda core, arrays: lay_out(
-        core.partition, core.storages, core.topology.rank, arrays
+    layout: Callable[[Optimizer[Any], Sequence[Array]], Layout] = lambda core, arrays: lay_out(
+        core.partition, core.buffers, core.topology.rank, arrays
     )
     stage: Callable[[FileImage], disk.Image] = lambda image: image
     after_commit: Callable[[Path], str | None] = lambda _: None
@@ -203,7 +197,7 @@ class _Begun:
     unfinished: str = ""
 
 
-def _begin(plan: Plan, core: ShardedNAdam[Any], extra: Mapping[str, Any] | None) -> _Begun:
+def _begin(plan: Plan, core: Optimizer[Any], extra: Mapping[str, Any] | None) -> _Begun:
     """Look at everything that may be wrong; rank 0 makes the folder, after all else."""
     rank, arrays = core.topology.rank, list[Array]()
     if type(plan.step) is not int or plan.step < 0:
@@ -262,9 +256,9 @@ class _Content:
     draft: Manifest
 
 
-def _lay_out(plan: Plan, core: ShardedNAdam[Any], begun: _Begun) -> _Content:
+def _lay_out(plan: Plan, core: Optimizer[Any], begun: _Begun) -> _Content:
     topology, layout = core.topology, plan.layout(core, begun.arrays)
-    values = part_arrays(layout.parts, core.storages)
+    values = part_arrays(layout.parts, core.buffers)
     image = FileImage(layout.file, [*values, *(array.reshape(-1) for array in begun.arrays)])
     arrays = zip(begun.arrays, layout.file.offsets[len(values) :], strict=True)
     file = FileEntry(
@@ -280,7 +274,7 @@ def _lay_out(plan: Plan, core: ShardedNAdam[Any], begun: _Begun) -> _Content:
         world_size=topology.world_size,
         num_steps=core.last_step.step,
         loss_scale=core.last_step.loss_scale,
-        params=param_entries(core.partition, core.clocks),
+        params=param_entries(core.partition, core.step_counts),
         slices=(),
         groups=groups,
         extra={"replicated": everyones, PER_RANK: None},
@@ -350,15 +344,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _agree(core: ShardedNAdam[Any], plan: Plan, error: Exception | None) -> None:
+def _agree(core: Optimizer[Any], plan: Plan, error: Exception | None) -> None:
     core.enter_call(plan.call, {"step": plan.step, "folder": str(plan.folder)}, error)
 
 
-def _gather(core: ShardedNAdam[Any], plan: Plan, value: T) -> list[T]:
-    return core.rollcall.gather(value, core.last_step.step, plan.call)
+def _gather(core: Optimizer[Any], plan: Plan, value: T) -> list[T]:
+    return core.collectives.gather(value, core.last_step.step, plan.call)
 
 
-def _outcome(core: ShardedNAdam[Any], plan: Plan, job: Future[T]) -> T:
+def _outcome(core: Optimizer[Any], plan: Plan, job: Future[T]) -> T:
     """What a job gave, once it has ended well on all ranks. Collective."""
     result, error = attempt(job.result)
     if error is not None and not isinstance(error, ShardoptError):

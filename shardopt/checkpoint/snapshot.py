@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from shardopt.checkpoint.image import FileLayout, Item
-from shardopt.checkpoint.manifest import PARAM_KEY, ParamEntry, Slice
-from shardopt.checkpoint.values import Array
-from shardopt.kernels.base import FloatArray
-from shardopt.nadam import Clock
-from shardopt.partition import Partition
-from shardopt.state import owned_runs
-from shardopt.storage import SectionStorage
+from shardopt._typing import FloatArray
+from shardopt.checkpoint.format.image import FileLayout, Item
+from shardopt.checkpoint.format.manifest import PARAM_KEY, ParamEntry, Slice
+from shardopt.checkpoint.format.values import Array
+from shardopt.layout.partition import Partition, owned_runs
+from shardopt.rule.nadam import StepCount
+from shardopt.store.buffers import ShardBuffers
 
 
 class Part(NamedTuple):
@@ -21,7 +20,7 @@ class Part(NamedTuple):
         key: ``param`` or a key of its state.
         start: Its first element in the flattened parameter.
         stop: One past its last.
-        section: Index of the storage that it lives in.
+        region: Index of the storage that it lives in.
         local: Where it is there.
         bucket: [start, stop) of the parameter's part in one bucket, which the run is within.
     """
@@ -30,15 +29,15 @@ class Part(NamedTuple):
     key: str
     start: int
     stop: int
-    section: int
+    region: int
     local: slice
     bucket: tuple[int, int]
 
 
-def owned_parts(partition: Partition, storages: Sequence[SectionStorage]) -> Iterator[Part]:
+def owned_parts(partition: Partition, buffers: Sequence[ShardBuffers]) -> Iterator[Part]:
     """Give everything that this rank owns, an array of the state after the other."""
-    for index, storage in enumerate(storages):
-        buckets = [bucket for bucket in partition.buckets if bucket.section == index]
+    for index, storage in enumerate(buffers):
+        buckets = [bucket for bucket in partition.buckets if bucket.region == index]
         runs = [
             (run, (bucket.start, bucket.stop))
             for bucket, shard in zip(buckets, storage.shards, strict=True)
@@ -51,16 +50,16 @@ def owned_parts(partition: Partition, storages: Sequence[SectionStorage]) -> Ite
                     max(0, bucket[0] - param.start),
                     min(param.spec.numel, bucket[1] - param.start),
                 )
-                shift = param.start - storage.section.start
+                shift = param.start - storage.region.start
                 shared = slice(run.start + shift, run.stop + shift)
                 local = shared if key == PARAM_KEY else run.local
                 yield Part(run.param, key, run.start, run.stop, index, local, within)
 
 
-def part_arrays(parts: Iterable[Part], storages: Sequence[SectionStorage]) -> list[FloatArray]:
+def part_arrays(parts: Iterable[Part], buffers: Sequence[ShardBuffers]) -> list[FloatArray]:
     """Give the elements of each part, where they live."""
-    wholes = [{PARAM_KEY: storage.params, **storage.state} for storage in storages]
-    return [wholes[part.section][part.key][part.local] for part in parts]
+    wholes = [{PARAM_KEY: storage.params, **storage.state} for storage in buffers]
+    return [wholes[part.region][part.key][part.local] for part in parts]
 
 
 class Layout(NamedTuple):
@@ -83,7 +82,7 @@ class Layout(NamedTuple):
 
 def lay_out(
     partition: Partition,
-    storages: Sequence[SectionStorage],
+    buffers: Sequence[ShardBuffers],
     rank: int,
     arrays: Sequence[Array],
     before: Layout | None = None,
@@ -92,7 +91,7 @@ def lay_out(
 
     Args:
         partition: Of the parameters.
-        storages: This rank's.
+        buffers: This rank's.
         rank: Of those that save.
         arrays: That are saved, too.
         before: What this gave before, on the same rank; it is given again if it still holds.
@@ -100,13 +99,13 @@ def lay_out(
     forms = [(array.dtype.name, array.size) for array in arrays]
     if before is not None and before.partition is partition and before.arrays == forms:
         return before
-    parts = list(owned_parts(partition, storages))
-    dtypes = [{key: array.dtype.name for key, array in each.state.items()} for each in storages]
+    parts = list(owned_parts(partition, buffers))
+    dtypes = [{key: array.dtype.name for key, array in each.state.items()} for each in buffers]
     items = []
     for part in parts:
         spec = partition.params[part.param].spec
         name = spec.name if part.key == PARAM_KEY else f"{spec.name}::{part.key}"
-        dtype = spec.dtype if part.key == PARAM_KEY else dtypes[part.section][part.key]
+        dtype = spec.dtype if part.key == PARAM_KEY else dtypes[part.region][part.key]
         first, last = part.bucket
         if (first, last) != (0, spec.numel):  # a file has each name once, and a rank may own
             name = f"{name}[{first}:{last}]"  # several parts of what is larger than a bucket
@@ -142,7 +141,7 @@ def merge_slices(
     return slices
 
 
-def param_entries(partition: Partition, clocks: Sequence[Clock]) -> tuple[ParamEntry, ...]:
+def param_entries(partition: Partition, step_counts: Sequence[StepCount]) -> tuple[ParamEntry, ...]:
     """Describe the parameters."""
     return tuple(
         ParamEntry(
@@ -153,5 +152,5 @@ def param_entries(partition: Partition, clocks: Sequence[Clock]) -> tuple[ParamE
             clock.step,
             clock.mu_product,
         )
-        for param, clock in zip(partition.params, clocks, strict=True)
+        for param, clock in zip(partition.params, step_counts, strict=True)
     )

@@ -7,8 +7,8 @@ from typing import cast
 
 from mpi4py import MPI
 
-from shardopt.cores import bound_to, count_cores
 from shardopt.errors import LauncherError, RankFailureError
+from shardopt.measure.cores import bound_to, count_cores
 
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),

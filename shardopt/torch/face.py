@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shardopt.bindings import Face
 from shardopt.errors import PartitionError
+from shardopt.params.adapter import Adapter
 from shardopt.torch.tensors import as_array, as_complex, as_tensor, look_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from shardopt.kernels.base import FloatArray
-    from shardopt.nadam import Hyperparams
+    from shardopt._typing import FloatArray
+    from shardopt.rule.nadam import Hyperparams
 
 _SCAN_NUMEL = 1 << 14
 _DTYPES = {
@@ -28,8 +28,8 @@ _DTYPES = {
 }
 
 
-class _TorchFace(Face[Tensor]):
-    """See ``Face``.
+class _TorchAdapter(Adapter[Tensor]):
+    """See ``Adapter``.
 
     [Note: None unless touched]
     A gradient that autograd shall accumulate into the window must be there before backward, so
@@ -62,7 +62,7 @@ class _TorchFace(Face[Tensor]):
     def view(self, param: Tensor, array: FloatArray) -> _View:
         return _View(array, param.is_complex())
 
-    def listen(self, listener: Callable[[Tensor], None]) -> bool:
+    def on_grad_ready(self, listener: Callable[[Tensor], None]) -> bool:
         self._listener = listener
         return True
 
@@ -129,7 +129,7 @@ class _View:
     """Memory of a window, and how a tensor that shows it looks.
 
     The tensors it makes are new ones, and what they look like is kept as plain values: torch gives
-    tensors, and the storages that they share, other memory in place (``model.to()`` the gradients,
+    tensors, and the buffers that they share, other memory in place (``model.to()`` the gradients,
     ``share_memory()`` both).
     """
 
@@ -159,9 +159,9 @@ def _any_nonzero(array: FloatArray) -> bool:
     return any(flat[i : i + _SCAN_NUMEL].any() for i in range(0, flat.size, _SCAN_NUMEL))
 
 
-def make_face() -> Face[Tensor]:
+def make_adapter() -> Adapter[Tensor]:
     """The face of one optimizer."""
-    return _TorchFace()
+    return _TorchAdapter()
 
 
 def _require_ordinary(param: Tensor, name: str) -> None:

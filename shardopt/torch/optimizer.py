@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from shardopt.core.optimizer import Optimizer
 from shardopt.errors import HyperparamsError, ShardoptError
-from shardopt.groups import defaults_of
-from shardopt.optimizer import ShardedNAdam
+from shardopt.params.groups import defaults_of
 from shardopt.policy import ShardPolicy
-from shardopt.torch.face import make_face
+from shardopt.torch.face import make_adapter
 from shardopt.torch.tensors import as_complex, state_tensors
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from shardopt.groups import Group
-    from shardopt.partition import Partition
-    from shardopt.planner import MemoryReport
+    from shardopt.layout.footprint import MemoryReport
+    from shardopt.layout.partition import Partition
+    from shardopt.params.groups import Group
     from shardopt.report import StepReport
 
 __all__ = ["NAdam"]
@@ -80,7 +80,7 @@ class NAdam(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then hands grad_scale and found_inf to step
-    _core: ShardedNAdam[Tensor] | None = None
+    _core: Optimizer[Tensor] | None = None
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class NAdam(torch.optim.Optimizer):
             init(params, defaults)
             return list(map(_require_plain, self.param_groups))
 
-        self._core = ShardedNAdam(
+        self._core = Optimizer(
             make,
-            face=make_face(),
+            face=make_adapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -124,7 +124,7 @@ class NAdam(torch.optim.Optimizer):
         self.param_groups = self._core.param_groups
 
     @property
-    def core(self) -> ShardedNAdam[Tensor]:
+    def core(self) -> Optimizer[Tensor]:
         """What all faces have in common."""
         assert self._core is not None, "__init__ has ended"
         return self._core
@@ -205,7 +205,7 @@ class NAdam(torch.optim.Optimizer):
         """Copy this rank's part of the state; no communication.
 
         Returns:
-            As ``ShardedNAdam.state_dict``, with tensors.
+            As ``Optimizer.state_dict``, with tensors.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardopt.kernels.base import FloatArray
+    from shardopt._typing import FloatArray
 
 
 def as_array(tensor: Tensor) -> FloatArray:

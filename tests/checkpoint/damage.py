@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from shardopt.checkpoint import load
-from shardopt.checkpoint.manifest import CHUNK_NBYTES, MANIFEST_NAME
+from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
 from shardopt.errors import DamagedCheckpointError
 from tests.refusal import FORM
 
@@ -21,13 +21,13 @@ def params_of(opt):
 def standing(opt):
     """All that a load may change, on this rank, to be compared bit by bit."""
     core = opt.core
-    arrays = [array for storage in core.storages for array in storage.state.values()]
-    arrays += [storage.params for storage in core.storages]
+    arrays = [array for storage in core.buffers for array in storage.state.values()]
+    arrays += [storage.params for storage in core.buffers]
     digests = [xxhash.xxh3_128_hexdigest(array.view(np.uint8)) for array in arrays]
-    clocks = [(clock.step, clock.mu_product) for clock in core.clocks]
+    step_counts = [(clock.step, clock.mu_product) for clock in core.step_counts]
     values = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
     params = [(id(param), id(param.data), id(param.grad)) for param in params_of(opt)]
-    return digests, clocks, repr(values), params, repr(opt.last_step)
+    return digests, step_counts, repr(values), params, repr(opt.last_step)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import save
-from shardopt.checkpoint.manifest import VERSION
+from shardopt.checkpoint.format.manifest import VERSION
 
 FOLDER = Path(__file__).with_name("golden")
 NUM_STEPS = 3

@@ -8,9 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from shardopt import NAdam, Parameter, ShardPolicy
-from shardopt.checkpoint.directory import StepFolder, list_checkpoints
-from shardopt.checkpoint.manifest import PARAM_KEY
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.directory import StepFolder, list_checkpoints
+from shardopt.checkpoint.format.manifest import PARAM_KEY
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from tests.refusal import params_of
 
 SPECS = [("weight", (61, 17), "float32"), ("bias", (5,), "float32"), ("scale", (3,), "float64")]

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from shardopt.checkpoint.rng import capture_rng
+from shardopt.checkpoint.rng.streams import capture_rng
 
 KINDS = ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"]
 

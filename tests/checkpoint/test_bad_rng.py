@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from shardopt.checkpoint.rng import capture_rng, restore_rng
+from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
 from shardopt.errors import CheckpointError, RankMismatchError
 from tests.checkpoint.runs import UP_TO_THREE_RANKS
 from tests.checkpoint.streams import draw, make_generator, seed_all, standing, through_json

@@ -8,8 +8,8 @@ import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import Checkpointer, load, save
-from shardopt.checkpoint.manifest import CHUNK_NBYTES, MANIFEST_NAME
-from shardopt.checkpoint.reader import read_manifest
+from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
+from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.checkpoint.damage import (
     add,

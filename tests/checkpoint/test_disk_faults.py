@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from shardopt.checkpoint import Checkpointer, disk, save
-from shardopt.checkpoint.image import StagedImage
+from shardopt.checkpoint import Checkpointer, save
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.image import StagedImage
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.checkpoint.numbered import Origin, build, fill, hidden, verify, verify_all
 from tests.checkpoint.runs import UP_TO_THREE_RANKS
@@ -90,7 +91,7 @@ class Stepped(InTurn):
         self.checkpointer.save(step, self.opt, extra)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            while self.opt.core.followers:
+            while self.opt.core.listeners:
                 take_step(self.opt)
         texts = [str(warning.message) for warning in seen]
         try:

@@ -5,7 +5,7 @@ import pytest
 
 from shardopt import NAdam, ShardPolicy
 from shardopt.checkpoint import load
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from tests.checkpoint.make_golden import (
     FOLDER,
     GROUPS,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import shardopt.checkpoint
 from shardopt import NAdam
 from shardopt.checkpoint import load
-from shardopt.checkpoint.manifest import (
+from shardopt.checkpoint.format.manifest import (
     CHUNK_NBYTES,
     DTYPES,
     MANIFEST_NAME,
@@ -37,7 +37,7 @@ from shardopt.checkpoint.manifest import (
     itemsize,
     to_text,
 )
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.damage import standing
 from tests.checkpoint.make_golden import FOLDER, make_groups
@@ -470,7 +470,7 @@ def test_extra_that_nobody_saved_is_refused(opt, folder, index):
 LIMITED = """
 import resource, sys, time
 from pathlib import Path
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointError
 
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

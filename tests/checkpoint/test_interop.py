@@ -5,7 +5,7 @@ import pytest
 
 import shardopt.numpy
 from shardopt.checkpoint import load, save
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from tests.checkpoint.make_golden import FOLDER
 from tests.frameworks import require
 from tests.refusal import POLICY
@@ -84,7 +84,7 @@ def test_the_arrays_of_extra_are_tensors_too(case):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("case", GOLDENS)
 def test_torch_puts_the_slices_of_all_files_together(case):
-    """With its reader of Hugging Face's format, the manifest lying beside the files."""
+    """With its reader of Hugging Adapter's format, the manifest lying beside the files."""
     torch = require("torch")
     pytest.importorskip("safetensors")
     dcp = pytest.importorskip("torch.distributed.checkpoint")
@@ -225,7 +225,7 @@ def make(framework, comm, seed, named=False):
 
 
 def state_of(model):
-    """Values, moments and clocks, on rank 0."""
+    """Values, moments and step_counts, on rank 0."""
     state = model.opt.gather_state_dict()
     entries = None
     if state is not None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardopt.checkpoint import disk
-from shardopt.checkpoint.directory import list_checkpoints
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.directory import list_checkpoints
 from tests.checkpoint.numbered import hidden, verify_all
 from tests.conftest import kill_with_ranks
 

@@ -9,8 +9,8 @@ import pytest
 
 from shardopt import NAdam, Parameter
 from shardopt.checkpoint import Checkpointer, load, save
-from shardopt.checkpoint.manifest import MANIFEST_NAME
-from shardopt.checkpoint.reader import Reader
+from shardopt.checkpoint.format.manifest import MANIFEST_NAME
+from shardopt.checkpoint.format.reader import Reader
 from shardopt.errors import (
     CheckpointError,
     DamagedCheckpointError,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from shardopt.checkpoint import Checkpointer, disk, manifest, reader, save
-from shardopt.checkpoint.directory import list_checkpoints
-from shardopt.checkpoint.manifest import MANIFEST_NAME
+from shardopt.checkpoint import Checkpointer, save
+from shardopt.checkpoint.format import disk, manifest, reader
+from shardopt.checkpoint.format.directory import list_checkpoints
+from shardopt.checkpoint.format.manifest import MANIFEST_NAME
 from shardopt.errors import CheckpointError
 from tests.checkpoint.numbered import Origin, build, fill, verify
 from tests.checkpoint.power_loss import (

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from shardopt.checkpoint import Checkpointer, disk, load, save
-from shardopt.checkpoint.directory import list_checkpoints
+from shardopt.checkpoint import Checkpointer, load, save
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.directory import list_checkpoints
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 from tests.checkpoint.numbered import (
     Origin,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from shardopt.checkpoint.rng import capture_rng, restore_rng
+from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
 from shardopt.errors import RandomStreamWarning
 from tests.checkpoint.streams import (
     KINDS,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardopt.checkpoint.fields import parse_json
-from shardopt.checkpoint.values import decode, encode
+from shardopt.checkpoint.format.fields import parse_json
+from shardopt.checkpoint.format.values import decode, encode
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.test_golden import assert_alike
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from shardopt.checkpoint import disk
-from shardopt.checkpoint.image import FileImage, FileLayout, Item
-from shardopt.checkpoint.manifest import (
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.image import FileImage, FileLayout, Item
+from shardopt.checkpoint.format.manifest import (
     MANIFEST_NAME,
     ArrayEntry,
     FileEntry,
@@ -20,7 +20,7 @@ from shardopt.checkpoint.manifest import (
     from_text,
     to_text,
 )
-from shardopt.checkpoint.values import encode
+from shardopt.checkpoint.format.values import encode
 from shardopt.cli import main
 
 FORM = re.compile(r"shardopt ckpt: .+ must .+; got.+\. .+\.\n", re.DOTALL)

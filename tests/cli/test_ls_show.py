@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from shardopt.checkpoint.manifest import MANIFEST_NAME
+from shardopt.checkpoint.format.manifest import MANIFEST_NAME
 from shardopt.cli import text
 from tests.cli.making import alter_manifest, call, make, manifest_of, refused
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from shardopt.checkpoint.manifest import CHUNK_NBYTES
+from shardopt.checkpoint.format.manifest import CHUNK_NBYTES
 from tests.cli.making import alter_manifest, call, flip, make, manifest_of, refused
 
 FILES = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardopt.checkpoint.directory import list_checkpoints
+from shardopt.checkpoint.format.directory import list_checkpoints
 from tests.cluster.cluster import Cluster
 from tests.conftest import kill_with_ranks, read_job_env
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from shardopt.comm.agree import Agreement, digest_of, first_difference, raise_first
+from shardopt.comm.consensus import Consensus, digest_of, first_difference, raise_first
 from shardopt.comm.topology import make_topology
 from shardopt.errors import CheckpointError, PartitionError, RankMismatchError
 
 
 @pytest.fixture
 def agreement(comm):
-    agreement = Agreement(make_topology(comm, True, 60), timeout_s=60)
+    agreement = Consensus(make_topology(comm, True, 60), timeout_s=60)
     yield agreement
     agreement.free()
 
@@ -49,16 +49,16 @@ def test_a_difference_is_named_with_ranks_and_values(comm, agreement):
 @pytest.mark.mpi(min_size=2)
 def test_differing_digests_of_equal_descriptions_are_told(comm, agreement):
     assert not agreement.agree(dict, digest=comm.rank, phase="test")
-    assert agreement.rollcall.gather(comm.rank, 0, "test") == list(range(comm.size))
+    assert agreement.collectives.gather(comm.rank, 0, "test") == list(range(comm.size))
 
 
 @pytest.mark.mpi
 def test_allreduce_reduces_over_all_ranks(comm, agreement):
     ranks = np.array([comm.rank, -comm.rank])
-    highest = agreement.rollcall.allreduce(ranks, MPI.MAX, 0, "test")
+    highest = agreement.collectives.allreduce(ranks, MPI.MAX, 0, "test")
     assert highest.tolist() == [comm.size - 1, 0]
     parts = np.eye(comm.size)[comm.rank] / 3
-    total = agreement.rollcall.allreduce(parts, MPI.SUM, 0, "test")
+    total = agreement.collectives.allreduce(parts, MPI.SUM, 0, "test")
     assert total.tolist() == [1 / 3] * comm.size  # adding zeros rounds nothing
 
 

@@ -16,20 +16,20 @@ import os, signal, sys, time
 import numpy as np
 from mpi4py import MPI
 from shardopt import NAdam, Parameter, ShardPolicy
-from shardopt.comm.abort import install_abort_hook
-from shardopt.comm.rollcall import RollCall
+from shardopt.comm.failure import install_abort_hook
+from shardopt.comm.collectives import Collectives
 from shardopt.comm.topology import make_topology
-from shardopt.kernels.cpu import CpuKernel
+from shardopt.backends.cpu.kernel import CpuKernel
 
 comm = MPI.COMM_WORLD
 last = comm.rank == comm.size - 1
 install_abort_hook()
 
 def make_rollcall(share_node=False):
-    return RollCall(make_topology(comm, share_node, 30), timeout_s=30 if last else 2)
+    return Collectives(make_topology(comm, share_node, 30), timeout_s=30 if last else 2)
 
-def meet(rollcall, step):
-    rollcall.allreduce(np.zeros(1), MPI.SUM, step, "finish")
+def meet(collectives, step):
+    collectives.allreduce(np.zeros(1), MPI.SUM, step, "finish")
 
 def never():
     return False
@@ -67,11 +67,11 @@ def told(step, phase, got):
 def test_a_rank_that_hangs_is_named_with_its_last_step(message, share_node):
     got = message(
         f"""
-rollcall = make_rollcall({share_node})
+collectives = make_rollcall({share_node})
 for step in range(1, 100):
     if last and step == 4:
         live_on()
-    meet(rollcall, step)
+    meet(collectives, step)
 """
     )
     assert re.match(told(4, "finish", "no sign for SECONDS s of rank 2, last seen in step 3"), got)
@@ -80,11 +80,11 @@ for step in range(1, 100):
 def test_a_rank_that_ends_on_another_node_is_named(message):
     got = message(
         """
-rollcall = make_rollcall()
-meet(rollcall, 1)
+collectives = make_rollcall()
+meet(collectives, 1)
 if last:
     sys.exit()
-meet(rollcall, 2)
+meet(collectives, 2)
 """
     )
     assert re.match(told(2, "finish", "no sign for SECONDS s of rank 2, last seen in step 1"), got)
@@ -93,11 +93,11 @@ meet(rollcall, 2)
 def test_a_rank_that_ends_on_this_node_is_not_waited_for(message):
     got = message(
         """
-rollcall = make_rollcall(True)
-meet(rollcall, 1)
+collectives = make_rollcall(True)
+meet(collectives, 1)
 if last:
     sys.exit()
-meet(rollcall, 2)
+meet(collectives, 2)
 """
     )
     gone = r"no sign for [01]\.\d s of rank 2, last seen in step 1, has left the job"
@@ -107,11 +107,11 @@ meet(rollcall, 2)
 def test_a_rank_that_waits_for_something_else_is_named_with_it(message):
     got = message(
         """
-rollcall = make_rollcall()
-meet(rollcall, 6)
+collectives = make_rollcall()
+meet(collectives, 6)
 if last:
-    rollcall.wait(never, 7, "exchange of bucket 5")
-rollcall.wait(never, 7, "publishing of bucket 3", lambda: [2])
+    collectives.wait(never, 7, "exchange of bucket 5")
+collectives.wait(never, 7, "publishing of bucket 3", lambda: [2])
 """
     )
     elsewhere = r"rank 2 waiting in step 7 \(exchange of bucket 5\)"
@@ -121,12 +121,12 @@ rollcall.wait(never, 7, "publishing of bucket 3", lambda: [2])
 def test_a_rank_that_waits_is_told_apart_from_one_that_hangs(message):
     got = message(
         """
-rollcall = make_rollcall()
+collectives = make_rollcall()
 if last:
     live_on()
 if comm.rank == 1:
-    rollcall = rollcall.wait(never, 1, "exchange of bucket 5")
-rollcall.wait(never, 1, "publishing of bucket 3", lambda: [1, 2])
+    collectives = collectives.wait(never, 1, "exchange of bucket 5")
+collectives.wait(never, 1, "publishing of bucket 3", lambda: [1, 2])
 """
     )
     hangs = "no sign for SECONDS s of rank 2, last seen in step 0"
@@ -152,8 +152,8 @@ opt.step()
 
 
 HANGS = {
-    "gather_state_dict(root=0)": "opt.rollcall.send = live_on",
-    "load_state_dict(state)": "opt.rollcall.broadcast = live_on",
+    "gather_state_dict(root=0)": "opt.collectives.send = live_on",
+    "load_state_dict(state)": "opt.collectives.broadcast = live_on",
 }
 
 

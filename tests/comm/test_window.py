@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from shardopt.comm.shared_memory import Window, free_shared_nbytes, shortage
 from shardopt.comm.topology import make_topology
-from shardopt.comm.window import Window, free_shared_nbytes, shortage
 from shardopt.errors import SharedMemoryError
 
 pytestmark = pytest.mark.mpi

@@ -6,10 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardopt.dtypes import DTYPES, compute_dtype, has_master
-from shardopt.kernels.base import ALL_FINITE, UpdatePlan
-from shardopt.nadam import NUM_COEFFICIENTS, Clock, Hyperparams, StepCoefficients, step_coefficients
-from shardopt.partition import CHUNK_NUMEL
+from shardopt.backends.base import ALL_FINITE, UpdatePlan
+from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
+from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.rule.nadam import (
+    NUM_COEFFICIENTS,
+    Hyperparams,
+    StepCoefficients,
+    StepCount,
+    step_coefficients,
+)
 from tests.paper import PaperNAdam
 
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
@@ -28,9 +34,11 @@ def tree_sum(rows):
     return tree_sum(rows[:half]) + tree_sum(rows[half:])
 
 
-def coefficient_rows(dtype, *clocks, **hyper):
+def coefficient_rows(dtype, *step_counts, **hyper):
     """One row for each (step, mu_product), as the optimizer hands them to kernels."""
-    rows = [step_coefficients(Hyperparams(**hyper), Clock(*clock), 1.0) for clock in clocks]
+    rows = [
+        step_coefficients(Hyperparams(**hyper), StepCount(*clock), 1.0) for clock in step_counts
+    ]
     return np.array(rows, compute_dtype(dtype))
 
 
@@ -55,7 +63,7 @@ def assert_same_bits(actual, expected):
 
 
 class Arena:
-    """The arrays of one section of three chunks, of which the rank owns the last two."""
+    """The arrays of one region of three chunks, of which the rank owns the last two."""
 
     def __init__(self, num_sources, dtype, seed=0):
         rng = np.random.default_rng(seed)
@@ -98,7 +106,7 @@ class KernelSuite:
         hyper = {"variant": variant, "weight_decay": 0.1, "lr": 0.01}
         owned = slice(arena.start, None)
         paper = PaperNAdam(arena.in_full(), **hyper)
-        clock = Clock()
+        clock = StepCount()
         for step in range(3):
             arena.grads[:] = np.random.default_rng(step).standard_normal(arena.grads.shape)
             paper.step(arena.grads[:, owned].astype(np.float64).sum(axis=0))
@@ -121,7 +129,7 @@ class KernelSuite:
         for start, stop, _ in segments:
             written[start:stop] = True
         for old, new in zip(before, arena.arrays(), strict=True):
-            mask = written[-len(old) :]  # of the section, or of what the rank owns
+            mask = written[-len(old) :]  # of the region, or of what the rank owns
             share = (old[mask] != new[mask]).mean()  # small changes are rounded off 16 bits
             assert share > 0.9 if has_master(dtype) else share == 1
             np.testing.assert_array_equal(old[~mask], new[~mask])

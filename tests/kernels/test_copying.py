@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardopt.kernels.copying import copy_past_cache
+from shardopt.backends.cpu.copying import copy_past_cache
 
 bounds = st.integers(0, 300)
 

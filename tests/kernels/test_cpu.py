@@ -7,11 +7,12 @@ import numba
 import numpy as np
 import pytest
 
-from shardopt.dtypes import DTYPES, compute_dtype, has_master
+from shardopt.backends.base import UpdatePlan
+from shardopt.backends.cpu import kernel as cpu
+from shardopt.backends.cpu import loops
 from shardopt.errors import KernelError
-from shardopt.kernels import cpu, loops
-from shardopt.kernels.base import UpdatePlan
-from shardopt.partition import CHUNK_NUMEL
+from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
+from shardopt.layout.partition import CHUNK_NUMEL
 from tests.kernels.suite import (
     SIXTEEN_BITS,
     BitSuite,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardopt.kernels.reference import ReferenceKernel
+from shardopt.backends.reference import ReferenceKernel
 from tests.kernels.suite import KernelSuite, MasterSuite
 
 

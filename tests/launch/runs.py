@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from shardopt.checkpoint.directory import list_checkpoints
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.directory import list_checkpoints
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from tests.conftest import kill_with_ranks, read_job_env
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train_lm.py"

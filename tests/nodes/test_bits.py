@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from shardopt import ShardPolicy
+from shardopt.layout.traffic import plan_traffic
 from shardopt.numpy import NAdam, Parameter
-from shardopt.planner import plan_traffic
 from tests.nodes.shapes import (
     draw_grads,
     make_params,
@@ -155,7 +155,7 @@ def test_memory_is_what_the_plan_says(comm, wire_dtype):
     shapes = [(4096 * 8 * comm.size,)]  # all shards alike
     policy = ShardPolicy(share_node=share, wire_dtype=wire_dtype, timeout_s=30)
     with NAdam(make_params(shapes=shapes), comm=comm, policy=policy) as opt:
-        courier, (storage,) = opt.core._engine.pipeline.courier, opt.core.storages
+        courier, (storage,) = opt.core._engine.pipeline.courier, opt.core.buffers
         slots = [array.nbytes for slot in courier.exchange._slots for array in vars(slot).values()]
         held = storage.sums.nbytes + sum(slots)
         held_by_node = opt.core.topology.node_comm.allreduce(held)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardopt import ShardPolicy
-from shardopt.planner import plan_traffic
+from shardopt.layout.traffic import plan_traffic
 from tests.frameworks import require
 from tests.nodes.shapes import several_nodes
 

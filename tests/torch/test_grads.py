@@ -34,7 +34,7 @@ def branch_twins(comm, reached, **settings):
     return Twins(comm, Branches, loss=loss, lr=0.1, **settings)
 
 
-def clocks(twins):
+def step_counts(twins):
     """Steps that each parameter has taken, by our optimizer and by torch's."""
     ours = [int(entry["step"]) for entry in twins.opt.state_dict()["state"].values()]
     states = [twins.whole_opt.state.get(param) for param in params_of(twins.whole_opt)]
@@ -42,9 +42,9 @@ def clocks(twins):
 
 
 def assert_in_step(twins):
-    """Parameters and clocks must agree."""
+    """Parameters and step_counts must agree."""
     twins.assert_same()
-    ours, theirs = clocks(twins)
+    ours, theirs = step_counts(twins)
     assert ours == theirs
 
 
@@ -60,8 +60,8 @@ def test_parameters_that_no_loss_reaches_stand_still(comm, set_to_none):
         for _ in range(6):
             twins.step(set_to_none=set_to_none)
             assert_in_step(twins)
-        assert len(set(clocks(twins)[0])) > 2
-        assert clocks(twins)[0][3] == 0
+        assert len(set(step_counts(twins)[0])) > 2
+        assert step_counts(twins)[0][3] == 0
 
 
 def test_zero_grad_leaves_zeros_that_count_as_none(comm):
@@ -74,7 +74,7 @@ def test_zero_grad_leaves_zeros_that_count_as_none(comm):
             assert not view.any()
         with warned(comm, NoGradientWarning):
             twins.opt.step()
-        assert clocks(twins)[0] == [1, 1, 0, 0]
+        assert step_counts(twins)[0] == [1, 1, 0, 0]
         assert twins.opt.last_step.num_updated == 0
         twins.assert_same()
 
@@ -84,7 +84,7 @@ def test_zero_grad_without_set_to_none_keeps_gradients_present(comm):
         for _ in range(3):
             twins.step(set_to_none=False)  # momentum goes on
             assert_in_step(twins)
-        assert clocks(twins)[0] == [3, 3, 0, 0]
+        assert step_counts(twins)[0] == [3, 3, 0, 0]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -109,7 +109,7 @@ def test_zeros_from_autograd_are_gradients(comm):
         for _ in range(3):
             twins.step()
             assert_in_step(twins)
-        assert clocks(twins)[0] == [3, 3, 0, 0]
+        assert step_counts(twins)[0] == [3, 3, 0, 0]
 
 
 TOUCHES = {
@@ -132,7 +132,7 @@ def test_what_touches_all_gradients_makes_none_of_them_present(comm, touch):
             for opt in twins.both:
                 opt.step()
             assert_in_step(twins)
-        assert clocks(twins)[0] == [3, 0, 3, 0]
+        assert step_counts(twins)[0] == [3, 0, 3, 0]
 
 
 WRITES = {
@@ -163,7 +163,7 @@ def test_what_users_write_into_a_blank_gradient_counts(comm, write, stepped):
         for opt in twins.both:
             opt.step()
         assert_in_step(twins)
-        assert clocks(twins)[0][1] == 1
+        assert step_counts(twins)[0][1] == 1
 
 
 @pytest.mark.mpi(min_size=2)
@@ -186,7 +186,7 @@ def test_a_gradient_that_was_there_before_the_optimizer_counts(comm):
     with Twins(comm, model, loss=lambda model, step, rank: model.weights[0].sum(), lr=0.1) as twins:
         twins.step(zero_grad=False)
         assert_in_step(twins)
-        assert clocks(twins)[0] == [1, 1, 0, 0]
+        assert step_counts(twins)[0] == [1, 1, 0, 0]
 
 
 def test_gradients_set_to_none_by_hand(comm):
@@ -197,7 +197,7 @@ def test_gradients_set_to_none_by_hand(comm):
         for opt in twins.both:
             opt.step()
         assert_in_step(twins)
-        assert clocks(twins)[0] == [1, 0, 1, 0]
+        assert step_counts(twins)[0] == [1, 0, 1, 0]
         assert twins.ours.weights[1].grad is None
         twins.step()
         assert_in_step(twins)
@@ -302,7 +302,7 @@ def test_frozen_and_thawed_parameters(comm):
         for _ in range(2):
             twins.step()
             assert_in_step(twins)
-        assert set(clocks(twins)[0]) == {3, 2, 1}
+        assert set(step_counts(twins)[0]) == {3, 2, 1}
 
 
 def test_a_parameter_frozen_from_the_start_may_thaw(comm):

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from shardopt.checkpoint.manifest import CHUNK_NBYTES, FileEntry, Manifest
-from shardopt.checkpoint.reader import Reader, Wanted, read_manifest
+from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, FileEntry, Manifest
+from shardopt.checkpoint.format.reader import Reader, Wanted, read_manifest
 from shardopt.cli import text
 from shardopt.cli.ckpt.contents import decode_extra, decode_groups
 from shardopt.cli.ckpt.layout import Region, header_problem, layout, touched
 from shardopt.cli.progress import progress
-from shardopt.cores import count_cores
 from shardopt.errors import CheckpointError, DamagedCheckpointError
+from shardopt.measure.cores import count_cores
 
 
 @dataclass(frozen=True)

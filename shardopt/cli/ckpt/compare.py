@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.checkpoint.manifest import Manifest, itemsize
-from shardopt.checkpoint.reader import Reader, Wanted
+from shardopt.checkpoint.format.manifest import Manifest, itemsize
+from shardopt.checkpoint.format.reader import Reader, Wanted
 from shardopt.cli.ckpt.contents import StoredArray
 from shardopt.cli.ckpt.pieces import BATCH_NBYTES, Tensor, batches, read_batch
 from shardopt.cli.progress import progress

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shardopt.checkpoint.manifest import ArrayEntry, Manifest
-from shardopt.checkpoint.values import decode
+from shardopt.checkpoint.format.manifest import ArrayEntry, Manifest
+from shardopt.checkpoint.format.values import decode
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.manifest import Manifest
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.manifest import Manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.compare import array_bytes_equal, compare
-from shardopt.cli.ckpt.contents import (
-    StoredArray,
-    abbreviate,
-    decode_extra,
-    decode_groups,
-    flatten,
-)
+from shardopt.cli.ckpt.contents import StoredArray, abbreviate, decode_extra, decode_groups, flatten
 from shardopt.cli.ckpt.find import require_one
 from shardopt.cli.ckpt.layout import tensor_name
 from shardopt.cli.ckpt.pieces import Tensor

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardopt.checkpoint.directory import STEP_NAME
-from shardopt.checkpoint.disk import REMOVED_PREFIX, UNFINISHED_PREFIX
-from shardopt.checkpoint.manifest import MANIFEST_NAME, Manifest
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.directory import STEP_NAME
+from shardopt.checkpoint.format.disk import REMOVED_PREFIX, UNFINISHED_PREFIX
+from shardopt.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointError
 
 COMPLETE, DAMAGED, UNFINISHED, REMOVED = "complete", "damaged", "unfinished", "removed"

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardopt.checkpoint.fields import Fields, damaged, parse_json
-from shardopt.checkpoint.image import SAFETENSORS_DTYPES
-from shardopt.checkpoint.manifest import PARAM_KEY, Manifest, itemsize
+from shardopt.checkpoint.format.fields import Fields, damaged, parse_json
+from shardopt.checkpoint.format.image import SAFETENSORS_DTYPES
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, itemsize
 from shardopt.errors import DamagedCheckpointError
 
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from shardopt.checkpoint.disk import sync_folder
-from shardopt.checkpoint.image import SAFETENSORS_DTYPES
-from shardopt.checkpoint.manifest import PARAM_KEY, Manifest, itemsize
-from shardopt.checkpoint.reader import Reader, read_manifest
+from shardopt.checkpoint.format.disk import sync_folder
+from shardopt.checkpoint.format.image import SAFETENSORS_DTYPES
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, itemsize
+from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.find import require_one
 from shardopt.cli.ckpt.layout import MAX_HEADER_NBYTES, METADATA, tensor_name
 from shardopt.cli.ckpt.pieces import Tensor, batches, read_batch
 from shardopt.cli.progress import progress
-from shardopt.dtypes import DTYPES, has_master
 from shardopt.errors import CheckpointError
+from shardopt.layout.dtypes import DTYPES, has_master
 
 _MASTER = "master"
 

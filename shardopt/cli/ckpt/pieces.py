@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.checkpoint.manifest import Manifest, itemsize
-from shardopt.checkpoint.reader import Reader, Wanted, wanted_slices
-from shardopt.cores import count_cores
+from shardopt.checkpoint.format.manifest import Manifest, itemsize
+from shardopt.checkpoint.format.reader import Reader, Wanted, wanted_slices
+from shardopt.measure.cores import count_cores
 
 BATCH_NBYTES = 8 << 20
 _BATCH_PIECES = 4096

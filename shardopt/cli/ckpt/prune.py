@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardopt.checkpoint import disk
-from shardopt.checkpoint.directory import StepFolder, list_checkpoints
+from shardopt.checkpoint.format import disk
+from shardopt.checkpoint.format.directory import StepFolder, list_checkpoints
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.checking import check

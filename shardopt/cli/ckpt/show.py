@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardopt.checkpoint.manifest import MANIFEST_NAME, Manifest
-from shardopt.checkpoint.reader import read_manifest
+from shardopt.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.contents import abbreviate, decode_extra, decode_groups, flatten

@@ -49,7 +49,7 @@ def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Ex
     from shardopt.cli.doctor.job import describe_job, split
     from shardopt.cli.doctor.measure import measure
     from shardopt.cli.doctor.watch import Watch
-    from shardopt.comm.abort import install_abort_hook
+    from shardopt.comm.failure import install_abort_hook
 
     number = start.launcher.rank if start.launcher else 0
     watch = Watch(timeout_s, number)

@@ -11,9 +11,9 @@ from mpi4py import MPI
 
 from shardopt.cli.doctor.facts import Node, Rank
 from shardopt.cli.doctor.watch import Watch
+from shardopt.comm.shared_memory import SHARED_MEMORY_FOLDER, Window
 from shardopt.comm.topology import Topology, arrange, cores_per_rank
-from shardopt.comm.window import SHARED_MEMORY_FOLDER, Window
-from shardopt.cores import QUOTA, bound_to, read_quota
+from shardopt.measure.cores import QUOTA, bound_to, read_quota
 
 _CPUSET = QUOTA.with_name("cpuset.cpus.effective")
 _MEMORY_LIMIT = QUOTA.with_name("memory.max")

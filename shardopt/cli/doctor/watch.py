@@ -11,8 +11,8 @@ from signal import SIGKILL
 import numpy as np
 from mpi4py import MPI
 
-from shardopt.comm.abort import end_job
-from shardopt.comm.deadline import overdue
+from shardopt.comm.failure import end_job
+from shardopt.comm.waiting import overdue
 
 _GRACE_S = 2.0
 _NAP_S = 0.0005

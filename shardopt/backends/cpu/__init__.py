@@ -1,0 +1,1 @@
+"""The CPU backend: shared memory, Numba loops, threads."""

@@ -1,0 +1,14 @@
+"""Private arrays of the CPU backend."""
+
+import numpy as np
+
+from shardopt._typing import FloatArray
+from shardopt.layout.padding import PERIOD_NBYTES, STEP_NBYTES
+
+
+def padded_zeros(numel: int, dtype: str, stream: int, origin: FloatArray) -> FloatArray:
+    """Allocate [numel] zeros as ``stream`` beside ``origin``, whose first element is stream 0's."""
+    nbytes = numel * np.dtype(dtype).itemsize
+    memory = np.zeros(nbytes + PERIOD_NBYTES, np.uint8)  # what is skipped is never touched
+    skip = (origin.ctypes.data + stream * STEP_NBYTES - memory.ctypes.data) % PERIOD_NBYTES
+    return memory[skip : skip + nbytes].view(dtype)

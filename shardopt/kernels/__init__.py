@@ -1,1 +1,0 @@
-"""The passes over memory: one protocol, a file for each kind of processor."""

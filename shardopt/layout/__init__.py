@@ -1,0 +1,1 @@
+"""Where every element lives and what that costs: integers only."""

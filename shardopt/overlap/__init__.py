@@ -1,0 +1,1 @@
+"""Communication that starts while backward still computes."""

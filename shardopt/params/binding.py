@@ -1,0 +1,194 @@
+"""What ties a framework's parameters to the windows, and notices when somebody unties them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shardopt._typing import FloatArray
+from shardopt.errors import PartitionError
+from shardopt.params.adapter import Adapter
+
+
+class Binding:
+    """One parameter and its views of the windows.
+
+    Attributes:
+        name: The parameter's name, for messages.
+        param: The framework's object.
+        data: This parameter in the node's window.
+        grad: This rank's gradient of it.
+    """
+
+    __slots__ = ("_data_view", "_face", "_grad_view", "data", "grad", "name", "param")
+
+    def __init__(
+        self, name: str, param: Any, face: Adapter[Any], data: FloatArray, grad: FloatArray
+    ) -> None:
+        self.name = name
+        self.param = param
+        self.data = data
+        self.grad = grad
+        self._face = face
+        self._data_view = face.view(param, data)
+        self._grad_view = face.view(param, grad)
+
+    def fill(self) -> None:
+        """Copy the parameter's value into the window."""
+        self.data[...] = self._face.data(self.param, self.name)
+
+    def bind(self) -> None:
+        """Make the parameter live in the windows; a gradient that it has is copied there."""
+        grad = self._face.grad(self.param, self.name)
+        self.bind_data()
+        if grad is not None:
+            self.write_grad(grad)
+        elif self._face.grads_from_start:
+            self.bind_grad()
+        else:
+            self.blank_grad()
+
+    def bind_data(self) -> None:
+        """Make the value live in the window."""
+        self._face.bind_data(self.param, self._data_view)
+
+    def bind_grad(self) -> None:
+        """Make the gradient live in the window."""
+        self._face.bind_grad(self.param, self._grad_view)
+
+    def blank_grad(self) -> None:
+        """Give the parameter no gradient; what is in the window must be zero."""
+        self._face.blank_grad(self.param, self._grad_view)
+
+    def holds_grad(self) -> bool:
+        """Whether the gradient lives in the window."""
+        return self._face.holds_grad(self.param, self._grad_view)
+
+    def grad_version(self) -> object:
+        """See ``Adapter.grad_version``."""
+        return self._face.grad_version(self.param)
+
+    def take_grad(self) -> int | None:
+        """Bring the gradient into the window now.
+
+        Returns:
+            Bytes that had to be copied; None where there is none that fits.
+        """
+        if self.holds_grad():
+            return 0
+        try:
+            array = self.find_new_grad()[1]
+        except PartitionError:
+            return None
+        if array is None:
+            return None
+        self.write_grad(array)
+        return array.nbytes
+
+    def has_grad(self) -> bool:
+        """Whether the parameter has a gradient, here or elsewhere."""
+        if self._face.holds_grad(self.param, self._grad_view):
+            return not self._face.is_blank(self.param, self._grad_view)
+        return self._face.grad(self.param, self.name) is not None
+
+    def release(self) -> None:
+        """Give the parameter memory of its own again, with the same values, and no gradient.
+
+        A value that has taken the view's place stays.
+        """
+        if self._face.holds_data(self.param, self._data_view):
+            own = self._face.view(self.param, self.data.copy())
+            self._face.bind_data(self.param, own)
+        self._face.release(self.param)
+        del self.data, self.grad, self._data_view, self._grad_view
+
+    def find_new_data(self) -> FloatArray | None:
+        """Give the array that has taken the place of the window's view, or None.
+
+        Raises:
+            PartitionError: It has another shape or dtype.
+        """
+        if self._face.holds_data(self.param, self._data_view):
+            return None
+        array = self._face.data(self.param, self.name)
+        require_like("data", self.name, array, self.data)
+        return array
+
+    def find_new_grad(self) -> tuple[bool, FloatArray | None]:
+        """Say whether there is a gradient, and give the array that has taken the view's place.
+
+        Raises:
+            PartitionError: It has another shape or dtype.
+        """
+        if self._face.holds_grad(self.param, self._grad_view):
+            return not self._face.is_blank(self.param, self._grad_view), None
+        array = self._face.grad(self.param, self.name)
+        if array is not None:
+            require_like("grad", self.name, array, self.grad)
+        return array is not None, array
+
+    def write_grad(self, array: FloatArray) -> None:
+        """Copy a gradient into the window and bind it."""
+        np.copyto(self.grad, array)
+        self.bind_grad()
+
+    def clear_grad(self) -> None:
+        """Zero the gradient in the window: other ranks add what is there."""
+        self.grad[...] = 0
+
+
+def require_like(what: str, name: str, array: FloatArray, wanted: FloatArray) -> None:
+    """Refuse a value or gradient of parameter ``name`` that does not fit.
+
+    Raises:
+        PartitionError: ``array`` has another shape or dtype than ``wanted``.
+    """
+    for attribute in ("shape", "dtype"):
+        keep, got = getattr(wanted, attribute), getattr(array, attribute)
+        if keep != got:
+            raise PartitionError(
+                f"{what} of parameter {name!r} must keep {attribute} {keep}; got {got}. "
+                "Convert it back, or build a new optimizer for the changed model."
+            )
+
+
+def require_disjoint(names: Sequence[str], arrays: Sequence[FloatArray]) -> None:
+    """Refuse parameters that share memory: an update of one would change the other unseen.
+
+    Raises:
+        PartitionError: Two arrays overlap; the message names both.
+    """
+    bounds = sorted((*_byte_bounds(array), i) for i, array in enumerate(arrays) if array.size)
+    near: list[tuple[int, int]] = []  # (stop, index) of those that reach past the present start
+    for start, stop, i in bounds:
+        near = [(reach, j) for reach, j in near if reach > start]
+        for _, j in near:
+            if _overlap(arrays[i], arrays[j]):
+                first, second = sorted((i, j))
+                raise PartitionError(
+                    f"parameters must not share memory; got {names[first]!r} and "
+                    f"{names[second]!r} overlapping. Pass a shared array once, or copy one of them."
+                )
+        near.append((stop, i))
+
+
+def _byte_bounds(array: FloatArray) -> tuple[int, int]:
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return int(low), int(high)
+
+
+def _overlap(left: FloatArray, right: FloatArray) -> bool:
+    try:
+        return np.shares_memory(left, right, max_work=100_000)  # type: ignore[arg-type]  # stub
+    except np.exceptions.TooHardError:
+        return True
+
+
+def read_before_write(
+    arrays: Mapping[int, FloatArray], windows: Sequence[FloatArray]
+) -> dict[int, FloatArray]:
+    """Copy those arrays that show a window, so that none changes while windows are written."""
+    return {
+        index: array.copy() if any(np.may_share_memory(array, w) for w in windows) else array
+        for index, array in arrays.items()
+    }

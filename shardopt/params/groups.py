@@ -1,0 +1,150 @@
+"""``param_groups``: what torch.optim takes as ``params``, completed with every hyperparameter."""
+
+from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
+from typing import Any
+
+from shardopt.errors import HyperparamsError, PartitionError
+from shardopt.params.adapter import Adapter
+from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
+
+Group = dict[str, Any]
+
+
+def defaults_of(arguments: Mapping[str, Any]) -> Group:
+    """The hyperparameters among a constructor's arguments, given as its ``locals()``."""
+    return {name: arguments[name] for name in HYPERPARAM_NAMES}
+
+
+def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
+    """Complete param groups with the defaults.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
+        defaults: Value of every hyperparameter that a dict leaves out.
+
+    Raises:
+        PartitionError: There are no parameters, or ``params`` is no iterable of them.
+    """
+    entries = _as_list("params", params)
+    if not entries:
+        raise PartitionError(
+            "params must hold at least one parameter; got an empty list. Pass the model's."
+        )
+    if any(isinstance(entry, dict) for entry in entries):
+        groups = [make_group(entry, defaults) for entry in entries]
+    else:
+        groups = [make_group({"params": entries}, defaults)]
+    return groups
+
+
+def make_group(entry: Any, defaults: Mapping[str, Any]) -> Group:
+    """Complete one param group; see ``make_groups``. Pairs leave their names in ``param_names``."""
+    if not isinstance(entry, dict) or "params" not in entry:
+        raise PartitionError(
+            f"a param group must be a dict with 'params'; got {entry!r:.80}. "
+            "Write {'params': [...], 'lr': ...}."
+        )
+    members = entry["params"]
+    members = _as_list("params", members) if _is_iterable(members) else [members]
+    group: Group = {**defaults, **entry, "params": members}
+    if any(isinstance(member, tuple) for member in members):
+        if not all(isinstance(member, tuple) and len(member) == 2 for member in members):
+            raise PartitionError(
+                "params must be named all or not at all; got both. Pass only (name, parameter)."
+            )
+        group["param_names"] = [str(name) for name, _ in members]
+        group["params"] = [param for _, param in members]
+    return group
+
+
+def name_params(groups: Sequence[Group], face: Adapter[Any], first_index: int) -> list[str]:
+    """Name parameters: as given, else as they call themselves, else by position."""
+    names: list[str] = []
+    for group in groups:
+        own = [face.name(param) for param in group["params"]]
+        given = group.get("param_names") or own
+        if len(given) != len(own):
+            raise PartitionError(
+                f"param_names must have one name for each of {len(own)} params; got {len(given)}. "
+                "Pass (name, parameter) pairs."
+            )
+        names += [name or f"param{first_index + len(names) + i}" for i, name in enumerate(given)]
+    return names
+
+
+def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
+    """Refuse a parameter that is listed twice: it would be updated twice a step.
+
+    Raises:
+        PartitionError: Names the parameter.
+    """
+    first_with: dict[int, int] = {}
+    for index, param in enumerate(params):
+        first = first_with.setdefault(id(param), index)
+        if first != index:
+            raise PartitionError(
+                f"each parameter must be listed once; got {names[first]!r} again as "
+                f"{names[index]!r}. Pass tied weights once."
+            )
+
+
+def group_values(group: Group) -> Group:
+    """What of a group a state dict may change: all but its parameters and their names."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+class HyperparamsReader:
+    """Reads groups' hyperparameters before every step, validating only those that have changed."""
+
+    def __init__(self) -> None:
+        self._last: list[tuple[tuple[Any, ...], Hyperparams]] = []
+
+    def read(self, groups: Sequence[Group]) -> list[Hyperparams]:
+        """Give the hyperparameters of each group.
+
+        Raises:
+            HyperparamsError: Somebody wrote a value that is out of range; names the group.
+        """
+        self._last = [
+            self._read_one(index, group, self._last[index] if index < len(self._last) else None)
+            for index, group in enumerate(groups)
+        ]
+        return [hyper for _, hyper in self._last]
+
+    @staticmethod
+    def _read_one(
+        index: int, group: Group, last: tuple[tuple[Any, ...], Hyperparams] | None
+    ) -> tuple[tuple[Any, ...], Hyperparams]:
+        raw: tuple[Any, ...] = tuple([group.get(name) for name in HYPERPARAM_NAMES])
+        plain = all(map(_is_plain, raw))  # an array may be changed in place
+        if last is not None and plain and raw == last[0]:
+            return last
+        try:
+            return raw if plain else (), Hyperparams(*raw)
+        except HyperparamsError as error:
+            raise HyperparamsError(f"in param_groups[{index}], {error}") from None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (float, int, bool, str)
+
+
+def _is_iterable(value: Any) -> bool:
+    return isinstance(value, Iterable) and not hasattr(value, "grad")
+
+
+def _as_list(name: str, values: Any) -> list[Any]:
+    if not _is_iterable(values):
+        raise PartitionError(
+            f"{name} must be an iterable of parameters or dicts; got {type(values).__name__}. "
+            "Put a single parameter into a list."
+        )
+    if isinstance(values, Set) and not isinstance(values, MappingView):
+        # A set's order is another one on every rank; a dict's items have one.
+        raise PartitionError(
+            f"{name} must be in order; got {type(values).__name__}. Pass a list in the same order "
+            "on every rank."
+        )
+    return list(values)

@@ -1,0 +1,1 @@
+"""The update rule in float64 scalars, and which parameters share them."""

@@ -1,0 +1,219 @@
+"""NAdam's scalars: hyperparameters, the momentum schedules, and the coefficients of one step.
+
+Everything here is float64 on the host; kernels round the coefficients once to the parameters'
+dtype.
+
+[Note: one formula, four schedules]
+Every published NAdam is a setting of the coefficients of one update. With ``g`` the gradient,
+``m`` = exp_avg and ``v`` = exp_avg_sq::
+
+    g  = source_scale * sum_of_sources + weight_decay * p
+    m  = m_decay * m + m_gain * g
+    v  = beta2 * v + (v_gain * g) * g
+    p -= param_decay * p + (g_scale * g + m_scale * m) / (sqrt(v * v_scale) + eps)
+
+Decoupled decay is written as ``p -= lr * weight_decay * p``: a factor ``1 - lr * weight_decay``,
+rounded to float32, would be off by a tenth of a decay of 3e-7, and at every step.
+
+Sources: T. Dozat, "Incorporating Nesterov momentum into Adam", 2016, with the schedule
+``mu(t) = beta1 * (1 - 0.5 * 0.96**(t * momentum_decay))`` as in torch.optim.NAdam; Keras fixes
+``momentum_decay`` at 1; optax.nadam keeps ``mu(t) = beta1``; lucid (0.21 to 2.x) shrinks ``m`` by
+``1 - momentum_decay`` every step and corrects the bias twice.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from shardopt.errors import HyperparamsError
+
+VARIANTS = ("torch", "keras", "optax", "lucid")
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparams:
+    """The hyperparameters of one param group, validated as torch.optim.NAdam does.
+
+    Attributes:
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        eps: Added to the square root of the second moment.
+        weight_decay: Added to the gradient (L2), or taken off the parameter when decoupled.
+        momentum_decay: psi of the momentum schedule; ``keras`` and ``optax`` have none and ignore
+            it.
+        decoupled_weight_decay: Decay as in AdamW. ``keras`` and ``optax`` always decay so;
+            ``lucid`` never does.
+        maximize: Follow the gradient instead of descending it.
+        variant: Whose numbers to give: one of ``VARIANTS``.
+
+    Raises:
+        HyperparamsError: A value is out of range; the message names it.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum_decay: float = 4e-3
+    decoupled_weight_decay: bool = False
+    maximize: bool = False
+    variant: str = "torch"
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "momentum_decay"):
+            value = as_real(name, getattr(self, name))
+            if not 0.0 <= value < math.inf:
+                raise HyperparamsError(
+                    f"{name} must be a finite number >= 0; got {value}. Pass {name}=0 or more."
+                )
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "betas", _as_betas(self.betas))
+        if self.variant not in VARIANTS:
+            raise HyperparamsError(
+                f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}. "
+                "Leave it out for torch's numbers."
+            )
+        if self.variant == "lucid" and self.decoupled_weight_decay:
+            raise HyperparamsError(
+                "decoupled_weight_decay must be False with variant='lucid'; got True. "
+                "lucid adds weight_decay to the gradient: choose another variant."
+            )
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> "Hyperparams":
+        """Read the hyperparameters out of a ``param_groups`` entry."""
+        return cls(**{name: group[name] for name in HYPERPARAM_NAMES})
+
+    def values(self) -> tuple[object, ...]:
+        """The values in the order of ``HYPERPARAM_NAMES``."""
+        return tuple([getattr(self, name) for name in HYPERPARAM_NAMES])
+
+    @property
+    def decays_decoupled(self) -> bool:
+        """Whether weight decay shrinks the parameter rather than entering its gradient."""
+        return self.variant in ("keras", "optax") or self.decoupled_weight_decay
+
+    def mu(self, t: int) -> float:
+        """Momentum of step ``t``, counted from 1."""
+        beta1 = self.betas[0]
+        if self.variant == "optax":
+            return beta1
+        psi = 1.0 if self.variant == "keras" else self.momentum_decay
+        return float(beta1 * (1.0 - 0.5 * 0.96 ** (t * psi)))
+
+
+HYPERPARAM_NAMES = tuple(field.name for field in fields(Hyperparams))
+
+
+@dataclass(slots=True)
+class StepCount:
+    """How far some parameters have come: those that have always stepped together share one clock.
+
+    Attributes:
+        step: Steps taken.
+        mu_product: Product of ``mu(1) ... mu(step)``.
+    """
+
+    step: int = 0
+    mu_product: float = 1.0
+
+    def advance(self, hyper: Hyperparams) -> None:
+        """Count one more step taken with ``hyper``."""
+        self.step += 1
+        self.mu_product *= hyper.mu(self.step)
+
+
+@lru_cache  # parameters of a group mostly have one step
+def mu_product_at(step: float, hyper: Hyperparams) -> float:
+    """What ``mu_product`` is after ``step`` steps, all of them taken with ``hyper``."""
+    clock, before = StepCount(), None
+    while clock.step < step and clock.mu_product != before:  # ends as 0 or the smallest numbers
+        before = clock.mu_product
+        clock.advance(hyper)
+    return clock.mu_product
+
+
+class StepCoefficients(NamedTuple):
+    """The scalars of one update, in the order in which kernels index them.
+
+    See [Note: one formula, four schedules].
+    """
+
+    source_scale: float
+    weight_decay: float
+    param_decay: float
+    m_decay: float
+    m_gain: float
+    beta2: float
+    v_gain: float
+    g_scale: float
+    m_scale: float
+    v_scale: float
+    eps: float
+
+
+NUM_COEFFICIENTS = len(StepCoefficients._fields)
+
+
+def step_coefficients(hyper: Hyperparams, clock: StepCount, grad_scale: float) -> StepCoefficients:
+    """Compute the coefficients of the step that ``clock`` has just been advanced to.
+
+    Args:
+        hyper: The group's hyperparameters in this step.
+        clock: Already advanced: ``clock.step`` is this step, counted from 1.
+        grad_scale: Factor on the sum of gradients: 1 / world_size, times clipping.
+    """
+    beta1, beta2 = hyper.betas
+    bias_correction2 = 1.0 - beta2**clock.step
+    if hyper.variant == "lucid":
+        bias_correction1 = 1.0 - beta1**clock.step
+        rate = hyper.lr * math.sqrt(bias_correction2) / bias_correction1**2
+        m_decay = beta1 * (1.0 - hyper.momentum_decay)
+        g_scale = rate * (1.0 - beta1)
+        m_scale = rate * beta1
+    else:
+        mu, mu_next = hyper.mu(clock.step), hyper.mu(clock.step + 1)
+        m_decay = beta1
+        g_scale = hyper.lr * (1.0 - mu) / (1.0 - clock.mu_product)
+        m_scale = hyper.lr * mu_next / (1.0 - clock.mu_product * mu_next)
+    decoupled = hyper.decays_decoupled
+    return StepCoefficients(
+        source_scale=-grad_scale if hyper.maximize else grad_scale,
+        weight_decay=0.0 if decoupled else hyper.weight_decay,
+        param_decay=hyper.lr * hyper.weight_decay if decoupled else 0.0,
+        m_decay=m_decay,
+        m_gain=1.0 - beta1,
+        beta2=beta2,
+        v_gain=1.0 - beta2,
+        g_scale=g_scale,
+        m_scale=m_scale,
+        v_scale=1.0 / bias_correction2,
+        eps=hyper.eps,
+    )
+
+
+def as_real(name: str, value: object) -> float:
+    """Take a number, a 0-d array or a one-element tensor."""
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # tensors: the second
+        if not isinstance(value, str):  # float() would read it
+            return float(value)  # type: ignore[arg-type]  # duck-typed: they have __float__
+    raise HyperparamsError(f"{name} must be a real number; got {value!r}. Pass a float.")
+
+
+def _as_betas(betas: object) -> tuple[float, float]:
+    try:
+        first, second = iter(betas)  # type: ignore[call-overload]  # anything with two items
+    except (TypeError, ValueError):
+        raise HyperparamsError(
+            f"betas must be two numbers; got {betas!r}. Pass for example (0.9, 0.999)."
+        ) from None
+    pair = as_real("betas[0]", first), as_real("betas[1]", second)
+    for index, beta in enumerate(pair):
+        if not 0.0 <= beta < 1.0:
+            raise HyperparamsError(
+                f"betas[{index}] must lie in [0, 1); got {beta}. Pass for example (0.9, 0.999)."
+            )
+    return pair

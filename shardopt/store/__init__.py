@@ -1,0 +1,1 @@
+"""The arrays that parameters, gradients and optimizer state live in."""

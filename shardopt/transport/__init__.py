@@ -1,0 +1,1 @@
+"""Bytes between nodes: transports, and the collectives built on them."""
