@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shardopt.numpy import NAdam
 
-pytest_plugins = ["tests.in_step", "tests.cluster.cluster"]
+pytest_plugins = ["tests.support.in_step", "tests.support.cluster"]
 
 
 def read_job_env() -> dict[str, str]:
@@ -112,7 +112,7 @@ def lasting_opt() -> Iterator["NAdam"]:
     """One optimizer for all tests of a file, on all ranks."""
     from mpi4py import MPI
 
-    from tests.refusal import make_optimizer, take_step
+    from tests.support.errors import make_optimizer, take_step
 
     with make_optimizer(MPI.COMM_WORLD) as opt:
         take_step(opt)
@@ -122,7 +122,7 @@ def lasting_opt() -> Iterator["NAdam"]:
 @pytest.fixture
 def opt(lasting_opt: "NAdam") -> Iterator["NAdam"]:
     """An optimizer that must still step after the test."""
-    from tests.refusal import assert_steps
+    from tests.support.errors import assert_steps
 
     yield lasting_opt
     assert_steps(lasting_opt)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from shardopt.errors import ClosedError, HyperparamsError, PartitionError, RankMismatchError
-from tests.frameworks import require
-from tests.oracle import Oracle, all_grads, initial
-from tests.refusal import BOTH_WAYS, POLICY, errs, is_last, refused
-from tests.test_golden import FOLDER, MAX_ULPS, ulps
+from tests.core.test_golden import FOLDER, MAX_ULPS, ulps
+from tests.support.errors import BOTH_WAYS, POLICY, errs, is_last, refused
+from tests.support.frameworks import require
+from tests.support.oracle import Oracle, all_grads, initial
 
 pytestmark = pytest.mark.mpi
 

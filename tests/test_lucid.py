@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from shardopt.errors import HyperparamsError, PartitionError
-from tests.frameworks import require
-from tests.oracle import Oracle
-from tests.refusal import BOTH_WAYS, POLICY, errs, refused
-from tests.test_golden import LUCID, assert_lucids_numbers, assert_torchs_numbers, ulps
+from tests.core.test_golden import LUCID, assert_lucids_numbers, assert_torchs_numbers, ulps
+from tests.support.errors import BOTH_WAYS, POLICY, errs, refused
+from tests.support.frameworks import require
+from tests.support.oracle import Oracle
 
 lucid = require("lucid")
 

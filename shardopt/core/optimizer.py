@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self
 
+import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
 from shardopt._version import __version__
@@ -320,6 +322,24 @@ class Optimizer(Generic[P]):
     def memory_report(self) -> MemoryReport:
         """Bytes that parameters, gradients and moments take, here and without sharding."""
         return plan_memory(self.partition, self._engine.policy.wire_dtype)
+
+    def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+        """Add up a few numbers over all ranks, with the deadline that steps have.
+
+        Collective: every rank.
+
+        Args:
+            values: [n] numbers, as many on every rank.
+
+        Returns:
+            [n] float64 sums, the same on every rank.
+
+        Raises:
+            RankFailureError: A rank did not come within ``policy.timeout_s``.
+        """
+        self._require_open()
+        addends = np.array(values, np.float64)
+        return self.collectives.allreduce(addends, MPI.SUM, self.last_step.step, "sum_over_ranks()")
 
     def close(self) -> None:
         """Give parameters memory of their own again and release the windows. Collective.

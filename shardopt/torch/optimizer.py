@@ -16,10 +16,12 @@ from shardopt.torch.face import make_adapter
 from shardopt.torch.tensors import as_complex, state_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
+    import numpy as np
     from mpi4py import MPI
+    from numpy.typing import NDArray
 
     from shardopt.layout.footprint import MemoryReport
     from shardopt.layout.partition import Partition
@@ -295,6 +297,10 @@ class NAdam(torch.optim.Optimizer):
     def memory_report(self) -> MemoryReport:
         """Bytes that parameters, gradients and moments take, here and without sharding."""
         return self.core.memory_report()
+
+    def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
+        """Add up a few numbers over all ranks; see ``core.Optimizer``. Collective: every rank."""
+        return self.core.sum_over_ranks(values)
 
     def close(self) -> None:
         """Give parameters memory of their own again and release the windows. Collective."""

@@ -6,10 +6,10 @@ from mpi4py import MPI
 
 from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
 from shardopt.errors import CheckpointError, RankMismatchError
-from tests.checkpoint.runs import UP_TO_THREE_RANKS
-from tests.checkpoint.streams import draw, make_generator, seed_all, standing, through_json
-from tests.frameworks import require
-from tests.refusal import BOTH_WAYS, differing, errs, is_last, refused
+from tests.support.errors import BOTH_WAYS, differing, errs, is_last, refused
+from tests.support.frameworks import require
+from tests.support.models import UP_TO_THREE_RANKS
+from tests.support.streams import draw, make_generator, seed_all, standing, through_json
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from shardopt.checkpoint import Checkpointer, load
 from shardopt.errors import CheckpointError, RankMismatchError
-from tests.checkpoint.runs import build, content, params_of, train
-from tests.refusal import BOTH_WAYS, errs, is_last, refused
+from tests.support.errors import BOTH_WAYS, errs, is_last, refused
+from tests.support.models import build, content, params_of, train
 
 pytestmark = pytest.mark.mpi
 

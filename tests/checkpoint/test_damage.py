@@ -11,7 +11,8 @@ from shardopt.checkpoint import Checkpointer, load, save
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.errors import CheckpointError, CheckpointWarning
-from tests.checkpoint.damage import (
+from tests.checkpoint.make_golden import FOLDER, make_groups
+from tests.support.damage import (
     add,
     add_folder,
     assert_refused,
@@ -28,9 +29,8 @@ from tests.checkpoint.damage import (
     truncate,
     words_for_flip,
 )
-from tests.checkpoint.make_golden import FOLDER, make_groups
-from tests.checkpoint.runs import UP_TO_THREE_RANKS
-from tests.refusal import warned
+from tests.support.errors import warned
+from tests.support.models import UP_TO_THREE_RANKS
 
 pytestmark = [pytest.mark.mpi, UP_TO_THREE_RANKS]
 

@@ -16,9 +16,9 @@ from shardopt.checkpoint import Checkpointer, save
 from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.image import StagedImage
 from shardopt.errors import CheckpointError, CheckpointWarning
-from tests.checkpoint.numbered import Origin, build, fill, hidden, verify, verify_all
-from tests.checkpoint.runs import UP_TO_THREE_RANKS
-from tests.refusal import assert_steps, refused, take_step
+from tests.support.errors import assert_steps, refused, take_step
+from tests.support.models import UP_TO_THREE_RANKS
+from tests.support.numbered import Origin, build, fill, hidden, verify, verify_all
 
 ROOT = Path(__file__).parents[2]
 CALLS = ("open", "mkdir", "pwrite", "fsync", "rename")
@@ -360,7 +360,7 @@ PRELUDE = """
 import os, subprocess, sys
 from pathlib import Path
 from mpi4py import MPI
-from tests.checkpoint.numbered import *
+from tests.support.numbered import *
 from tests.checkpoint.test_disk_faults import *
 
 comm = MPI.COMM_WORLD

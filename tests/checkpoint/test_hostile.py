@@ -39,9 +39,9 @@ from shardopt.checkpoint.format.manifest import (
 )
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointError, DamagedCheckpointError
-from tests.checkpoint.damage import standing
 from tests.checkpoint.make_golden import FOLDER, make_groups
-from tests.refusal import FORM, POLICY
+from tests.support.damage import standing
+from tests.support.errors import FORM, POLICY
 
 GOLDEN = FOLDER / "v1-3"
 CONTENT = json.loads((GOLDEN / MANIFEST_NAME).read_bytes().partition(b"\n")[2])
@@ -672,7 +672,7 @@ ALLOWED = {  # with names out of tables of the code
     ("__init__.py", "import_module"),
     ("__init__.py", "getattr"),
     ("loading.py", "getattr"),
-    ("rng_form.py", "getattr"),
+    ("form.py", "getattr"),
 }
 
 

@@ -7,8 +7,8 @@ import shardopt.numpy
 from shardopt.checkpoint import load, save
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from tests.checkpoint.make_golden import FOLDER
-from tests.frameworks import require
-from tests.refusal import POLICY
+from tests.support.errors import POLICY
+from tests.support.frameworks import require
 
 GOLDENS = [f"v1-{num_ranks}" for num_ranks in (1, 2, 3)]
 
@@ -288,7 +288,7 @@ def float64_default():
 
 @pytest.mark.mpi
 def test_torchs_own_optimizer_goes_on_from_a_checkpoint(comm, mpi_tmp_path, float64_default):
-    from tests.torch.twins import Twins, make_model
+    from tests.support.torch_models import Twins, make_model
 
     with Twins(comm, lr=0.05, weight_decay=0.01) as twins:
         for _ in range(3):
@@ -310,7 +310,7 @@ def test_torchs_own_optimizer_goes_on_from_a_checkpoint(comm, mpi_tmp_path, floa
 def test_the_state_of_torchs_own_optimizer_goes_through_a_checkpoint(
     comm, mpi_tmp_path, float64_default
 ):
-    from tests.torch.twins import Twins, everything, make_model
+    from tests.support.torch_models import Twins, everything, make_model
 
     with Twins(comm, lr=0.05) as twins:
         for _ in range(3):
@@ -332,7 +332,7 @@ def test_the_state_of_torchs_own_optimizer_goes_through_a_checkpoint(
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["a number", "a tensor"])
 def test_schedulers_of_torch_go_on(comm, mpi_tmp_path, float64_default, tensor_lr):
     torch = float64_default
-    from tests.torch.twins import Twins, make_model
+    from tests.support.torch_models import Twins, make_model
 
     def schedulers(twins):
         kind = torch.optim.lr_scheduler.CosineAnnealingLR

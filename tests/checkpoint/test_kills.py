@@ -19,8 +19,8 @@ import pytest
 
 from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.directory import list_checkpoints
-from tests.checkpoint.numbered import hidden, verify_all
 from tests.conftest import kill_with_ranks
+from tests.support.numbered import hidden, verify_all
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
@@ -51,7 +51,7 @@ class Saver:
         self._rest = b""
         options |= {"directory": directory, "pipe": pipe}
         args = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        self._job = mpirun.start(num_ranks, "-m", "tests.checkpoint.saver", *args, env=job_env())
+        self._job = mpirun.start(num_ranks, "-m", "tests.support.saver", *args, env=job_env())
 
     def __enter__(self):
         return self
@@ -207,7 +207,7 @@ PRELUDE = """
 import sys
 from mpi4py import MPI
 from shardopt.checkpoint import Checkpointer
-from tests.checkpoint.numbered import Origin, build, fill
+from tests.support.numbered import Origin, build, fill
 
 comm = MPI.COMM_WORLD
 opt = build(comm)

@@ -18,10 +18,9 @@ from shardopt.errors import (
     NonFiniteWarning,
     RankMismatchError,
 )
-from tests.checkpoint.damage import flip, params_of, refused_alike, standing
 from tests.checkpoint.make_golden import FOLDER, make_groups
-from tests.checkpoint.runs import UP_TO_THREE_RANKS
-from tests.refusal import (
+from tests.support.damage import flip, params_of, refused_alike, standing
+from tests.support.errors import (
     BOTH_WAYS,
     POLICY,
     assert_steps,
@@ -31,6 +30,7 @@ from tests.refusal import (
     take_step,
     warned,
 )
+from tests.support.models import UP_TO_THREE_RANKS
 
 pytestmark = [pytest.mark.mpi, UP_TO_THREE_RANKS]
 GOLDEN = FOLDER / "v1-3"

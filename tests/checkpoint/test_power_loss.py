@@ -14,8 +14,10 @@ from shardopt.checkpoint.format import disk, manifest, reader
 from shardopt.checkpoint.format.directory import list_checkpoints
 from shardopt.checkpoint.format.manifest import MANIFEST_NAME
 from shardopt.errors import CheckpointError
-from tests.checkpoint.numbered import Origin, build, fill, verify
-from tests.checkpoint.power_loss import (
+from tests.support.errors import take_step
+from tests.support.models import UP_TO_THREE_RANKS
+from tests.support.numbered import Origin, build, fill, verify
+from tests.support.power_loss import (
     Recorder,
     crash_states,
     materialise,
@@ -24,9 +26,7 @@ from tests.checkpoint.power_loss import (
     replay,
     without,
 )
-from tests.checkpoint.recorder import SYNCS
-from tests.checkpoint.runs import UP_TO_THREE_RANKS
-from tests.refusal import take_step
+from tests.support.recorder import SYNCS
 
 STEPS = (3, 5, 8)
 DIRECTORY = "runs/large"  # neither is there at first

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.checkpoint.power_loss import (
+from tests.support.power_loss import (
     Operation,
     Recorder,
     crash_states,

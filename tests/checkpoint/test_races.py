@@ -10,7 +10,8 @@ from shardopt.checkpoint import Checkpointer, load, save
 from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.directory import list_checkpoints
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
-from tests.checkpoint.numbered import (
+from tests.support.errors import take_step, warned
+from tests.support.numbered import (
     Origin,
     assert_filled,
     build,
@@ -19,7 +20,6 @@ from tests.checkpoint.numbered import (
     verify,
     verify_all,
 )
-from tests.refusal import take_step, warned
 
 NUM_SAVES = 5
 

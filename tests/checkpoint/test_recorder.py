@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from tests.checkpoint.power_loss import Recorder, read_tree, replay
+from tests.support.power_loss import Recorder, read_tree, replay
 
 CREATE = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
 

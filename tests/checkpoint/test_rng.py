@@ -10,7 +10,9 @@ from mpi4py import MPI
 
 from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
 from shardopt.errors import RandomStreamWarning
-from tests.checkpoint.streams import (
+from tests.support.errors import is_last, warned
+from tests.support.frameworks import require
+from tests.support.streams import (
     KINDS,
     draw,
     make_generator,
@@ -18,8 +20,6 @@ from tests.checkpoint.streams import (
     standing,
     through_json,
 )
-from tests.frameworks import require
-from tests.refusal import is_last, warned
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from mpi4py import MPI
 from shardopt import NAdam
 from shardopt.checkpoint import load, save
 from shardopt.errors import CheckpointError
-from tests.checkpoint.runs import build, content, make_params, params_of, train
-from tests.refusal import BOTH_WAYS, errs, is_last, refused
+from tests.support.errors import BOTH_WAYS, errs, is_last, refused
+from tests.support.models import build, content, make_params, params_of, train
 
 pytestmark = pytest.mark.mpi
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shardopt.cli.ckpt import pieces
-from tests.cli.making import call, flip, make, manifest_of, refused, zero_state
+from tests.support.checkpoints import call, flip, make, manifest_of, refused, zero_state
 
 FILE = "rank-00000-of-00002.safetensors"
 

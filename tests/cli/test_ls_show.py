@@ -8,7 +8,7 @@ import pytest
 
 from shardopt.checkpoint.format.manifest import MANIFEST_NAME
 from shardopt.cli import text
-from tests.cli.making import alter_manifest, call, make, manifest_of, refused
+from tests.support.checkpoints import alter_manifest, call, make, manifest_of, refused
 
 PARAMS = {
     "weight": np.arange(24, dtype=np.float32).reshape(4, 6),

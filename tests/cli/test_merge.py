@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shardopt.cli.ckpt import merge, pieces
-from tests.cli.making import call, flip, make, manifest_of, refused, zero_state
+from tests.support.checkpoints import call, flip, make, manifest_of, refused, zero_state
 
 FILE = "rank-00001-of-00003.safetensors"
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

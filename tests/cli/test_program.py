@@ -14,8 +14,8 @@ import pytest
 
 from shardopt import __version__
 from shardopt.cli import GROUPS, ckpt, main, progress, text
-from tests.cli.making import call, make, refused
 from tests.conftest import Mpirun
+from tests.support.checkpoints import call, make, refused
 
 PROGRAM = [sys.executable, "-m", "shardopt.cli"]
 COMMANDS = [command.name for command in ckpt.GROUP.commands]

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from tests.cli.making import call, flip, make, refused
+from tests.support.checkpoints import call, flip, make, refused
 
 FILE = "rank-00000-of-00001.safetensors"
 SMALL = {"w": np.ones(3, np.float32)}

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES
-from tests.cli.making import alter_manifest, call, flip, make, manifest_of, refused
+from tests.support.checkpoints import alter_manifest, call, flip, make, manifest_of, refused
 
 FILES = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
 PARAMS = {

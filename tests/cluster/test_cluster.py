@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.cluster import Cluster
+from tests.support.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +82,7 @@ def test_a_rate_limits_what_a_host_sends(make):
 KILLED = """
 import sys, time
 from pathlib import Path
-from tests.cluster.cluster import Cluster
+from tests.support.cluster import Cluster
 
 hosts = Cluster(Path.cwd(), 1)
 hosts.start_on(1, "sleep", "1000")

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from shardopt.checkpoint.format.directory import list_checkpoints
-from tests.cluster.cluster import Cluster
 from tests.conftest import kill_with_ranks, read_job_env
+from tests.support.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 4
@@ -76,7 +76,7 @@ class Steady:
         self.directory = directory
         self.processes = {}  # of the ranks, once it steps
         self._output = directory / f"output-{len(list(directory.glob('output-*')))}"
-        self._command = [sys.executable, "-m", "tests.cluster.steady", directory, *options]
+        self._command = [sys.executable, "-m", "tests.support.worker", directory, *options]
         self._command += ["--timeout-s", TIMEOUT_S]
         self._command = list(map(str, self._command))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launch.launchers import LAUNCH, PAYLOAD, ROOT, Watched, launch, plain, run
+from tests.support.launchers import LAUNCH, PAYLOAD, ROOT, Watched, launch, plain, run
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from options import parse_options
-from tests.launch.launchers import LAUNCH, ROOT
+from tests.support.launchers import LAUNCH, ROOT
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", LAUNCH / "job.pbs"])
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.launch.launchers import LAUNCH, launch, run, start
+from tests.support.launchers import LAUNCH, launch, run, start
 
 
 def test_every_rank_runs_and_says_where(mpirun, tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.launch.launchers import LAUNCH, plain, run
+from tests.support.launchers import LAUNCH, plain, run
 
 SHOW = """
 import json, os

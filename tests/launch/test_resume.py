@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from plot_loss import plot_loss
-from tests.frameworks import environment_for, require
-from tests.launch.runs import (
+from tests.support.frameworks import environment_for, require
+from tests.support.train_jobs import (
     SCRIPT,
     SMALL,
     Started,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import cluster as cluster_module
-from tests.launch.launchers import LAUNCH, PAYLOAD, ROOT, plain, wait_until
+from tests.support import cluster as cluster_module
+from tests.support.launchers import LAUNCH, PAYLOAD, ROOT, plain, wait_until
 
 SLURM = Path(cluster_module.__file__).with_name("slurm.sh")
 

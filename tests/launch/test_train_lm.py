@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from tests.conftest import Mpirun
-from tests.frameworks import LEND_OVERRIDE, environment_for, require
-from tests.launch.runs import SCRIPT, SMALL, Started, column, read_log
+from tests.support.frameworks import LEND_OVERRIDE, environment_for, require
+from tests.support.train_jobs import SCRIPT, SMALL, Started, column, read_log
 
 
 @pytest.mark.any_mpi

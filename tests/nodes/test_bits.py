@@ -6,7 +6,7 @@ import pytest
 from shardopt import ShardPolicy
 from shardopt.layout.traffic import plan_traffic
 from shardopt.numpy import NAdam, Parameter
-from tests.nodes.shapes import (
+from tests.support.nodes import (
     draw_grads,
     make_params,
     several_nodes,

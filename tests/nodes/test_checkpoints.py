@@ -6,8 +6,8 @@ import pytest
 from shardopt import ShardPolicy
 from shardopt.checkpoint import Checkpointer, load, save
 from shardopt.numpy import NAdam
-from tests.checkpoint.runs import SPECS, content, make_params, params_of, train
-from tests.nodes.shapes import several_nodes, ways_to_share
+from tests.support.models import SPECS, content, make_params, params_of, train
+from tests.support.nodes import several_nodes, ways_to_share
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -10,8 +10,8 @@ import pytest
 
 from shardopt import ShardPolicy
 from shardopt.checkpoint import load, save
-from tests.frameworks import require
-from tests.nodes.shapes import ways_to_the_same_bits
+from tests.support.frameworks import require
+from tests.support.nodes import ways_to_the_same_bits
 
 pytestmark = [
     pytest.mark.mpi(min_size=2),

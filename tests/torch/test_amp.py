@@ -10,8 +10,8 @@ import torch
 from torch.amp import GradScaler
 
 from shardopt.errors import PartitionError
-from tests.refusal import is_last, refused
-from tests.torch.twins import Twins, loss_of, params_of
+from tests.support.errors import is_last, refused
+from tests.support.torch_models import Twins, loss_of, params_of
 
 pytestmark = pytest.mark.mpi
 

@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 import torch
 
 from shardopt.torch import NAdam
-from tests.refusal import POLICY
-from tests.torch.twins import Twins, loss_of, make_model, params_of
+from tests.support.errors import POLICY
+from tests.support.torch_models import Twins, loss_of, make_model, params_of
 
 pytestmark = pytest.mark.mpi
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import Parameter
 
 from shardopt.errors import NoGradientWarning, NonFiniteWarning
-from tests.refusal import warned
-from tests.torch.twins import Twins, loss_of, make_model, params_of
+from tests.support.errors import warned
+from tests.support.torch_models import Twins, loss_of, make_model, params_of
 
 pytestmark = pytest.mark.mpi
 

@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.torch import NAdam
-from tests.refusal import POLICY, is_last, refused
-from tests.torch.twins import Twins, make_model, params_of
+from tests.support.errors import POLICY, is_last, refused
+from tests.support.torch_models import Twins, make_model, params_of
 
 pytestmark = pytest.mark.mpi
 

@@ -17,8 +17,8 @@ from torch.optim.optimizer import (
 
 from shardopt.errors import HyperparamsError, PartitionError, RankMismatchError, ShardoptError
 from shardopt.torch import NAdam
-from tests.refusal import BOTH_WAYS, POLICY, errs, is_last, refused
-from tests.torch.twins import Twins, everything, make_model, params_of, raised_everywhere
+from tests.support.errors import BOTH_WAYS, POLICY, errs, is_last, refused
+from tests.support.torch_models import Twins, everything, make_model, params_of, raised_everywhere
 
 
 def test_arguments_and_defaults_are_torchs_in_order():

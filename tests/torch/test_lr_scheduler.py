@@ -10,8 +10,8 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 from shardopt.errors import RankMismatchError
-from tests.refusal import is_last, refused
-from tests.torch.twins import Twins
+from tests.support.errors import is_last, refused
+from tests.support.torch_models import Twins
 
 pytestmark = pytest.mark.mpi
 

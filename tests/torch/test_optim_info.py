@@ -39,8 +39,8 @@ from torch.nn import Parameter
 
 from shardopt.errors import HyperparamsError
 from shardopt.torch import NAdam
-from tests.refusal import BOTH_WAYS, POLICY, errs, refused
-from tests.torch.twins import Twins, assert_same, params_of, raised_everywhere
+from tests.support.errors import BOTH_WAYS, POLICY, errs, refused
+from tests.support.torch_models import Twins, assert_same, params_of, raised_everywhere
 
 pytestmark = pytest.mark.mpi
 

@@ -9,8 +9,8 @@ from torch.nn import Parameter
 
 from shardopt.errors import PartitionError, RankMismatchError
 from shardopt.torch import NAdam
-from tests.refusal import BOTH_WAYS, POLICY, errs, is_last, refused
-from tests.torch.twins import Twins, make_model, params_of, raised_everywhere
+from tests.support.errors import BOTH_WAYS, POLICY, errs, is_last, refused
+from tests.support.torch_models import Twins, make_model, params_of, raised_everywhere
 
 pytestmark = pytest.mark.mpi
 

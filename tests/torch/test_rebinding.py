@@ -9,8 +9,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from shardopt.errors import NoGradientWarning, PartitionError
 from shardopt.torch import NAdam
-from tests.refusal import BOTH_WAYS, POLICY, errs, refused, warned
-from tests.torch.twins import Twins, everything, loss_of, make_model, params_of
+from tests.support.errors import BOTH_WAYS, POLICY, errs, refused, warned
+from tests.support.torch_models import Twins, everything, loss_of, make_model, params_of
 
 pytestmark = pytest.mark.mpi
 

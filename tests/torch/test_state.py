@@ -12,8 +12,8 @@ import torch
 
 from shardopt.errors import CheckpointError
 from shardopt.torch import NAdam
-from tests.refusal import BOTH_WAYS, POLICY, errs, is_last, refused
-from tests.torch.twins import Twins, everything, params_of
+from tests.support.errors import BOTH_WAYS, POLICY, errs, is_last, refused
+from tests.support.torch_models import Twins, everything, params_of
 
 pytestmark = pytest.mark.mpi
 

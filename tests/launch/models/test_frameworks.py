@@ -6,7 +6,7 @@ import pytest
 from models import find_learner
 from models.base import Shape, generate, initial_weights, weight_shapes
 from options import FRAMEWORKS
-from tests.frameworks import require
+from tests.support.frameworks import require
 
 SHAPE = Shape(layers=2, width=64, heads=2, context=11)
 OTHERS = [name for name in FRAMEWORKS if name != "numpy"]

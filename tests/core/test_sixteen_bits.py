@@ -5,8 +5,8 @@ import pytest
 
 from shardopt import NAdam, ShardPolicy
 from shardopt.errors import HyperparamsError, NonFiniteWarning
-from tests.oracle import Oracle, all_grads, assert_same, initial, make_params, write
-from tests.refusal import refused, warned
+from tests.support.errors import refused, warned
+from tests.support.oracle import Oracle, all_grads, assert_same, initial, make_params, write
 
 pytestmark = pytest.mark.mpi
 

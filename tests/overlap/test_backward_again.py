@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from shardopt.checkpoint import load, save
-from tests.frameworks import require
-from tests.nodes.shapes import several_nodes
-from tests.nodes.test_early import Job
+from tests.overlap.test_backward import Job
+from tests.support.frameworks import require
+from tests.support.nodes import several_nodes
 
 torch = require("torch")
 

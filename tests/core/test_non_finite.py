@@ -8,8 +8,8 @@ import pytest
 
 from shardopt import NAdam, ShardPolicy
 from shardopt.errors import NonFiniteWarning
-from tests.oracle import Oracle, all_grads, assert_same, initial, make_params, write
-from tests.refusal import warned
+from tests.support.errors import warned
+from tests.support.oracle import Oracle, all_grads, assert_same, initial, make_params, write
 
 pytestmark = pytest.mark.mpi
 

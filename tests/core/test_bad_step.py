@@ -13,7 +13,7 @@ from shardopt.errors import (
     RankMismatchError,
 )
 from shardopt.numpy import NAdam, Parameter
-from tests.refusal import (
+from tests.support.errors import (
     BOTH_WAYS,
     Sparse,
     assert_steps,

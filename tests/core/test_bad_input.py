@@ -8,7 +8,7 @@ import pytest
 from shardopt.errors import HyperparamsError, KernelError, PartitionError, RankMismatchError
 from shardopt.numpy import NAdam, Parameter
 from shardopt.policy import ShardPolicy
-from tests.refusal import (
+from tests.support.errors import (
     BOTH_WAYS,
     Sparse,
     assert_steps,

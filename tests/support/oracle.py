@@ -9,7 +9,7 @@ import numpy as np
 from shardopt import Parameter
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
-from tests.kernels.suite import tree_sum
+from tests.support.kernel_suite import tree_sum
 
 SHAPES = [(3, 4), (), (0, 5), (9000,), (33, 131), (1,), (4096,), (2, 3, 5), (20_001,)]
 

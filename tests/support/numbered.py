@@ -11,7 +11,7 @@ from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint.format.directory import StepFolder, list_checkpoints
 from shardopt.checkpoint.format.manifest import PARAM_KEY
 from shardopt.checkpoint.format.reader import Reader, read_manifest
-from tests.refusal import params_of
+from tests.support.errors import params_of
 
 SPECS = [("weight", (61, 17), "float32"), ("bias", (5,), "float32"), ("scale", (3,), "float64")]
 STATE_KEYS = ("exp_avg", "exp_avg_sq")

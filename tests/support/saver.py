@@ -1,4 +1,4 @@
-"""A job that saves as fast as it can, to be killed: ``python -m tests.checkpoint.saver OPTIONS``.
+"""A job that saves as fast as it can, to be killed: ``python -m tests.support.saver OPTIONS``.
 
 It goes on from the newest checkpoint, having checked it. Every rank tells on a pipe what happens:
 ``ready PID STEP`` when it goes on from a step, ``safe STEP`` when ``wait`` has returned.
@@ -12,8 +12,8 @@ from pathlib import Path
 from mpi4py import MPI
 
 from shardopt.checkpoint import Checkpointer
-from tests.checkpoint.numbered import Origin, assert_filled, build, fill
-from tests.refusal import take_step
+from tests.support.errors import take_step
+from tests.support.numbered import Origin, assert_filled, build, fill
 
 
 def main() -> None:

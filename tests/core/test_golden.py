@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import shardopt.numpy
-from tests.paper import PaperNAdam
+from tests.support.reference import PaperNAdam
 
-FOLDER = Path(__file__).with_name("golden")
+FOLDER = Path(__file__).parents[1] / "golden"
 TAGS = {"f32": np.float32, "f64": np.float64, "f64d": np.float64}
 # Torch keeps mu_product in float32 unless that is not the default dtype (tag f64d): then float64
 # parameters agree to so much only, and those that decay depend on each other.

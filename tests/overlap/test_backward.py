@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from shardopt import ShardPolicy
 from shardopt.layout.traffic import plan_traffic
-from tests.frameworks import require
-from tests.nodes.shapes import several_nodes
+from tests.support.frameworks import require
+from tests.support.nodes import several_nodes
 
 torch = require("torch")
 

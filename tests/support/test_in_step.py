@@ -27,11 +27,11 @@ def run_tests(mpirun, tmp_path):
         waits = f"in_step_grace = {wait_s}\nin_step_limit = {wait_s}\n"
         (tmp_path / "pytest.ini").write_text(f"[pytest]\n{waits}")
         (tmp_path / "test_it.py").write_text(PRELUDE + text)
-        plugins = ("-p", "tests.in_step", "-p", "no:cacheprovider")
+        plugins = ("-p", "tests.support.in_step", "-p", "no:cacheprovider")
         return mpirun(
             num_ranks,
             *("-m", "pytest", "--with-mpi", "--color=no", *plugins, *args, "test_it.py"),
-            env={"PYTHONPATH": str(Path(__file__).parents[1])},
+            env={"PYTHONPATH": str(Path(__file__).parents[2])},
         )
 
     return run

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.checkpoint.recorder import Operation, Recorder, fsyncs, merge, without
+from tests.support.recorder import Operation, Recorder, fsyncs, merge, without
 
 __all__ = [
     "Crash",

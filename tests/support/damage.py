@@ -11,7 +11,7 @@ import xxhash
 from shardopt.checkpoint import load
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
 from shardopt.errors import DamagedCheckpointError
-from tests.refusal import FORM
+from tests.support.errors import FORM
 
 
 def params_of(opt):

@@ -16,7 +16,7 @@ from shardopt.rule.nadam import (
     StepCount,
     step_coefficients,
 )
-from tests.paper import PaperNAdam
+from tests.support.reference import PaperNAdam
 
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}

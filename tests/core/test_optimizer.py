@@ -7,8 +7,8 @@ import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.errors import NoGradientWarning
-from tests.oracle import SHAPES, Oracle, all_grads, assert_same, initial, make_params, write
-from tests.refusal import warned
+from tests.support.errors import warned
+from tests.support.oracle import SHAPES, Oracle, all_grads, assert_same, initial, make_params, write
 
 pytestmark = pytest.mark.mpi
 

@@ -3,7 +3,7 @@
 import pytest
 
 from shardopt.backends.reference import ReferenceKernel
-from tests.kernels.suite import KernelSuite, MasterSuite
+from tests.support.kernel_suite import KernelSuite, MasterSuite
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shardopt.errors import HyperparamsError, ShardoptError
 from shardopt.rule.nadam import VARIANTS, Hyperparams, StepCount, mu_product_at, step_coefficients
-from tests.paper import PaperNAdam
+from tests.support.reference import PaperNAdam
 
 
 def reals(low, high):

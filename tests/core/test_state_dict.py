@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
-from tests.oracle import (
+from tests.support.oracle import (
     SHAPES,
     Oracle,
     all_grads,

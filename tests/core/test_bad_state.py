@@ -7,7 +7,7 @@ import pytest
 
 from shardopt.errors import CheckpointError, RankMismatchError
 from shardopt.numpy import Parameter
-from tests.refusal import (
+from tests.support.errors import (
     BOTH_WAYS,
     assert_steps,
     differing,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks import require
+from tests.support.frameworks import require
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 import torch
 
 from shardopt.torch import NAdam
-from tests.refusal import POLICY
+from tests.support.errors import POLICY
 
 torch.set_num_threads(1)
 

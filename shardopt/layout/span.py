@@ -1,0 +1,58 @@
+"""Runs of elements."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """The elements [start, stop) of something flat: the index space, a region, a parameter, a file.
+
+    What the positions count from is said where a span is handed over. Subclasses add what else is
+    known of the run; what the methods return are plain spans.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """The span as an index."""
+        return slice(self.start, self.stop)
+
+    def __bool__(self) -> bool:
+        return self.stop > self.start
+
+    def __contains__(self, position: int) -> bool:
+        return self.start <= position < self.stop
+
+    def shift(self, offset: int) -> "Span":
+        """Return the span ``offset`` elements further on."""
+        return Span(self.start + offset, self.stop + offset)
+
+    def intersect(self, other: "Span") -> "Span":
+        """Return the elements of both; an empty span if there are none."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.stop, other.stop)))
+
+    def cut(self, index: int, parts: int, unit: int = 1) -> "Span":
+        """Return part ``index`` of ``parts``, shared out evenly in whole units.
+
+        Args:
+            index: Which part, from 0.
+            parts: How many there are.
+            unit: Number of elements that stay together; divides ``numel``.
+        """
+        units = self.numel // unit
+        first, last = units * index // parts, units * (index + 1) // parts
+        return Span(self.start + first * unit, self.start + last * unit)
+
+    def chunks(self, numel: int) -> Iterator["Span"]:
+        """Yield the span in runs of ``numel`` elements, the last of which may be shorter."""
+        for start in range(self.start, self.stop, numel):
+            yield Span(start, min(start + numel, self.stop))
