@@ -340,7 +340,7 @@ class Checkpointer:
 
     def _stop_watching(self) -> None:
         if self._watch is not None:
-            self._watch.finish()
+            self._watch.close()
             self._watch = None
 
     def _hear(self, number: signal.Signals | None) -> None:

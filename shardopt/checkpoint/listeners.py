@@ -39,16 +39,16 @@ class PendingSave:
         self._job: Future[Any] | None = next(saving)
         core.listeners.append(self)
 
-    def bid(self) -> int:
+    def vote(self) -> int:
         """Whether this rank's job is done."""
         return int(self._job is None or self._job.done())
 
-    def step_ended(self, least: int) -> None:
+    def after_step(self, least: int) -> None:
         """Go on if the jobs of all ranks are done."""
         if least:
             self._go_on(awaited=False)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Wait for all jobs."""
         self.wait(awaited=False)
 
@@ -94,16 +94,16 @@ class SignalWatch:
         self._before = {number: signal.signal(number, self._catch) for number in signals}
         core.listeners.append(self)
 
-    def bid(self) -> int:
+    def vote(self) -> int:
         """The highest signal that came to this rank, negative; 0 for none."""
         return -max(self._caught, default=0)
 
-    def step_ended(self, least: int) -> None:
+    def after_step(self, least: int) -> None:
         """Tell of the signal; others are told of after the next steps."""
         self._caught.discard(-least)
         self._heard(signal.Signals(-least) if least else None)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Let signals do what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -121,7 +121,7 @@ class StepConsensus:
         """
         self._pipeline.sync()
         none = len(self._registry.bindings)
-        mine = [none if poisoned is None else poisoned, *(f.bid() for f in self.listeners)]
+        mine = [none if poisoned is None else poisoned, *(f.vote() for f in self.listeners)]
         collectives = self._agreement.collectives
         first, *least = map(int, collectives.allreduce(np.array(mine), MPI.MIN, step, "finish"))
         self._pipeline.sync()
@@ -130,7 +130,7 @@ class StepConsensus:
     def tell_followers(self, least: Sequence[int]) -> None:
         """Let listeners go on, when the step itself is over: they may raise."""
         for follower, bid in zip(list(self.listeners), least, strict=True):
-            follower.step_ended(bid)
+            follower.after_step(bid)
 
     def _repeat_stale(self, inputs: StepInputs, step: int, *, rescaled: bool) -> None:
         """See to it that gradients which have left before are exchanged as they are now."""

@@ -6,14 +6,14 @@ from typing import Protocol
 class StepListener(Protocol):
     """Something that goes on beside the steps of all ranks, and takes notice at their ends."""
 
-    def bid(self) -> int:
+    def vote(self) -> int:
         """What this rank brings to the end of a step."""
         ...
 
-    def step_ended(self, least: int) -> None:
+    def after_step(self, least: int) -> None:
         """Learn the least that any rank has brought; called on all ranks after the same step."""
         ...
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Come to an end: the optimizer is about to be closed. Collective."""
         ...

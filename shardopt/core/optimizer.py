@@ -349,7 +349,7 @@ class Optimizer(Generic[P]):
         if self._closed:
             return
         for follower in list(self.listeners):
-            follower.finish()
+            follower.close()
         self.enter_call("close()", {})
         self._engine.early.settle(self.last_step.step)
         self._release("close()")
