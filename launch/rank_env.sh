@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What a rank needs around it, said once: every launcher starts its ranks by way of this script.
+# Set up the environment of a rank, then run its command: every launcher starts ranks this way.
 #
 #   mpirun ... bash launch/rank_env.sh [--report ID] COMMAND...
 #
-# The rank is bound to its share of the node's cores, and told to start as many threads; it sees one
-# GPU, by its place on the node. What is set already stays. Nothing is bound where a launcher has
-# bound the ranks, where a container may use only so much of the cores, where ranks outnumber cores,
-# or with RANK_CORES=all.
+# The rank is bound to its share of the node's cores, gets as many threads, and sees one of the
+# node's GPUs. Variables that are already set stay as they are. Ranks are not bound where a launcher
+# has bound them, where a container has a CPU quota, where ranks outnumber cores, or with
+# RANK_CORES=all.
 #
-# --report ID  say on stderr how the command ended, in the words that job.sh listens for
+# --report ID  report on stderr how the command ended, for job.sh
 set -euo pipefail
 
 main() {
@@ -25,7 +25,7 @@ main() {
   watch "$id" "$@"
 }
 
-# first NAME...: the value of the first of these variables that is set, in $value.
+# first NAME...: set $value to that of the first of these variables that has one.
 first() {
   local name
   for name in "$@"; do
@@ -34,7 +34,7 @@ first() {
   done
 }
 
-# Ask PRRTE, Hydra, PALS and Slurm, in this order: an mpirun within Slurm knows better than Slurm.
+# From PRRTE, Hydra, PALS and Slurm, in this order: within Slurm, an mpirun's numbers are right.
 find_place() {
   first OMPI_COMM_WORLD_RANK PMI_RANK PALS_RANKID PMIX_RANK SLURM_PROCID
   rank=${value:-0}
@@ -63,7 +63,7 @@ share_cores() {
   mapfile -t cores < <(list_cores "$(allowed_to self)")
   own=${#cores[@]}
   if [[ $(allowed_to self) != "$(allowed_to "$PPID")" ]]; then
-    # The launcher has bound this rank, or Slurm has given the job's cores to all of its tasks.
+    # The launcher has bound this rank, or each of Slurm's tasks may use all cores of the job.
     threads=$(count_physical "${cores[@]}")
     ((threads <= ${SLURM_CPUS_PER_TASK:-threads})) || threads=$SLURM_CPUS_PER_TASK
   else
@@ -84,11 +84,11 @@ share_cores() {
   done
 }
 
-# The cores that a process may run on, as in "0-3,8".
+# Print the cores that a process may run on, such as "0-3,8".
 allowed_to() { sed -n 's/^Cpus_allowed_list:\s*//p' "/proc/$1/status" 2>/dev/null || true; }
 
-# list_cores LIST: the logical cores of a list, those next to each other that are close to each
-# other: lines "SOCKET.CORE LOGICAL".
+# list_cores LIST: print the logical cores of a list, neighbours on the chip next to each other, in
+# lines "SOCKET.CORE LOGICAL".
 list_cores() {
   local place range
   place=$(lscpu -p=NODE,SOCKET,CORE,CPU 2>/dev/null | grep -v '^#') || place=''
@@ -108,23 +108,23 @@ bind() {
   taskset -cp "$list" $$ >/dev/null 2>&1 || true # inherited by the command
 }
 
-# What Slurm and the like allow is a list; each rank takes one of it.
+# Schedulers such as Slurm set a list of GPUs; each rank takes one of them.
 share_gpus() {
   local -a gpus
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   else
     mapfile -t gpus < <(compgen -G '/dev/nvidia[0-9]*')
-    gpus=("${!gpus[@]}") # CUDA counts those that it sees
+    gpus=("${!gpus[@]}") # CUDA numbers the visible ones from 0
   fi
   ((${#gpus[@]} < 2)) || export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}
 }
 
-# Each MPI ignores what is not meant for it.
+# Each MPI ignores the settings of the other.
 set_up_mpi() {
-  # A rank that waits lets the others have the core, where there may be more ranks than cores.
+  # A waiting rank yields its core, in case there are more ranks than cores.
   export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
-  # Without a fabric it would look for one, which costs a second and prints warnings.
+  # Where there is no fast network, Open MPI would spend a second, and warnings, looking for one.
   export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
   if ! compgen -G '/sys/class/infiniband/*' >/dev/null && ! compgen -G '/sys/class/cxi/*' >/dev/null
   then
@@ -132,9 +132,9 @@ set_up_mpi() {
   fi
 }
 
-# watch ID COMMAND...: stay to see how the command ends. A group of its own spares it the signals
-# that mpirun sends to this one: each comes once, from here. Open MPI's mpirun hands SIGUSR2 on to
-# the ranks where it would kill them after SIGTERM, so that is how job.sh asks them to save and end.
+# watch ID COMMAND...: run a command and report how it ended. It runs in a process group of its own,
+# so that a signal that mpirun sends to this group reaches it once, from here. On SIGTERM Open MPI's
+# mpirun would kill the ranks, but SIGUSR2 it forwards: job.sh sends that to make them save and end.
 watch() {
   local id=$1 status=0 asked='' child
   local -a die_too=()
@@ -153,7 +153,7 @@ watch() {
     wait "$child" || status=$?
   done
   printf '<%s: rank %d ended with %d>\n' "$id" "$rank" "$status" >&2
-  # A rank that ends as it was asked to should not make mpirun kill those that are still saving.
+  # The end of a rank that was asked to end must not make mpirun kill those that still save.
   [[ -z $asked ]] || status=0
   exit "$status"
 }

@@ -14,9 +14,9 @@ __all__ = ["NAdam", "Parameter", "ShardPolicy", "StepReport", "__version__", "er
 
 
 def __getattr__(name: str) -> Any:
-    """Load the optimizer, and with it MPI and Numba, when it is first asked for."""
+    """Load the optimizer, and with it MPI and Numba, on first use."""
     if name in ("NAdam", "Parameter"):
-        from shardopt import numpy  # here: importing shardopt must stay light
+        from shardopt import numpy  # here, so that importing shardopt stays light
 
         return getattr(numpy, name)
     raise AttributeError(f"module 'shardopt' has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """Every exception and warning of shardopt.
 
-Each error is also the built-in it resembles, so that code written for torch's ``ValueError`` keeps
-working. Texts follow one form: ``<name> must <rule>; got <value>. <remedy>.``
+Each error is also a built-in one, so that code written for torch's ``ValueError`` keeps working.
+Messages about arguments have the form ``<name> must <rule>; got <value>. <remedy>.`` Messages about
+events say what happened, why, and what to do.
 """
 
 
@@ -22,11 +23,11 @@ class CheckpointError(ShardoptError, ValueError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was saved: something is missing, changed, or too much."""
+    """A checkpoint differs from what was saved: something is missing, changed or superfluous."""
 
 
 class SharedMemoryError(ShardoptError, MemoryError):
-    """The node's shared memory is too small for the windows."""
+    """The node's shared memory is too small for the parameters and gradients."""
 
 
 class KernelError(ShardoptError, RuntimeError):
@@ -38,15 +39,15 @@ class ClosedError(ShardoptError, RuntimeError):
 
 
 class LauncherError(ShardoptError, RuntimeError):
-    """The launcher and the MPI library do not belong together."""
+    """The launcher belongs to another MPI library than the one loaded."""
 
 
 class RankMismatchError(ShardoptError, RuntimeError):
-    """Ranks that must agree on something were given different values."""
+    """Ranks were given different values where all must have the same."""
 
 
 class RankFailureError(ShardoptError, RuntimeError):
-    """A rank did not come to a call that all ranks must make, or has left the job."""
+    """A rank stopped responding in a call that all ranks must make, or has left the job."""
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -54,12 +55,12 @@ class NonFiniteWarning(RuntimeWarning):
 
 
 class NoGradientWarning(RuntimeWarning):
-    """A step found no gradient to go by."""
+    """A step found no gradient on any rank."""
 
 
 class CheckpointWarning(RuntimeWarning):
-    """A checkpoint could not be saved, or was passed over when the newest was looked for."""
+    """A checkpoint could not be saved, or was skipped in the search for the newest one."""
 
 
 class RandomStreamWarning(RuntimeWarning):
-    """Random streams could not be continued and were seeded anew."""
+    """Random streams could not be restored and were seeded anew."""

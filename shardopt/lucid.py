@@ -9,9 +9,11 @@ from lucid import Tensor
 from lucid.nn import Parameter
 from lucid.optim import Optimizer as LucidOptimizer
 
+from shardopt.comm.consensus import attempt
+from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
-from shardopt.params.adapter import ArrayAdapter
+from shardopt.params.adapter import ArrayAdapter, array_error
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 from shardopt.rule.nadam import mu_product_at
@@ -27,18 +29,19 @@ if TYPE_CHECKING:
 __all__ = ["NAdam"]
 
 
-@LucidOptimizer.register  # an instance of lucid's by name, with none of its methods
-class NAdam(Optimizer[Parameter]):
+@LucidOptimizer.register  # for isinstance() alone: it inherits none of lucid's methods
+class NAdam(InPlaceFrontEnd):
     """The NAdam of the paper and of torch, in place of lucid.optim.NAdam, sharded over MPI ranks.
 
-    ``variant="lucid"`` gives the numbers of lucid.optim.NAdam instead. Those are not NAdam's: lucid
-    has no momentum schedule, shrinks ``exp_avg`` by ``1 - momentum_decay`` at every step and
+    ``variant="lucid"`` computes the numbers of lucid.optim.NAdam instead. Those are not NAdam's:
+    lucid has no momentum schedule, shrinks ``exp_avg`` by ``1 - momentum_decay`` at every step and
     corrects the bias twice, so that early steps are a third as long.
 
-    Arguments stand in lucid's order; state dicts go both ways, and ``mu_product``, which lucid does
-    not keep, is rebuilt from ``step``. lucid's schedulers take this optimizer as one of lucid's.
+    Arguments have lucid's order, and lucid's schedulers accept this optimizer. Either optimizer
+    loads the state dicts of the other; ``mu_product``, which lucid does not keep, is then computed
+    from ``step``.
 
-    Collective: construction and most methods; see ``Optimizer`` for those and for the errors.
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
 
     Args:
         params: ``model.parameters()``, (name, parameter) pairs, or dicts with ``params`` and
@@ -46,9 +49,9 @@ class NAdam(Optimizer[Parameter]):
         lr: Learning rate.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or taken off the parameter when decoupled.
+        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
         momentum_decay: psi of the momentum schedule.
-        variant: Whose NAdam: ``torch``, ``keras``, ``optax`` or ``lucid``.
+        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
         decoupled_weight_decay: Decay weights as AdamW does.
         maximize: Follow the gradient instead of descending it.
         max_grad_norm: Clip the global norm of the averaged gradient to this.
@@ -58,7 +61,7 @@ class NAdam(Optimizer[Parameter]):
     Example:
         >>> model = nn.Linear(3, 1)
         >>> with NAdam(model.parameters(), lr=0.01) as opt:
-        ...     for x, y in batches:  # each rank its own
+        ...     for x, y in batches:  # its own on each rank
         ...         opt.zero_grad()
         ...         loss = ((model(x) - y) ** 2).mean()
         ...         loss.backward()
@@ -82,9 +85,9 @@ class NAdam(Optimizer[Parameter]):
         policy: ShardPolicy | None = None,
     ) -> None:
         defaults = defaults_of(locals())
-        super().__init__(
-            lambda: make_groups(params, defaults),
-            face=_LucidAdapter(),
+        self.core = Optimizer(
+            attempt(make_groups, params, defaults),
+            adapter=_LucidAdapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -92,12 +95,13 @@ class NAdam(Optimizer[Parameter]):
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Give the parameters no gradient, as lucid does, or zero this rank's gradients in place.
+        """Set gradients to None, as lucid does, or zero this rank's gradients in place.
 
         Args:
-            set_to_none: A parameter without a gradient on any rank is skipped by ``step``. With
-                False backward adds to memory that the ranks share: nothing need be copied there,
-                and no two parameters hold the same array, which lucid would add to twice.
+            set_to_none: Set them to None; ``step`` skips a parameter whose gradient is None on
+                every rank. With False, backward adds to shared memory in place: ``step`` then
+                copies nothing, and no two parameters hold the same array, to which lucid would add
+                twice.
         """
         super().zero_grad(set_to_none)
 
@@ -114,15 +118,16 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
         return None
 
     def data(self, param: Parameter, name: str) -> FloatArray:
-        return _dense("data", name, param.data)
+        return _dense_array("data", name, param.data)
 
     def grad(self, param: Parameter, name: str) -> FloatArray | None:
         if param.grad is None:
             return None
-        grad = _dense("grad", name, param.grad)
+        grad = _dense_array("grad", name, param.grad)
         dtype = self.data(param, name).dtype
-        with np.errstate(over="ignore"):  # policy.check_finite is for that
-            return grad.astype(dtype, casting="same_kind", copy=False)  # of float64 inputs
+        with np.errstate(over="ignore"):  # policy.check_finite finds overflows
+            # Gradients may be wider than their parameter: float64 inputs make float64 gradients.
+            return grad.astype(dtype, casting="same_kind", copy=False)
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         if "mu_product" in entry:
@@ -130,20 +135,21 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
         return {**entry, "mu_product": mu_product_at(float(entry["step"]), hyper)}
 
 
-def _dense(what: str, name: str, value: Any) -> FloatArray:
-    if isinstance(value, Tensor):  # where Embedding.reset_parameters() puts one
+def _dense_array(role: str, name: str, value: Any) -> FloatArray:
+    if isinstance(value, Tensor):  # Embedding.reset_parameters() assigns one
         value = value.data
-    if isinstance(value, np.generic):  # what arithmetic makes of 0-d arrays
+    if isinstance(value, np.generic):  # the results of arithmetic with 0-d arrays
         value = np.asarray(value)
-    problem = None
     if not isinstance(value, np.ndarray):
-        kind = f"{type(value).__module__}.{type(value).__name__}"
-        problem = f"a NumPy array; got {kind}. Move the model to the CPU: model.to('cpu')"
-    elif value.dtype.kind == "c":
-        problem = f"real; got dtype {value.dtype}. Train real and imaginary part as two parameters"
-    elif value.dtype.kind != "f":
-        problem = f"floating point; got dtype {value.dtype}. Convert it: .astype(lucid.Float32)"
-    if problem is not None:
-        raise PartitionError(f"{what} of parameter {name!r} must be {problem}.")
+        got = f"{type(value).__module__}.{type(value).__name__}"
+        remedy = "Move the model to the CPU: model.to('cpu')"
+        raise array_error(role, name, rule="a NumPy array", got=got, remedy=remedy)
+    got = f"dtype {value.dtype}"
+    if value.dtype.kind == "c":
+        remedy = "Train the real and the imaginary part as two parameters"
+        raise array_error(role, name, rule="real", got=got, remedy=remedy)
+    if value.dtype.kind != "f":
+        remedy = "Convert it: .astype(lucid.Float32)"
+        raise array_error(role, name, rule="floating point", got=got, remedy=remedy)
     array: FloatArray = value
     return array

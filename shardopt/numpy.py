@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardopt.comm.consensus import attempt
+from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
 from shardopt.layout.dtypes import is_floating
-from shardopt.params.adapter import ArrayAdapter
+from shardopt.params.adapter import ArrayAdapter, array_error
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 
@@ -25,19 +27,19 @@ class Parameter:
     """An array to be trained.
 
     Once an optimizer has it, ``data`` and ``grad`` are views of memory that the ranks of the node
-    share. Read ``data`` where it is used, and never write into it: all ranks would write into the
-    same bytes. Write gradients into ``grad`` (``p.grad += ...``), which is this rank's own. Another
-    array put in the place of either is copied in at the next step.
+    share. Never write into ``data``, because all ranks would write to the same bytes. Write
+    gradients into ``grad`` (``p.grad += ...``), which is this rank's own. If you assign another
+    array to either attribute, the next step copies it in.
 
     Args:
         array: Initial value, [any shape], floating point.
-        name: For messages and checkpoints; None is named by position.
+        name: Its name in messages and checkpoints; None names it by its position.
 
     Attributes:
         data: The value.
-        grad: The gradient, of the same shape and dtype, or None: then the next step leaves the
-            parameter alone, unless another rank has a gradient for it.
-        name: As given.
+        grad: The gradient, of the same shape and dtype, or None. If it is None on every rank, the
+            next step skips the parameter.
+        name: The name given, or None.
     """
 
     __slots__ = ("data", "grad", "name")
@@ -51,20 +53,20 @@ class Parameter:
         return f"Parameter({self.name!r}, shape={np.shape(self.data)})"
 
 
-class NAdam(Optimizer[Parameter]):
+class NAdam(InPlaceFrontEnd):
     """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks.
 
-    Collective: construction and most methods; see ``Optimizer`` for those and for the errors.
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
         lr: Learning rate.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or taken off the parameter when decoupled.
+        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
         momentum_decay: psi of the momentum schedule.
         decoupled_weight_decay: Decay weights as AdamW does.
-        variant: Whose NAdam: ``torch``, ``keras``, ``optax`` or ``lucid``.
+        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
         maximize: Follow the gradient instead of descending it.
         max_grad_norm: Clip the global norm of the averaged gradient to this.
         comm: The ranks that train together; None is COMM_WORLD.
@@ -94,9 +96,9 @@ class NAdam(Optimizer[Parameter]):
         policy: ShardPolicy | None = None,
     ) -> None:
         defaults = defaults_of(locals())
-        super().__init__(
-            lambda: make_groups(params, defaults),
-            face=_NumpyAdapter(),
+        self.core = Optimizer(
+            attempt(make_groups, params, defaults),
+            adapter=_NumpyAdapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -118,27 +120,33 @@ class _NumpyAdapter(ArrayAdapter[Parameter]):
         return param.name
 
     def data(self, param: Parameter, name: str) -> FloatArray:
-        return _dense("data", name, param.data)
+        return _dense_array("data", name, param.data)
 
     def grad(self, param: Parameter, name: str) -> FloatArray | None:
-        return None if param.grad is None else _dense("grad", name, param.grad)
+        return None if param.grad is None else _dense_array("grad", name, param.grad)
 
 
-def _dense(what: str, name: str, value: Any) -> FloatArray:
-    if type(value) is np.ndarray and is_floating(value.dtype):  # the rule, and the fast way
+def _dense_array(role: str, name: str, value: Any) -> FloatArray:
+    if type(value) is np.ndarray and is_floating(value.dtype):  # the usual case, and fast
         return value
-    array, problem = None, None
+    kind = type(value).__name__
     if hasattr(value, "toarray"):
-        problem = f"dense; got {type(value).__name__}. Call .toarray() on it"
-    elif hasattr(value, "__cuda_array_interface__"):
-        problem = "in the CPU's memory; got an array on a GPU. Call .get() on it"
-    else:
-        try:
-            array = np.asarray(value)
-        except ValueError:  # nested lists of unequal length
-            problem = f"an array; got a {type(value).__name__}. Make it a NumPy array"
-    if array is not None and not is_floating(array.dtype):
-        problem = f"floating point; got dtype {array.dtype}. Convert it with .astype(np.float32)"
-    if array is None or problem is not None:
-        raise PartitionError(f"{what} of parameter {name!r} must be {problem}.")
+        raise array_error(role, name, rule="dense", got=kind, remedy="Call .toarray() on it")
+    if hasattr(value, "__cuda_array_interface__"):
+        rule, got = "in the CPU's memory", "an array on a GPU"
+        raise array_error(role, name, rule=rule, got=got, remedy="Call .get() on it")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # nested lists of unequal length
+        raise array_error(
+            role, name, rule="an array", got=f"a {kind}", remedy="Make it a NumPy array"
+        ) from error
+    if not is_floating(array.dtype):
+        raise array_error(
+            role,
+            name,
+            rule="floating point",
+            got=f"dtype {array.dtype}",
+            remedy="Convert it with .astype(np.float32)",
+        )
     return array

@@ -7,31 +7,32 @@ from shardopt.errors import HyperparamsError
 
 @dataclass(frozen=True, slots=True)
 class ShardPolicy:
-    """How parameters are shared out and exchanged; equal on every rank.
+    """How parameters are sharded and communicated; equal on every rank.
 
     Attributes:
-        bucket_nbytes: Upper bound of the parameters that one exchange carries; a chunk of 4096
-            elements is the least. None takes ``planner.default_bucket_nbytes``.
-        wire_dtype: Dtype of gradients between nodes, where they are summed in float32 all the same:
-            ``bfloat16`` or ``float16`` halve their bytes and round what each node sends. None loses
-            no bit. Updated parameters always travel as they are. On one node nothing does.
-        master_weights: fp32 copies of 16-bit parameters, each in the shard of its owner. None and
-            True have them. There is no way without: small updates would be lost.
-        overlap: Let gradients travel between nodes while backward still computes others, where the
-            framework tells when one is ready (torch does); see [Note: early travellers]. The bits
-            are the same.
-        share_node: Keep one copy of the parameters on a node, in shared memory. A number lets so
-            many ranks share one, for example those of a NUMA domain. False makes every rank a node
-            of its own.
+        bucket_nbytes: Upper bound, in bytes of parameters, of the unit of communication; at least a
+            chunk of 4096 elements is taken. None takes ``layout.traffic.default_bucket_nbytes``.
+        wire_dtype: Dtype in which gradients are sent between nodes; they are summed in float32 all
+            the same. ``bfloat16`` or ``float16`` halve their bytes and round what each node sends.
+            None loses no bit. Updated parameters are always sent as they are. On a single node
+            nothing is sent.
+        master_weights: Keep float32 copies of 16-bit parameters, each in the shard of its owner.
+            None and True do. There is no way without: small updates would be lost.
+        overlap: Send gradients to other nodes while backward still computes others, if the
+            framework reports when one is ready (torch does). The bits are the same. See
+            [Note: gradients sent during backward].
+        share_node: Keep one copy of the parameters per node, in shared memory. A number limits how
+            many ranks share one, for example to those of a NUMA domain. False makes every rank a
+            node of its own.
         threads: Cores that a rank's updates use; None takes this rank's share of those it may run
             on.
-        check_finite: Find inf and NaN in gradients before the update and skip such a step on all
-            ranks. That takes a pass over the gradients. None does so where the pass runs anyway,
-            with ``max_grad_norm``, and where there are 16-bit parameters, whose gradients overflow
+        check_finite: Look for inf and NaN in gradients before the update, and skip the step on all
+            ranks if there are any. That takes a pass over the gradients. None does so if the pass
+            runs anyway, for ``max_grad_norm``, and for 16-bit parameters, whose gradients overflow
             easily. True always does, False never skips. (A finite gradient whose square overflows
             the dtype of the moments, above some 5e20 in float32, freezes its element, as in torch.)
-        timeout_s: Longest wait for another rank, in seconds, before the job is ended with the
-            names of those missing.
+        timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
+            the job is ended.
 
     Raises:
         HyperparamsError: A setting is out of range; the message names it.

@@ -1,4 +1,4 @@
-"""What one step did, for those who watch a training run."""
+"""The report of a step: norm, clipping, times, bytes, and warnings about what went wrong."""
 
 import sys
 import time
@@ -13,28 +13,28 @@ _INSIDE = ("shardopt.", "torch.")  # torch wraps step()
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """The last ``step()`` in figures; the same on every rank but for seconds and bytes.
+    """The last ``step()`` in figures; the same on every rank except for seconds and bytes.
 
     Attributes:
-        step: Calls of ``step()`` so far, skipped ones included.
-        grad_norm: Global L2 norm of the averaged gradient before clipping, or None where no pass
-            measured it (``max_grad_norm`` and ``check_finite`` both off).
-        clip_factor: What the gradient was multiplied by; 1.0 where it was short enough.
-        skipped: Whether a gradient was inf or NaN and therefore nothing was updated on any rank.
-        loss_scale: What gradients were divided by, as the loss had been multiplied by it.
-        num_updated: Parameters that had a gradient on some rank; None where the step was skipped
-            and where there are no parameters.
-        seconds: This rank's time by phase: ``agree`` (waiting for the others included), ``reduce``,
-            ``update``, ``finish``.
+        step: The number of calls of ``step()`` so far, including skipped ones.
+        grad_norm: Global L2 norm of the averaged gradient before clipping, or None if it was not
+            measured (``max_grad_norm`` and ``check_finite`` both off).
+        clip_factor: The factor that clipping applied to the gradient; 1.0 if none was needed.
+        skipped: Whether no rank updated anything, because a gradient was inf or NaN.
+        loss_scale: The factor on the loss, by which the step divided the gradients.
+        num_updated: The number of parameters that had a gradient on some rank; None if the step
+            was skipped or there are no parameters.
+        seconds: This rank's time by phase: ``agree`` (including the wait for other ranks),
+            ``reduce``, ``update``, ``finish``.
         waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes.
-        copied_nbytes: Gradients and parameters that had been replaced and were copied in.
-        sent_nbytes: Gradients and parameters that this rank sent to other nodes: what
-            ``plan_traffic`` says, unless gradients changed after they had left or nothing was
-            updated.
-        sent_messages: In how many messages.
-        poisoned_param: A parameter that an update left with inf or NaN, the first seen, or None;
-            known until parameters are replaced or a state is loaded.
-        poisoned_since: The step in which that was, or None.
+        copied_nbytes: Bytes copied in because a gradient or parameter had been replaced.
+        sent_nbytes: Bytes of gradients and parameters that this rank sent to other nodes. They are
+            as ``plan_traffic`` predicts, unless gradients changed after they were sent or nothing
+            was updated.
+        sent_messages: The number of messages in which they were sent.
+        poisoned_param: The first parameter found with inf or NaN after an update, or None. It is
+            kept until parameters are replaced or a state is loaded.
+        poisoned_since: The step that left it so, or None.
     """
 
     step: int = 0
@@ -52,11 +52,11 @@ class StepReport:
     poisoned_since: int | None = None
 
     def with_poison(self, poisoned_param: str | None, before: "StepReport") -> "StepReport":
-        """Add what is known of poisoned parameters.
+        """Return the report with the poisoned parameter, if there is one.
 
         Args:
-            poisoned_param: The first that this step left with inf or NaN, or None.
-            before: The report of the step before; what it knew of stays known.
+            poisoned_param: The first parameter that this step left with inf or NaN, or None.
+            before: The report of the previous step, whose poisoned parameter is kept.
         """
         if before.poisoned_param is not None:
             poisoned_param = before.poisoned_param
@@ -65,9 +65,9 @@ class StepReport:
         since = before.poisoned_since or self.step
         return replace(self, poisoned_param=poisoned_param, poisoned_since=since)
 
-    def news(self, before: "StepReport") -> Iterator[Warning]:
-        """Tell what is wrong now that was not known after the step before."""
-        found = self.grad_norm is not None  # else it was the caller, or GradScaler, that knew
+    def warnings(self, before: "StepReport") -> Iterator[Warning]:
+        """Yield a warning for each problem that the previous step did not have."""
+        found = self.grad_norm is not None  # else the caller, or GradScaler, reported it
         if self.skipped and found and not before.skipped and self.loss_scale == 1.0:
             yield NonFiniteWarning(
                 f"step {self.step} was skipped on all ranks: gradients must be finite; got a norm "
@@ -86,17 +86,17 @@ class StepReport:
             )
 
     def without_poison(self) -> "StepReport":
-        """Forget poisoned parameters: values have been replaced."""
+        """Return the report without its poisoned parameter, as its values have been replaced."""
         return replace(self, poisoned_param=None, poisoned_since=None)
 
 
 def tell(warning: Warning, *, aloud: bool) -> None:
-    """Warn as if from the line outside of this package that made the call; every rank calls it.
+    """Issue a warning that points to the line outside this package that made the call.
 
-    One rank is enough to print it. But where warnings are errors, all ranks must raise.
+    Every rank calls it, because all ranks must raise if warnings are errors; but one prints it.
 
     Args:
-        warning: What to tell.
+        warning: The warning.
         aloud: Whether this rank prints it.
     """
     frame, level = sys._getframe(), 1
@@ -111,10 +111,10 @@ def tell(warning: Warning, *, aloud: bool) -> None:
 
 
 class Stopwatch:
-    """Seconds between laps, by name.
+    """A clock that measures named laps.
 
     Attributes:
-        seconds: The laps so far.
+        seconds: The time of each lap so far.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """End the lap ``name``; the next begins."""
+        """End the current lap under the name ``name``, and begin the next."""
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now

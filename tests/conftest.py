@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from shardopt.numpy import NAdam
 
+TESTS = Path(__file__).parent
+FRONT_ENDS = {"torch", "jax", "test_lucid.py"}
+
 pytest_plugins = ["tests.support.in_step", "tests.support.cluster"]
 
 
@@ -53,9 +56,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add an option for tests/run.sh, which runs some tests side by side or with one MPI only."""
     parser.addoption(
         "--part",
-        choices=["plain", "jobs", "mpi-jobs"],
+        choices=["plain", "jobs", "mpi-jobs", "mpi-ranks"],
         help="of the tests without ranks: those that start no mpirun, those that do, "
-        "or those of them that are not marked any_mpi",
+        "or those of them that are not marked any_mpi; of the tests on ranks: those not so marked",
     )
 
 
@@ -74,9 +77,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests that start mpirun themselves, so that ``-m mpirun`` selects them."""
+    """Mark the tests that start mpirun themselves, and those that no MPI library changes."""
     if "mpirun" in getattr(item, "fixturenames", ()):
         item.add_marker("mpirun")
+    elif item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in FRONT_ENDS:
+        item.add_marker("any_mpi")  # tests/nodes runs every front end with every MPI
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -89,6 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return False
         if part == "plain":
             return "mpirun" not in marks
+        if part == "mpi-ranks":
+            return "any_mpi" not in marks
         return part is None or (
             "mpirun" in marks and not (part == "mpi-jobs" and "any_mpi" in marks)
         )

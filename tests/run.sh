@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Runs all tests with MPICH and with Open MPI, on 1 to 4 ranks:
 #
-#   bash tests/run.sh [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
+#   bash tests/run.sh [--all] [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
+#
+# With Open MPI it leaves out what no MPI library changes, such as most tests of the frameworks;
+# --all runs every test with both.
 #
 # All that must be there is Python 3.11 or newer with venv. The first run makes an environment for
 # each MPI under .test-env; both are made anew when pyproject.toml changes.
@@ -20,10 +23,12 @@ torch=${TORCH-torch==2.13.0}
 lucid=${LUCID-lucid-dl==2.9.0}
 mpis=(mpich openmpi)
 ranks=(1 2 3 4)
+everything=false
 limit_s=900 # for one run of pytest; each ends hung tests itself, long before
 
 while (($#)); do
     case $1 in
+        --all) everything=true && shift ;;
         --mpi) mpis=("$2") && shift 2 ;;
         --ranks) read -ra ranks <<<"$2" && shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
@@ -137,12 +142,14 @@ source tests/mpi.env
 set +a
 unset PYTHONDONTWRITEBYTECODE # many a container sets it; every rank would compile every test anew
 selected=$#
-pytest=(-m pytest --color=no -p no:cacheprovider -rs "$@")
+pytest=(-m pytest --color=no -p no:cacheprovider -rs --durations 8 "$@")
 
 # on_ranks HOW MPI N: run, or begin, the tests that want ranks.
 on_ranks() {
-    local bin=$PWD/.test-env/$2/bin
-    "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" "$bin/python" "${pytest[@]}" --with-mpi
+    local bin=$PWD/.test-env/$2/bin part=()
+    if [[ $2 != "${mpis[0]}" ]] && ! "$everything"; then part=(--part mpi-ranks); fi
+    "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" \
+        "$bin/python" "${pytest[@]}" --with-mpi ${part[@]+"${part[@]}"}
 }
 
 # without_ranks HOW MPI PART: run, or begin, a part of the other tests; see tests/conftest.py.
@@ -161,7 +168,7 @@ finish
 part=jobs
 for mpi in "${mpis[@]}"; do
     without_ranks begin "$mpi" "$part"
-    part=mpi-jobs # with the next MPI, those that it may change
+    if ! "$everything"; then part=mpi-jobs; fi # with the next MPI, those that it may change
 done
 finish
 for mpi in "${mpis[@]}"; do

@@ -24,7 +24,7 @@ from shardopt.lucid import NAdam  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in cast:RuntimeWarning")
 
 BATCH = 12  # divides among 1 to 4 ranks
-FACE = types.SimpleNamespace(Parameter=nn.Parameter, NAdam=NAdam)
+FRONT_END = types.SimpleNamespace(Parameter=nn.Parameter, NAdam=NAdam)
 
 
 class Net(nn.Module):
@@ -96,16 +96,16 @@ def test_arguments_stand_in_lucids_order():
 
 @pytest.mark.parametrize("case", LUCID)
 def test_lucids_golden_numbers(case):
-    assert_lucids_numbers(case, face=FACE)
+    assert_lucids_numbers(case, face=FRONT_END)
 
 
 @pytest.mark.parametrize("case", ["default.f32", "l2.f64d", "none_grads.f32"])
 def test_torchs_golden_numbers(case):
-    assert_torchs_numbers(case, face=FACE)
+    assert_torchs_numbers(case, face=FRONT_END)
 
 
 def follow_the_page(optim, rows):
-    """What lucid's page on NAdam shows, with data and a loss; ``optim`` is what is imported."""
+    """Run the example of lucid's page on NAdam, with data and a loss; ``optim`` is the import."""
 
     class Scaling(nn.Module):
         def __init__(self):

@@ -1,1 +1,1 @@
-"""Where arrays live and what computes there: one folder for each kind of processor."""
+"""Backends: where arrays live and what computes there, one folder for each kind of processor."""

@@ -1,10 +1,15 @@
-"""The same passes in plain NumPy and float64: to read beside the paper, and to test kernels."""
+"""The kernel in plain NumPy and float64: to read beside the paper, and to test other kernels."""
+
+import ctypes
+from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import ALL_FINITE, UpdatePlan
+from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
 from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.layout.span import Span
 from shardopt.rule.nadam import StepCoefficients
 
 
@@ -18,54 +23,73 @@ class ReferenceKernel:
 
     @np.errstate(invalid="ignore", over="ignore")  # poison is reported, not warned of
     def update(
-        self,
-        grads: FloatArray,
-        param: FloatArray,
-        master: FloatArray | None,
-        exp_avg: FloatArray,
-        exp_avg_sq: FloatArray,
-        plan: UpdatePlan,
+        self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan
     ) -> int:
         """See ``Kernel.update``."""
         poisoned = ALL_FINITE
-        for start, stop, row in plan.segments:
-            c = StepCoefficients(*plan.coefficients[row].astype(np.float64))
-            here, local = slice(start, stop), slice(start - plan.start, stop - plan.start)
-            current = param[here] if master is None else _current(master[local], param[here])
-            p = current.astype(np.float64)
-            sources = grads[:, start - plan.sources_start : stop - plan.sources_start]
-            g = c.source_scale * sources.astype(np.float64).sum(axis=0) + c.weight_decay * p
-            m = c.m_decay * exp_avg[local] + c.m_gain * g
-            v = c.beta2 * exp_avg_sq[local] + c.v_gain * g**2
-            direction = (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
-            p -= c.param_decay * p + direction
-            exp_avg[local], exp_avg_sq[local] = m, v
-            if master is None:
-                param[here] = p
-            else:
-                master[local] = p
-                param[here] = master[local].astype(param.dtype)
-            if poisoned == ALL_FINITE and not np.isfinite(param[here]).all():
-                poisoned = int(start + np.flatnonzero(~np.isfinite(param[here]))[0])
+        grads, params = _arrays(sources), _arrays(targets)
+        for start, stop, row in plan.segments.tolist():
+            here = Span(start, stop).intersect(plan.span)
+            coefficients = StepCoefficients(*plan.coefficients[row].astype(np.float64))
+            arrays = {key: array[here.slice] for key, array in state.items()}
+            param = params[0][here.slice]
+            _apply(coefficients, [grad[here.slice] for grad in grads], param, arrays)
+            for other in params[1:]:
+                other[here.slice] = param
+            if poisoned == ALL_FINITE and not np.isfinite(param).all():
+                poisoned = here.start + int(np.flatnonzero(~np.isfinite(param))[0])
         return poisoned
 
+    @np.errstate(invalid="ignore", over="ignore")
     def reduce(
         self,
-        grads: FloatArray,
+        sources: Rows,
         out: FloatArray | None,
-        start: int,
-        stop: int,
-        square_sums: FloatArray | None,
+        span: Span,
+        square_sums: NDArray[np.float64] | None,
     ) -> None:
         """See ``Kernel.reduce``."""
-        total = grads[:, start:stop].astype(np.float64).sum(axis=0)
+        total = _sum(_arrays(sources.part(span)))
         if square_sums is not None:
             square_sums[:] = (total**2).reshape(-1, CHUNK_NUMEL).sum(axis=1)
         if out is not None:
             out[:] = total
 
+    def close(self) -> None:
+        """See ``Kernel.close``; there is nothing to release."""
+
+
+def _arrays(rows: Rows) -> list[FloatArray]:
+    """Return the rows as arrays."""
+    kind = ctypes.c_byte * (rows.numel * rows.dtype.itemsize)
+    memory = [memoryview(kind.from_address(address)) for address in rows.addresses.tolist()]
+    return [np.frombuffer(view, rows.dtype) for view in memory]
+
+
+def _sum(arrays: list[FloatArray]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = np.array(arrays).astype(np.float64).sum(axis=0)
+    return total
+
+
+def _apply(
+    c: StepCoefficients, grads: list[FloatArray], param: FloatArray, state: Mapping[str, FloatArray]
+) -> None:
+    """Update one segment by [Note: one formula, four schedules]."""
+    exp_avg, exp_avg_sq, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
+    p = (param if master is None else _current(master, param)).astype(np.float64)
+    g = c.source_scale * _sum(grads) + c.weight_decay * p
+    m = c.m_decay * exp_avg + c.m_gain * g
+    v = c.beta2 * exp_avg_sq + c.v_gain * g**2
+    p -= c.param_decay * p + (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
+    exp_avg[:], exp_avg_sq[:] = m, v
+    if master is None:
+        param[:] = p
+    else:
+        master[:] = p
+        param[:] = master.astype(param.dtype)
+
 
 def _current(master: FloatArray, param: FloatArray) -> FloatArray:
-    """The masters; where somebody has written to the parameter since, the parameter."""
+    """Return the masters, or the parameters where somebody has written to them since."""
     written = master.astype(param.dtype).view(np.uint16) != param.view(np.uint16)
     return np.where(written, param.astype(master.dtype), master)

@@ -1,115 +1,112 @@
-"""What goes on beside training: a save under way, and the wait for a signal."""
+"""The step listeners of checkpoints: a save in progress, and the wait for a signal."""
 
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shardopt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
     from types import FrameType
 
-    from shardopt.checkpoint.saving import Committed, Saving
-    from shardopt.core.optimizer import Optimizer
+    from shardopt.checkpoint.operation import Committed, SaveOperation
+    from shardopt.core.listeners import StepListener
 
 
 class PendingSave:
-    """A save that goes on at the ends of steps, once all ranks have done their jobs.
+    """A save that advances after a step, once the jobs of all ranks have ended.
 
-    Collective: construction, and every method but ``bid``.
+    Collective: construction, and every method except ``vote``.
 
     Args:
-        saving: Just begun.
-        core: Whose steps are taken.
-        landed: Called with what came of it, and with whether somebody waits for that.
+        operation: The save, which has just been started.
+        listeners: The listeners of the optimizer whose steps advance it.
+        on_done: Called at the end with the outcome, and with whether the user waits for it.
     """
 
     def __init__(
         self,
-        saving: Saving,
-        core: Optimizer[Any],
-        landed: Callable[[Committed | CheckpointError, bool], None],
+        operation: SaveOperation,
+        listeners: list[StepListener],
+        on_done: Callable[[Committed | CheckpointError, bool], None],
     ) -> None:
-        self._saving = saving
-        self._core = core
-        self._landed = landed
-        self._job: Future[Any] | None = next(saving)
-        core.listeners.append(self)
+        self._operation = operation
+        self._listeners = listeners
+        self._on_done = on_done
+        listeners.append(self)
 
     def vote(self) -> int:
-        """Whether this rank's job is done."""
-        return int(self._job is None or self._job.done())
+        """Return whether this rank's job is done."""
+        return int(self._operation.is_job_done)
 
-    def after_step(self, least: int) -> None:
-        """Go on if the jobs of all ranks are done."""
-        if least:
-            self._go_on(awaited=False)
+    def after_step(self, lowest: int) -> None:
+        """Advance if the jobs of all ranks are done."""
+        if lowest:
+            self._advance(awaited=False)
 
     def close(self) -> None:
-        """Wait for all jobs."""
-        self.wait(awaited=False)
+        """Wait for the end of the save, as the optimizer is about to be closed."""
+        while not self._operation.is_over:
+            self._advance(awaited=False)
 
-    def wait(self, *, awaited: bool = True) -> None:
-        """Wait for all jobs, as the user does."""
-        while self._job is not None:
-            self._job.exception()  # waits
-            self._go_on(awaited=awaited)
+    def wait(self) -> None:
+        """Wait for the end of the save, for the user."""
+        while not self._operation.is_over:
+            self._advance(awaited=True)
 
-    def _go_on(self, *, awaited: bool) -> None:
-        outcome: Committed | CheckpointError
+    def _advance(self, *, awaited: bool) -> None:
+        outcome: Committed | CheckpointError | None
         try:
-            self._job = next(self._saving)
-        except StopIteration as end:
-            outcome = end.value
+            self._operation.advance()
+            outcome = self._operation.committed
         except CheckpointError as error:
             outcome = error
-        else:
-            return
-        self._job = None
-        self._core.listeners.remove(self)
-        self._landed(outcome, awaited)
+        finally:
+            if self._operation.is_over:
+                self._listeners.remove(self)
+        if outcome is not None:
+            self._on_done(outcome, awaited)
 
 
 class SignalWatch:
-    """Lets all ranks know, after the same step, of a signal that came to any of them.
+    """Tells all ranks, after the same step, of a signal that any of them has received.
 
     Args:
-        core: Whose steps are taken.
-        signals: Those caught from now on.
-        heard: Called after each step with the signal, or None.
+        signals: The signals, which are caught from now on.
+        listeners: The listeners of the optimizer after whose steps it tells.
+        on_signal: Called after each step with the signal, or None.
     """
 
     def __init__(
         self,
-        core: Optimizer[Any],
         signals: Sequence[signal.Signals],
-        heard: Callable[[signal.Signals | None], None],
+        listeners: list[StepListener],
+        on_signal: Callable[[signal.Signals | None], None],
     ) -> None:
-        self._core = core
-        self._heard = heard
+        self._listeners = listeners
+        self._on_signal = on_signal
         self._caught: set[int] = set()
         self._before = {number: signal.signal(number, self._catch) for number in signals}
-        core.listeners.append(self)
+        listeners.append(self)
 
     def vote(self) -> int:
-        """The highest signal that came to this rank, negative; 0 for none."""
+        """Return the highest signal that this rank has received, negative; 0 for none."""
         return -max(self._caught, default=0)
 
-    def after_step(self, least: int) -> None:
-        """Tell of the signal; others are told of after the next steps."""
-        self._caught.discard(-least)
-        self._heard(signal.Signals(-least) if least else None)
+    def after_step(self, lowest: int) -> None:
+        """Report one signal; others follow after the next steps."""
+        self._caught.discard(-lowest)
+        self._on_signal(signal.Signals(-lowest) if lowest else None)
 
     def close(self) -> None:
-        """Let signals do what they did before."""
+        """Restore the handlers that signals had before."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
-        if self in self._core.listeners:
-            self._core.listeners.remove(self)
+        if self in self._listeners:
+            self._listeners.remove(self)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._caught.add(number)

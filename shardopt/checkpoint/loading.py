@@ -1,12 +1,13 @@
-"""Loading: every rank reads what it is going to own, wherever in the checkpoint that is.
+"""Loading: every rank reads what it is going to own, from wherever that lies in the checkpoint.
 
 [Note: nothing changes before all is verified]
-A checkpoint that turns out to be damaged must leave the optimizer as it was, but there is no memory
-for a second state. The moments of an optimizer that has never stepped are zero, and can be made so
-again: they are read into place and verified as they land. What cannot be had back, parameters
-above all, is verified first, into a buffer, and read a second time once all ranks have found
-everything well; then it comes from the page cache. It is verified again: were it changed in the
-meantime, all ranks would say that the optimizer must be loaded from another checkpoint.
+A damaged checkpoint must leave the optimizer as it was, but there is no memory for a second state.
+The moments of an optimizer that has never stepped are zero, and can be zeroed again: they are read
+into place and verified as they arrive (``overwrite``). What cannot be restored, the parameters
+above all, is verified first (``verify_first``), by way of a buffer, and read again once all ranks
+have found everything undamaged; by then it comes from the page cache. The second reading is
+verified, too: if the checkpoint has changed in the meantime, all ranks raise, and the optimizer
+must be loaded from another one.
 """
 
 from collections.abc import Sequence
@@ -15,147 +16,151 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.format.fields import damaged
-from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, ParamEntry, from_text
-from shardopt.checkpoint.format.reader import Reader, Wanted, read_manifest_text, wanted_slices
-from shardopt.checkpoint.saving import HasCore, core_of
-from shardopt.checkpoint.snapshot import owned_parts, part_arrays
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, ParamEntry
+from shardopt.checkpoint.format.messages import must
+from shardopt.checkpoint.format.parsing import from_text
+from shardopt.checkpoint.format.reader import Reader, read_manifest_text
+from shardopt.checkpoint.format.requests import Wanted, wanted_slices
 from shardopt.comm.consensus import attempt
-from shardopt.core.optimizer import Optimizer
+from shardopt.core.sharded import HasCore, Scalars, Sharded, sharded_of
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from shardopt.layout.partition import ParamSpec
-from shardopt.params.groups import Group, group_values
-from shardopt.report import StepReport
 from shardopt.rule.nadam import Hyperparams, StepCount
+
+_CALL = "load()"
 
 
 def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
-    """Load a checkpoint that any number of ranks, with any face, has saved.
+    """Load a checkpoint, saved on any number of ranks with any framework.
 
-    Each rank reads only what it needs, straight into place, and verifies all of it. JAX users take
-    the new parameters from ``opt.params`` afterwards; all others find them where they were.
+    Each rank reads only what it needs, straight into place, and verifies all of it. With JAX, take
+    the new parameters from ``opt.params`` afterwards; elsewhere they are where they were.
 
     Collective: every rank.
 
     Args:
         path: A checkpoint.
-        opt: A NAdam of any face, with parameters of the same names, shapes and dtypes in the same
-            groups. Where either side has no names but positions, order takes the place of names.
+        opt: A NAdam of any framework, with parameters of the same names, shapes and dtypes in the
+            same groups. If either side has positions instead of names, parameters are matched in
+            order.
 
     Returns:
-        What was saved as ``extra``. ``extra["per_rank"]`` is a list of what each rank had.
+        The ``extra`` that was saved; its ``per_rank`` is a list with an entry for each rank.
 
     Raises:
-        DamagedCheckpointError: The checkpoint is not what was saved; names file and chunk. The
-            optimizer is as it was, unless the message says that the checkpoint changed while it
-            was loaded; on every rank.
-        CheckpointError: It is of another model; likewise.
+        DamagedCheckpointError: The checkpoint is not what was saved; the message names file and
+            chunk. The optimizer is as it was, unless the message says that the checkpoint changed
+            while it was loaded; on every rank.
+        CheckpointError: The checkpoint is of another model; likewise.
     """
-    core, path = core_of(opt), Path(path).absolute()
-    manifest = _share_manifest(core, path)
+    sharded, path = sharded_of(opt), Path(path).absolute()
+    manifest = _share_manifest(sharded, path)
+    num_threads = sharded.num_cores
     with Reader(path, manifest) as reader:
-        content, error = attempt(lambda: _match(core, reader))
-        _agree(core, error)
+        content, error = attempt(lambda: _match(sharded, reader))
+        sharded.agree(_CALL, {}, error)
         assert content is not None
-        _, error = attempt(lambda: reader.read(content.first_pass(core, manifest), core.num_cores))
+        first_pass = [*_headers(sharded, manifest), *content.first_pass()]
+        _, error = attempt(lambda: reader.read(first_pass, num_threads))
         try:
-            _agree(core, error)
+            sharded.agree(_CALL, {}, error)
         except Exception:
-            content.blank()
+            content.undo_first_pass()
             raise
-        _, error = attempt(lambda: reader.read(content.precious, core.num_cores))
-        _agree(core, error and _changed_meanwhile(error))
-    core.take_over(
-        content.groups,
-        content.step_counts,
-        StepReport(step=manifest.num_steps, loss_scale=manifest.loss_scale),
-    )
-    core.take_over_params()
+        _, error = attempt(lambda: reader.read(content.verify_first, num_threads))
+        sharded.agree(_CALL, {}, error and _changed_meanwhile(error))
+    sharded.restore(content.scalars)
     return content.extra
 
 
-def _share_manifest(core: Optimizer[Any], path: Path) -> Manifest:
-    """Let rank 0 read the manifest, and give it to all. Collective."""
+def _share_manifest(sharded: Sharded, path: Path) -> Manifest:
+    """Read the manifest on rank 0, and parse it on all ranks. Collective."""
     text, error = None, None
-    if core.topology.rank == 0:
+    if sharded.rank == 0:
         text, error = attempt(lambda: read_manifest_text(path))
-    core.enter_call("load()", {"path": str(path)}, error)
-    everyones = core.collectives.gather(text, core.last_step.step, "load()")[0]
-    assert everyones is not None
-    manifest, error = attempt(lambda: from_text(everyones))
-    _agree(core, error)
+    sharded.agree(_CALL, {"path": str(path)}, error)
+    shared = sharded.allgather(text, _CALL)[0]
+    assert shared is not None
+    manifest, error = attempt(lambda: from_text(shared))
+    sharded.agree(_CALL, {}, error)
     assert manifest is not None
     return manifest
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What of a checkpoint this rank takes over.
+    """The part of a checkpoint that this rank takes.
 
     Attributes:
-        groups: Values for each param group.
-        step_counts: For each parameter.
-        extra: As it was saved.
-        precious: Where what this rank owns is in the files, and where it belongs: what must be
-            verified before it is read.
-        disposable: What may be read at once, likewise; see
+        scalars: What the optimizer goes on from, besides tensors.
+        extra: What the user has saved with it.
+        verify_first: Where the shards of this rank lie in the files and where they belong: those
+            that must be verified before they are read.
+        overwrite: Likewise, those that may be read at once; see
             [Note: nothing changes before all is verified].
     """
 
-    groups: list[Group]
-    step_counts: list[StepCount]
+    scalars: Scalars
     extra: dict[str, Any] | None
-    precious: list[Wanted]
-    disposable: list[Wanted]
+    verify_first: list[Wanted]
+    overwrite: list[Wanted]
 
-    def first_pass(self, core: Optimizer[Any], manifest: Manifest) -> list[Wanted]:
-        """Verify what is precious, and this rank's share of the headers; read the disposable."""
-        files = range(core.topology.rank, len(manifest.files), core.topology.world_size)
-        headers = [Wanted(i, 0, manifest.files[i].header_nbytes, None) for i in files]
-        return [*headers, *(run._replace(target=None) for run in self.precious), *self.disposable]
+    def first_pass(self) -> list[Wanted]:
+        """Return all requests, none of which overwrites what cannot be restored."""
+        verify = [Wanted(each.start, each.stop, each.file) for each in self.verify_first]
+        return [*verify, *self.overwrite]
 
-    def blank(self) -> None:
-        """Undo the first pass."""
-        for run in self.disposable:
-            if run.target is not None:
-                run.target[:] = 0
+    def undo_first_pass(self) -> None:
+        """Zero what the first pass has overwritten."""
+        for each in self.overwrite:
+            if each.target is not None:
+                each.target[:] = 0
 
 
-def _match(core: Optimizer[Any], reader: Reader) -> _Content:
+def _headers(sharded: Sharded, manifest: Manifest) -> list[Wanted]:
+    """Return requests to verify this rank's share of the files' headers."""
+    files = range(sharded.rank, len(manifest.files), sharded.world_size)
+    return [Wanted(0, manifest.files[file].header_nbytes, file) for file in files]
+
+
+def _match(sharded: Sharded, reader: Reader) -> _Content:
     """Check that a checkpoint fits the optimizer, and find what this rank needs of it.
 
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
     reader.require_files()
-    manifest = reader.manifest
-    saved_index = match_params([param.spec for param in core.partition.params], manifest.params)
+    manifest, scalars = reader.manifest, sharded.scalars()
+    saved_index = match_params(scalars.params, manifest.params)
+    never_stepped = all(count.step == 0 for count in scalars.step_counts)
+    verify_first: list[Wanted] = []
+    overwrite: list[Wanted] = []
+    tensors = sharded.tensors()
+    for shard, array in zip(tensors, sharded.arrays(tensors), strict=True):
+        slices = manifest.slices[saved_index[shard.param]][shard.key]
+        may_overwrite = never_stepped and shard.key != PARAM_KEY
+        requests = overwrite if may_overwrite else verify_first
+        requests += wanted_slices(slices, shard.span, array)
     entries = [manifest.params[index] for index in saved_index]
-    never_stepped = all(clock.step == 0 for clock in core.step_counts)
-    precious: list[Wanted] = []
-    disposable: list[Wanted] = []
-    parts = list(owned_parts(core.partition, core.buffers))
-    for part, array in zip(parts, part_arrays(parts, core.buffers), strict=True):
-        slices = manifest.slices[saved_index[part.param]][part.key]
-        pile = disposable if never_stepped and part.key != PARAM_KEY else precious
-        pile += wanted_slices(slices, part.start, part.stop, array)
-    return _Content(
-        groups=_read_groups(core.param_groups, reader),
+    saved = Scalars(
+        params=scalars.params,
         step_counts=[StepCount(entry.step, entry.mu_product) for entry in entries],
-        extra=reader.extra(),
-        precious=precious,
-        disposable=disposable,
+        groups=_read_groups(scalars, reader),
+        num_steps=manifest.num_steps,
+        loss_scale=manifest.loss_scale,
     )
+    return _Content(saved, reader.extra(), verify_first, overwrite)
 
 
 def match_params(specs: Sequence[ParamSpec], entries: Sequence[ParamEntry]) -> list[int]:
     """Find each parameter of an optimizer among those of a checkpoint.
 
     Raises:
-        CheckpointError: They are not the same; names the first that is another.
+        CheckpointError: They are not the same; the message names the first difference.
     """
     names, saved = [spec.name for spec in specs], [entry.name for entry in entries]
     if len(names) != len(saved):
-        raise _misfit("the model", f"have {len(saved)} parameters", len(names))
+        raise _other_model("the model", f"have {len(saved)} parameters", len(names))
     positional = [f"param{index}" for index in range(len(names))]
     if sorted(names) == sorted(saved):
         place = {name: index for index, name in enumerate(saved)}
@@ -165,26 +170,27 @@ def match_params(specs: Sequence[ParamSpec], entries: Sequence[ParamEntry]) -> l
     else:
         missing = next(name for name in saved if name not in names)
         surplus = next(name for name in names if name not in saved)
-        raise _misfit("the model", f"have a parameter {missing!r}", f"{surplus!r} instead")
+        raise _other_model("the model", f"have a parameter {missing!r}", f"{surplus!r} instead")
     for spec, index in zip(specs, found, strict=True):
         entry = entries[index]
         for what in ("shape", "dtype", "group"):
             here, there = getattr(spec, what), getattr(entry, what)
             if here != there:
-                raise _misfit(f"{what} of {spec.name!r}", f"be {there}", here)
+                raise _other_model(f"{what} of {spec.name!r}", f"be {there}", here)
     return found
 
 
-def _read_groups(groups: Sequence[Group], reader: Reader) -> list[Group]:
+def _read_groups(scalars: Scalars, reader: Reader) -> list[dict[str, Any]]:
+    """Read the values of each param group; those that were not saved stay as they are."""
     saved = reader.manifest.groups
-    if len(saved) != len(groups):
-        raise _misfit("param_groups", f"be {len(saved)}", len(groups))
-    read: list[Group] = []
-    for index, (group, value) in enumerate(zip(groups, saved, strict=True)):
+    if len(saved) != len(scalars.groups):
+        raise _other_model("param_groups", f"be {len(saved)}", len(scalars.groups))
+    read: list[dict[str, Any]] = []
+    for index, (group, value) in enumerate(zip(scalars.groups, saved, strict=True)):
         values = reader.decode(value)
         if not isinstance(values, dict):
             raise damaged(f"param_groups[{index}]", "be a dict", type(values).__name__)
-        values = group_values({**group, **values})
+        values = {**group, **values}
         try:
             hyper = Hyperparams.from_group(values)
             _ = bool(hyper.maximize), bool(hyper.decays_decoupled)
@@ -194,19 +200,13 @@ def _read_groups(groups: Sequence[Group], reader: Reader) -> list[Group]:
     return read
 
 
-def _misfit(what: str, rule: str, got: object) -> CheckpointError:
-    return CheckpointError(
-        f"{what} must {rule}, as in the checkpoint; got {got}. Load it into the optimizer of the "
-        "model it was saved from."
-    )
+def _other_model(what: str, rule: str, got: object) -> CheckpointError:
+    remedy = "Load it into the optimizer of the model it was saved from"
+    return CheckpointError(must(what, f"{rule}, as in the checkpoint", got, remedy))
 
 
 def _changed_meanwhile(error: Exception) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"a checkpoint must not change while it is loaded; got, at the second reading: {error} "
-        "The optimizer holds parts of it now: load another."
+        f"could not load the checkpoint, as it changed while it was loaded: {error} The optimizer "
+        "holds parts of it now: load another."
     )
-
-
-def _agree(core: Optimizer[Any], error: Exception | None) -> None:
-    core.enter_call("load()", {}, error)

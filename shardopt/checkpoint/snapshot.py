@@ -1,156 +1,262 @@
-"""What of an optimizer goes into a checkpoint, and under which names."""
+"""A rank's part of a checkpoint: what goes into its file, under which names, and where."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
 
-from shardopt._typing import FloatArray
-from shardopt.checkpoint.format.image import FileLayout, Item
-from shardopt.checkpoint.format.manifest import PARAM_KEY, ParamEntry, Slice
-from shardopt.checkpoint.format.values import Array
-from shardopt.layout.partition import Partition, owned_runs
-from shardopt.rule.nadam import StepCount
-from shardopt.store.buffers import ShardBuffers
+import numpy as np
+from mpi4py import MPI
 
+from shardopt._version import __version__
+from shardopt.checkpoint.format.disk import Image
+from shardopt.checkpoint.format.image import FileImage, FileLayout, Item
+from shardopt.checkpoint.format.manifest import ArrayEntry, FileEntry, Manifest, ParamEntry, Slice
+from shardopt.checkpoint.format.messages import must
+from shardopt.checkpoint.format.names import extra_name, file_name, tensor_name
+from shardopt.checkpoint.format.values import Array, encode
+from shardopt.checkpoint.staging import StagedImage
+from shardopt.core.sharded import Scalars, Sharded, TensorShard
+from shardopt.errors import CheckpointError
+from shardopt.layout.span import Span
 
-class Part(NamedTuple):
-    """A run of one parameter, or of an array of its state, that this rank owns.
+PER_RANK = "per_rank"
 
-    Attributes:
-        param: Index of the parameter.
-        key: ``param`` or a key of its state.
-        start: Its first element in the flattened parameter.
-        stop: One past its last.
-        region: Index of the storage that it lives in.
-        local: Where it is there.
-        bucket: [start, stop) of the parameter's part in one bucket, which the run is within.
-    """
-
-    param: int
-    key: str
-    start: int
-    stop: int
-    region: int
-    local: slice
-    bucket: tuple[int, int]
+Place = tuple[int, str, int, int, int]
+"""(param, key, start, stop, offset in the file) of a shard, as rank 0 gets it from all ranks."""
 
 
-def owned_parts(partition: Partition, buffers: Sequence[ShardBuffers]) -> Iterator[Part]:
-    """Give everything that this rank owns, an array of the state after the other."""
-    for index, storage in enumerate(buffers):
-        buckets = [bucket for bucket in partition.buckets if bucket.region == index]
-        runs = [
-            (run, (bucket.start, bucket.stop))
-            for bucket, shard in zip(buckets, storage.shards, strict=True)
-            for run in owned_runs(partition, [shard])
-        ]
-        for key in (PARAM_KEY, *storage.state):
-            for run, bucket in runs:
-                param = partition.params[run.param]
-                within = (
-                    max(0, bucket[0] - param.start),
-                    min(param.spec.numel, bucket[1] - param.start),
-                )
-                shift = param.start - storage.region.start
-                shared = slice(run.start + shift, run.stop + shift)
-                local = shared if key == PARAM_KEY else run.local
-                yield Part(run.param, key, run.start, run.stop, index, local, within)
-
-
-def part_arrays(parts: Iterable[Part], buffers: Sequence[ShardBuffers]) -> list[FloatArray]:
-    """Give the elements of each part, where they live."""
-    wholes = [{PARAM_KEY: storage.params, **storage.state} for storage in buffers]
-    return [wholes[part.region][part.key][part.local] for part in parts]
-
-
-class Layout(NamedTuple):
-    """What a rank's file holds, and where; the same in every checkpoint until parameters are added.
+@dataclass(frozen=True)
+class Encoded:
+    """``extra`` and the param groups as JSON.
 
     Attributes:
-        partition: Of the parameters.
-        arrays: (dtype, elements) of each array beside the parts.
-        parts: What this rank owns.
-        places: (param, key, start, stop, offset in the file) of each of the parts.
-        file: All of it.
+        arrays: The arrays that this rank's JSON refers to.
+        per_rank: This rank's ``extra["per_rank"]``.
+        replicated: All else in ``extra``; None except on rank 0.
+        groups: The values of each param group; empty except on rank 0.
     """
 
-    partition: Partition
-    arrays: list[tuple[str, int]]
-    parts: list[Part]
-    places: list[tuple[int, str, int, int, int]]
+    arrays: list[Array]
+    per_rank: Any
+    replicated: Any
+    groups: list[Any]
+
+
+def encode_extra(extra: Mapping[str, Any] | None, scalars: Scalars, rank: int) -> Encoded:
+    """Encode what this rank saves besides tensors and step counts.
+
+    Raises:
+        CheckpointError: Something in it, which the message names, cannot be saved.
+    """
+    if extra is not None and not isinstance(extra, Mapping):
+        got, remedy = type(extra).__name__, "Write {'name': value}"
+        raise CheckpointError(must("extra", "be a dict", got, remedy))
+    arrays, rest = list[Array](), dict(extra or {})
+    per_rank = encode(rest.pop(PER_RANK, None), f"extra[{PER_RANK!r}]", rank, arrays)
+    if rank != 0:
+        return Encoded(arrays, per_rank, None, [])
+    replicated = encode(rest, "extra", rank, arrays) if extra is not None else None
+    groups = [
+        encode(group, f"param_groups[{index}]", rank, arrays)
+        for index, group in enumerate(scalars.groups)
+    ]
+    return Encoded(arrays, per_rank, replicated, groups)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a rank's file: the same in every checkpoint until parameters are added.
+
+    Attributes:
+        token: The ``Sharded.layout`` that it belongs to.
+        forms: (dtype, elements) of each array besides the tensors.
+        tensors: What this rank owns.
+        places: Where each of ``tensors`` lies.
+        file: The layout of the file.
+    """
+
+    token: object
+    forms: list[tuple[str, int]]
+    tensors: list[TensorShard]
+    places: list[Place]
     file: FileLayout
 
 
-def lay_out(
-    partition: Partition,
-    buffers: Sequence[ShardBuffers],
-    rank: int,
-    arrays: Sequence[Array],
-    before: Layout | None = None,
-) -> Layout:
-    """Lay out a rank's file: many small parts take longer than to copy what is in them.
+class Layouts:
+    """Lays out a rank's file, and keeps the layout for the next save.
 
-    Args:
-        partition: Of the parameters.
-        buffers: This rank's.
-        rank: Of those that save.
-        arrays: That are saved, too.
-        before: What this gave before, on the same rank; it is given again if it still holds.
+    To lay out many small tensors takes longer than to copy them.
     """
-    forms = [(array.dtype.name, array.size) for array in arrays]
-    if before is not None and before.partition is partition and before.arrays == forms:
-        return before
-    parts = list(owned_parts(partition, buffers))
-    dtypes = [{key: array.dtype.name for key, array in each.state.items()} for each in buffers]
-    items = []
-    for part in parts:
-        spec = partition.params[part.param].spec
-        name = spec.name if part.key == PARAM_KEY else f"{spec.name}::{part.key}"
-        dtype = spec.dtype if part.key == PARAM_KEY else dtypes[part.region][part.key]
-        first, last = part.bucket
-        if (first, last) != (0, spec.numel):  # a file has each name once, and a rank may own
-            name = f"{name}[{first}:{last}]"  # several parts of what is larger than a bucket
-        items.append(Item(name, dtype, part.start - first, part.stop - part.start))
-    for index, form in enumerate(forms):
-        items.append(Item(f"extra/rank-{rank:05d}/{index}", form[0], 0, form[1]))
+
+    def __init__(self) -> None:
+        self._last: Layout | None = None
+
+    def lay_out(self, sharded: Sharded, arrays: Sequence[Array]) -> Layout:
+        """Return the layout of this rank's file.
+
+        Args:
+            sharded: The state to be saved.
+            arrays: Arrays that are saved besides its tensors.
+
+        Raises:
+            CheckpointError: Two tensors would have the same name.
+        """
+        forms, last = [(array.dtype.name, array.size) for array in arrays], self._last
+        if last is None or last.token is not sharded.layout or last.forms != forms:
+            self._last = last = _lay_out(sharded, forms)
+        return last
+
+
+def _lay_out(sharded: Sharded, forms: list[tuple[str, int]]) -> Layout:
+    tensors = sharded.tensors()
+    items = [*map(_item, tensors)]
+    for index, (dtype, numel) in enumerate(forms):
+        items.append(Item(extra_name(sharded.rank, index), dtype, Span(0, numel)))
     file = FileLayout(items)
     places = [
-        (part.param, part.key, part.start, part.stop, offset)
-        for part, offset in zip(parts, file.offsets[: len(parts)], strict=True)
+        (shard.param, shard.key, shard.span.start, shard.span.stop, offset)
+        for shard, offset in zip(tensors, file.offsets[: len(tensors)], strict=True)
     ]
-    return Layout(partition, forms, parts, places, file)
+    return Layout(sharded.layout, forms, tensors, places, file)
 
 
-def merge_slices(
-    params: Sequence[ParamEntry], found: Sequence[Sequence[tuple[int, str, int, int, int]]]
-) -> tuple[dict[str, list[Slice]], ...]:
-    """Arrange all ranks' parts by parameter and key.
+def _item(shard: TensorShard) -> Item:
+    """Name a shard: a rank may own several parts of a parameter that is larger than a bucket."""
+    bucket = shard.bucket_span
+    part = None if bucket == Span(0, shard.spec.numel) else bucket
+    name = tensor_name(shard.spec.name, shard.key, part)
+    return Item(name, shard.dtype, shard.span.within(bucket))
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that has been written, as rank 0 gets it from each rank.
+
+    Attributes:
+        file: The file.
+        places: Where each of the rank's shards lies in it.
+        per_rank: JSON of the rank's ``extra["per_rank"]``.
+    """
+
+    file: FileEntry
+    places: list[Place]
+    per_rank: Any
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a rank is going to write.
+
+    Attributes:
+        image: The content of its file, copied or where it lives.
+        written: What will have been written, except for digests.
+        draft: The manifest, except for what ``complete`` adds; used on rank 0 only.
+    """
+
+    image: Image
+    written: Written
+    draft: Manifest
+
+
+def take_snapshot(
+    sharded: Sharded, layouts: Layouts, encoded: Encoded, staged: StagedImage | None
+) -> Snapshot:
+    """Describe all that this rank saves.
 
     Args:
-        params: The parameters.
-        found: For each file (param, key, start, stop, offset) of each part in it.
+        sharded: The state.
+        layouts: Lays out the file.
+        encoded: What is saved besides tensors and step counts.
+        staged: The memory that everything is copied to; None for no copy.
+
+    Raises:
+        CheckpointError: Two tensors would have the same name.
     """
-    slices: tuple[dict[str, list[Slice]], ...] = tuple(
-        {key: [] for key in param.tensors} for param in params
+    layout, scalars = layouts.lay_out(sharded, encoded.arrays), sharded.scalars()
+    values: list[Array] = [*sharded.arrays(layout.tensors)]
+    offsets = layout.file.offsets[len(values) :]
+    arrays = zip(encoded.arrays, offsets, strict=True)
+    image = FileImage(layout.file, [*values, *(array.reshape(-1) for array in encoded.arrays)])
+    if staged is not None:
+        staged.copy(image, sharded.num_cores)
+    file = FileEntry(
+        name=file_name(sharded.rank, sharded.world_size),
+        nbytes=layout.file.nbytes,
+        header_nbytes=layout.file.header.size,
+        digests="",
+        arrays=tuple(ArrayEntry(a.dtype.name, a.shape, offset) for a, offset in arrays),
     )
-    for file, parts in enumerate(found):
-        for param, key, start, stop, offset in parts:
+    draft = Manifest(
+        step=scalars.num_steps,
+        world_size=sharded.world_size,
+        num_steps=scalars.num_steps,
+        loss_scale=scalars.loss_scale,
+        params=_param_entries(scalars),
+        slices=(),
+        groups=encoded.groups,
+        extra={"replicated": encoded.replicated, PER_RANK: None},
+        files=(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        writer=_versions(),
+    )
+    written = Written(file, layout.places, encoded.per_rank)
+    return Snapshot(staged or image, written, draft)
+
+
+def complete(draft: Manifest, written: Sequence[Written], step: int, attempt: str) -> Manifest:
+    """Complete the manifest, once all ranks have written.
+
+    Args:
+        draft: The manifest so far.
+        written: What each rank has written.
+        step: The step of the training run.
+        attempt: Random digits that tell checkpoints of one step apart.
+    """
+    per_rank = [each.per_rank for each in written]
+    some = any(value is not None for value in per_rank)
+    return replace(
+        draft,
+        step=step,
+        attempt=attempt,
+        files=tuple(each.file for each in written),
+        slices=_merge([param.tensors for param in draft.params], [w.places for w in written]),
+        extra={**draft.extra, PER_RANK: per_rank if some else None},
+    )
+
+
+def _merge(
+    keys: Sequence[Sequence[str]], places: Sequence[Sequence[Place]]
+) -> tuple[dict[str, list[Slice]], ...]:
+    """Arrange the shards of all files by parameter and key.
+
+    Args:
+        keys: For each parameter the keys of its tensors.
+        places: For each file the places of the shards in it.
+    """
+    slices: tuple[dict[str, list[Slice]], ...] = tuple({key: [] for key in each} for each in keys)
+    for file, found in enumerate(places):
+        for param, key, start, stop, offset in found:
             slices[param][key].append(Slice(start, stop, file, offset))
     for tensors in slices:
-        for parts_of_one in tensors.values():
-            parts_of_one.sort()
+        for parts in tensors.values():
+            parts.sort(key=lambda part: part.start)
     return slices
 
 
-def param_entries(partition: Partition, step_counts: Sequence[StepCount]) -> tuple[ParamEntry, ...]:
-    """Describe the parameters."""
+def _param_entries(scalars: Scalars) -> tuple[ParamEntry, ...]:
     return tuple(
-        ParamEntry(
-            param.spec.name,
-            param.spec.dtype,
-            param.spec.shape,
-            param.spec.group,
-            clock.step,
-            clock.mu_product,
-        )
-        for param, clock in zip(partition.params, step_counts, strict=True)
+        ParamEntry(spec.name, spec.dtype, spec.shape, spec.group, count.step, count.mu_product)
+        for spec, count in zip(scalars.params, scalars.step_counts, strict=True)
     )
+
+
+def _versions() -> dict[str, str]:
+    vendor, version = MPI.get_vendor()
+    return {
+        "shardopt": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "mpi": f"{vendor} {'.'.join(map(str, version))}",
+    }

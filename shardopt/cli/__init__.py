@@ -1,4 +1,4 @@
-"""The command ``shardopt``: looks after a training job, and after what it leaves behind."""
+"""The command ``shardopt``: tools for training jobs and their checkpoints."""
 
 import io
 import os
@@ -19,18 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: The words after the program's name; ``sys.argv`` when None.
+        arguments: The words after the program's name; those of ``sys.argv`` if None.
 
     Returns:
         The exit code; see ``Exit``.
     """
     try:
         code = _run(arguments)
-        sys.stdout.flush()  # here, where a closed pipe is no surprise
+        sys.stdout.flush()  # here, where a closed pipe is handled
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        # Python flushes once more at its end, and must not find the pipe then.
+        # Python flushes once more when it exits, and must not meet the closed pipe then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.BROKEN_PIPE
     return code
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may be of any script
-    parser = Parser(prog="shardopt", description="Look after training under MPI.")
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may be in any script
+    parser = Parser(prog="shardopt", description="Tools for training under MPI.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in GROUPS:
@@ -58,7 +58,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         raise
     except OSError as error:
         place, got = error.filename or "the file system", error.strerror or error
-        text = f"{place} must be accessible; got {got}. See to its permissions and the disk."
+        text = f"{place} must be accessible; got {got}. Check its permissions and the disk."
         print(f"{options.prog}: {printable(text)}", file=sys.stderr)
         return Exit.USAGE
     return code

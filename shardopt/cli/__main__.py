@@ -1,4 +1,4 @@
-"""``python -m shardopt.cli`` is ``shardopt``."""
+"""``python -m shardopt.cli``, the same as ``shardopt``."""
 
 import sys
 

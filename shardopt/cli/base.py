@@ -1,7 +1,7 @@
-"""What a command is.
+"""Commands and groups of commands.
 
-A command is a file, or a folder, with a ``COMMAND`` in it. Its group's ``__init__`` lists it, and
-``GROUPS`` in ``shardopt.cli`` lists the group; ``COMMANDS`` there lists those that have none.
+A command is a file or folder that defines ``COMMAND``. The ``__init__`` of its group lists it, and
+``GROUPS`` in ``shardopt.cli`` lists the group; ``COMMANDS`` there lists commands without a group.
 """
 
 import argparse
@@ -26,14 +26,14 @@ class Command:
     """A command.
 
     Attributes:
-        name: As it is typed.
-        summary: A line for the list of commands.
-        details: What else ``--help`` says of it.
-        example: How it is used.
-        exit_codes: What 0 and 1 mean.
-        add_arguments: Describes its arguments to a parser.
-        run: Does it and gives the exit code. What it raises as a ``ShardoptError`` or ``OSError``
-            becomes a sentence on stderr.
+        name: The word that users type.
+        summary: One line for the list of commands.
+        details: The rest of the description in ``--help``.
+        example: A typical command line.
+        exit_codes: The meanings of exit codes 0 and 1.
+        add_arguments: Adds its arguments to a parser.
+        run: Runs it and returns the exit code. A ``ShardoptError`` or ``OSError`` that it raises is
+            printed on stderr as one sentence.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Group:
-    """Commands that belong together, ``shardopt NAME COMMAND``."""
+    """A group of commands, ``shardopt NAME COMMAND``."""
 
     name: str
     summary: str
@@ -55,16 +55,16 @@ class Group:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong with the arguments."""
+    """A parser that reports wrong arguments in one sentence."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """End the program."""
+        """Print the sentence and exit."""
         name = " ".join(self.prog.split()[:2])
-        text = f"arguments must be as --help says; got: {message}. Try: {self.prog} --help."
+        text = f"arguments must match --help; got: {message}. Try: {self.prog} --help."
         self.exit(Exit.USAGE, f"{name}: {text}\n")
 
 
@@ -82,9 +82,9 @@ def add_command(parsers: Any, command: Command, prog: str | None = None) -> None
     """Add a command to ``add_subparsers()`` of a parser.
 
     Args:
-        parsers: What that gave.
-        command: What to add.
-        prog: What its errors begin with; its own name with the program's when None.
+        parsers: The return value of ``add_subparsers()``.
+        command: The command.
+        prog: The name that begins its error messages; the parser's own if None.
     """
     fine, problems = command.exit_codes
     parser = parsers.add_parser(
@@ -93,7 +93,7 @@ def add_command(parsers: Any, command: Command, prog: str | None = None) -> None
         description=f"{_sentence(command.summary)}\n\n{command.details}",
         epilog=f"example:\n  {command.example}\n\n"
         f"exit code:\n  0  {fine}\n  1  {problems}\n"
-        "  2  wrong arguments, nothing there, or no access",
+        "  2  wrong arguments, nothing found, or no access",
     )
     command.add_arguments(parser)
     parser.set_defaults(run=command.run, parser=parser, prog=prog or parser.prog)

@@ -1,4 +1,4 @@
-"""A bar for what takes longer than a second, where somebody looks at a terminal."""
+"""A progress bar on terminals, for work that takes longer than a second."""
 
 import sys
 import time
@@ -15,14 +15,14 @@ _PATIENCE_S = 1.0
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how much is done.
+    """Show how much of the work is done.
 
     Args:
-        title: What is being done.
-        total: How many bytes there are.
+        title: The work, in a word or two.
+        total: Bytes in total.
 
     Yields:
-        What any thread may call with the number of bytes done since.
+        A function that any thread may call with the number of bytes it has just finished.
     """
     bar = _make_bar() if sys.stderr.isatty() else None
     if bar is None:
@@ -45,7 +45,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _make_bar() -> "Progress | None":
-    try:  # here: rich is an extra, and takes its time to load
+    try:  # here: rich is an extra, and slow to load
         from rich.console import Console
         from rich.progress import (
             BarColumn,

@@ -1,4 +1,4 @@
-"""Text for people, JSON for machines. What files say is not trusted to be fit for a terminal."""
+"""Text for people and JSON for programs. Text from files is escaped before it is printed."""
 
 import json
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Escape what would do something to a terminal, or cannot be encoded."""
+    """Escape characters that control a terminal or cannot be encoded."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align columns; those whose heads begin with ``>`` to the right."""
+    """Format rows as aligned columns; those whose head begins with ``>`` are right-aligned."""
     cells = [[head.lstrip(">") for head in heads], *([printable(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
@@ -27,20 +27,20 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> str:
-    """Write names and values, one pair a line."""
+    """Format names and values, one pair per line."""
     found = [(printable(name), printable(value)) for name, value in pairs]
     width = max((len(name) for name, _ in found), default=0)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in found)
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:
-    """Name the first few of many."""
+    """List the first few of many names, and count the others."""
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def number(value: int, unit: str = "") -> str:
-    """Write a large number with three digits: ``1.24 G``."""
+    """Format a large number with three digits: ``1.24 G``."""
     scaled, prefixes = float(value), ["", "k", "M", "G", "T", "P", "E"]
     while scaled >= 999.5 and len(prefixes) > 1:
         scaled /= 1000
@@ -50,17 +50,17 @@ def number(value: int, unit: str = "") -> str:
 
 
 def nbytes(value: int) -> str:
-    """Write a size."""
+    """Format a size in bytes."""
     return number(value, "B")
 
 
 def rate(nbytes_per_s: float) -> str:
-    """Write a bandwidth."""
+    """Format a bandwidth."""
     return number(round(nbytes_per_s), "B/s")
 
 
 def seconds(value: float) -> str:
-    """Write a time with three digits: ``1.24 ms``."""
+    """Format a duration with three digits: ``1.24 ms``."""
     scaled, units = value, ["s", "ms", "us"]
     while scaled < 0.9995 and len(units) > 1:
         scaled *= 1000
@@ -70,7 +70,7 @@ def seconds(value: float) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Write whole numbers, those that follow each other as ``0-3``."""
+    """Format integers, consecutive ones as a range: ``0-3``."""
     runs: list[list[int]] = []
     for value in sorted(numbers):
         if runs and value == runs[-1][-1] + 1:
@@ -81,12 +81,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def clip(text: str, length: int) -> str:
-    """Cut a text that is longer, and show that it was cut."""
+    """Shorten a text to a length, and mark it as shortened."""
     return text if len(text) <= length else f"{text[: length - 2]}.."
 
 
 def when(text: str) -> str:
-    """Write a manifest's time, or ``?`` where it is none."""
+    """Format the time in a manifest, or return ``?`` if it is invalid."""
     try:
         return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
     except (ValueError, OverflowError):
@@ -94,7 +94,7 @@ def when(text: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON; infinite numbers and NaN as strings, other objects as their text."""
+    """Print a value as JSON, with infinities, NaN and unknown objects as strings."""
     print(json.dumps(_plain(value), indent=2))
 
 

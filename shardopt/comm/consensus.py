@@ -1,115 +1,132 @@
-"""All ranks raise or none does.
+"""All ranks raise, or none does.
 
 [Note: agreement before action]
 Whatever may be wrong on one rank only is found before anything that others see is changed, and
-brought to ``agree``. There ranks compare one integer, a digest of all that must be equal; only
-where digests differ do they tell each other what they have, and raise the same error everywhere.
+handed to ``Consensus.agree``. There ranks compare one integer, a digest of all that must be equal.
+Only if digests differ do they exchange what they have, and raise the same error on every rank.
 """
 
 import pickle
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import xxhash
 from mpi4py import MPI
 
 from shardopt.comm.collectives import Collectives
+from shardopt.comm.failure import FailurePolicy
 from shardopt.comm.topology import Topology
 from shardopt.errors import RankFailureError, RankMismatchError
 
 _T = TypeVar("_T")
-_TROUBLE = -1
+_P = ParamSpec("_P")
+_ERROR = -1  # in the place of a digest
 
 Description = Mapping[str, object]
-"""What a rank has, as ``{name: value}``; names read well in "<name> must be the same"."""
+"""The values of a rank by name; names must read well in "<name> must be the same"."""
+
+
+class Outcome(NamedTuple, Generic[_T]):
+    """The result of a call, or the exception that it raised."""
+
+    value: _T | None
+    error: Exception | None
+
+
+@dataclass(frozen=True)
+class RemoteError:
+    """An error in a form that every rank can read.
+
+    Attributes:
+        error: The error, or a ``RuntimeError`` with its text if other ranks could not read it.
+        traceback: Its formatted traceback; empty if it was never raised.
+    """
+
+    error: Exception
+    traceback: str
 
 
 class Consensus:
-    """The ranks that train together, and what they must agree on.
+    """Checks that all ranks do the same, and raises on all of them if one cannot.
 
     Collective: construction and every method.
 
     Args:
         topology: The ranks.
         timeout_s: Longest wait for one of them.
+        failure: What to do when ranks are missing or lost.
 
     Attributes:
         topology: As given.
-        collectives: For allreduces that do not wait for ever.
+        collectives: Collectives of these ranks, with the deadline.
     """
 
-    def __init__(self, topology: Topology, timeout_s: float) -> None:
+    def __init__(self, topology: Topology, timeout_s: float, failure: FailurePolicy) -> None:
         self.topology = topology
-        self.collectives = Collectives(topology, timeout_s)
+        self.collectives = Collectives(topology, timeout_s, failure)
 
-    def all_equal(self, digest: int, step: int, phase: str) -> bool:
-        """Say whether all ranks brought one digest; also a barrier.
+    def agree(self, digest: int, error: Exception | None = None, *, step: int, phase: str) -> bool:
+        """Raise on every rank if one has an error; also a barrier.
 
         Args:
             digest: An integer in [0, 2**62).
-            step: For messages.
-            phase: For messages.
-        """
-        lowest_and_highest = self.collectives.allreduce(
-            np.array([-digest, digest]), MPI.MAX, step, phase
-        )
-        return bool(-lowest_and_highest[0] == lowest_and_highest[1] != _TROUBLE)
-
-    def agree(
-        self,
-        describe: Callable[[], Description],
-        error: Exception | None = None,
-        *,
-        digest: int,
-        step: int = 0,
-        phase: str,
-    ) -> bool:
-        """Raise on every rank when one has an error or when ranks describe different things.
-
-        Args:
-            describe: Called only where digests differ.
-            error: What this rank found wrong, or None.
-            digest: Equal digests stand for equal descriptions.
-            step: For messages.
-            phase: For messages.
+            error: The error of this rank, or None.
+            step: Number of the step, for messages.
+            phase: What is being done, for messages.
 
         Returns:
-            Whether all digests were equal; they may differ in more than is described.
+            Whether the digests of all ranks are equal.
 
         Raises:
-            Exception: The error of the lowest rank that has one, in its own class.
-            RankMismatchError: Names the first thing that differs, ranks and values.
+            Exception: The error of the lowest rank that has one, in its own class, with the
+                traceback of that rank as a note.
         """
-        if self.all_equal(_TROUBLE if error is not None else digest, step, phase):
-            return True
-        raise_first(self.collectives.gather(error, step, phase), error)
-        mismatch = first_difference(self.collectives.gather(dict(describe()), step, phase))
+        mine = digest if error is None else _ERROR
+        extremes = self.collectives.allreduce(np.array([-mine, mine]), MPI.MAX, step, phase)
+        lowest, highest = -extremes[0], extremes[1]
+        if lowest == _ERROR:
+            raise_first(self.collectives.allgather(portable(error), step, phase), error)
+        return bool(lowest == highest)
+
+    def require_same(self, description: Description, *, step: int, phase: str) -> None:
+        """Raise on every rank if the ranks' descriptions differ.
+
+        Args:
+            description: What must be equal.
+            step: Number of the step, for messages.
+            phase: What is being done, for messages.
+
+        Raises:
+            RankMismatchError: Names the first thing that differs, with ranks and values.
+        """
+        mismatch = first_difference(self.collectives.allgather(dict(description), step, phase))
         if mismatch is not None:
             raise RankMismatchError(mismatch)
-        return False
 
     def enter_call(
-        self, call: str, description: Description, error: Exception | None, *, step: int
+        self, call: str, description: Description, error: Exception | None = None, *, step: int
     ) -> None:
-        """Make sure that all ranks make the same call alike, and that it fails on none of them.
+        """Make sure that all ranks make the same call with equal arguments, and none has an error.
 
         Args:
             call: Its name, as users know it.
             description: What must be equal; small, as it is hashed at every call.
-            error: What this rank found wrong, or None.
-            step: For messages.
+            error: The error of this rank, or None.
+            step: Number of the step, for messages.
 
         Raises:
             Exception: As ``agree`` does.
+            RankMismatchError: As ``require_same`` does.
         """
-        self.agree(
-            lambda: {"the call": call, **description},
-            error,
-            digest=digest_of(call, description),
-            step=step,
-            phase=call,
-        )
+        if not self.agree(digest_of(call, description), error, step=step, phase=call):
+            self.require_same({"the call": call, **description}, step=step, phase=call)
+
+    def barrier(self, step: int, phase: str) -> None:
+        """Wait until every rank has come here."""
+        self.collectives.allreduce(np.zeros(2, np.int64), MPI.MAX, step, phase)
 
     def free(self) -> None:
         """Release the communicators and what they share."""
@@ -117,51 +134,69 @@ class Consensus:
         self.topology.free()
 
 
-def attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """Call ``function``; what it raises is handed back, to be agreed upon first.
+def attempt(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Outcome[_T]:
+    """Call ``function`` and return its exception, if it raises one, for ``Consensus.agree``.
 
     Raises:
-        RankFailureError: Without agreement, which is beyond ranks that are not all there.
+        RankFailureError: At once, as ranks that are not all there cannot agree on anything.
     """
     try:
-        return function(), None
+        return Outcome(function(*args, **kwargs), None)
     except RankFailureError:
         raise
     except Exception as error:
-        return None, _portable(error)
+        return Outcome(None, error)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or another with its words if other ranks could not read or raise it."""
+def portable(error: Exception | None) -> RemoteError | None:
+    """Return an error in a form that every rank can read and raise."""
+    if error is None:
+        return None
+    raised = error.__traceback__ is not None
+    text = "".join(traceback.format_exception(error)).rstrip("\n") if raised else ""
     try:
         pickle.loads(pickle.dumps(error))
         type(error)(str(error))
     except Exception:
-        words = f"{type(error).__name__}: {error}"
-        return RuntimeError(words).with_traceback(error.__traceback__)
-    return error
+        return RemoteError(RuntimeError(f"{type(error).__name__}: {error}"), text)
+    return RemoteError(error, text)
 
 
 def digest_of(*values: object) -> int:
-    """Give equal integers in [0, 2**62) for values that print alike."""
+    """Return an integer in [0, 2**62), equal for values that print alike."""
     return xxhash.xxh3_64_intdigest(repr(values).encode()) >> 2
 
 
-def raise_first(errors: Sequence[Exception | None], own: Exception | None) -> None:
-    """Raise the error of the lowest rank that has one, naming the ranks unless all have it."""
-    failed = [rank for rank, error in enumerate(errors) if error is not None]
+def raise_first(errors: Sequence[RemoteError | None], own: Exception | None) -> None:
+    """Raise the error of the lowest rank that has one, naming the ranks unless all have it.
+
+    The traceback of that rank is added as a note, except where this rank's own error, to which
+    the raised one is chained, has the same.
+
+    Args:
+        errors: For each rank its error, made ``portable``, or None.
+        own: The error of this rank, or None.
+    """
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if not failed:
         return
-    first = errors[failed[0]]
-    assert first is not None
-    alike = [rank for rank in failed if str(errors[rank]) == str(first)]
-    if len(alike) == len(errors):
-        raise type(first)(str(first)) from own
-    raise type(first)(f"{_rank_list(alike)}: {first}") from own
+    culprit, first = next(iter(failed.items()))
+    text = str(first.error)
+    alike = [rank for rank, error in failed.items() if str(error.error) == text]
+    prefix = "" if len(alike) == len(errors) else f"{_rank_list(alike)}: "
+    raised = type(first.error)(prefix + text)
+    mine = portable(own)
+    if first.traceback and (mine is None or mine.traceback != first.traceback):
+        raised.add_note(f"Traceback on rank {culprit}:\n{first.traceback}")
+    raise raised from own
 
 
 def first_difference(descriptions: Sequence[Description]) -> str | None:
-    """Say in one sentence what the ranks' descriptions first differ in, or None."""
+    """Return a sentence about the first thing in which the descriptions of ranks differ, or None.
+
+    Args:
+        descriptions: Those of all ranks, by rank.
+    """
     for name in dict.fromkeys(name for description in descriptions for name in description):
         ranks_with: dict[str, list[int]] = {}
         for rank, description in enumerate(descriptions):

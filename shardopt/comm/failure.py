@@ -1,4 +1,4 @@
-"""One rank's uncaught exception ends the whole job."""
+"""Failure policies. ``Abort``, the only one so far, ends the job when a rank fails."""
 
 import faulthandler
 import fcntl
@@ -7,11 +7,15 @@ import sys
 import termios
 import time
 from array import array
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from types import TracebackType
+from typing import NoReturn, Protocol
 
 from mpi4py import MPI
+
+from shardopt.errors import RankFailureError
 
 _KEYBOARD_INTERRUPT_CODE = 130
 _LONGEST_WAIT_S = 1.0
@@ -19,11 +23,84 @@ _LONGEST_ABORT_S = 5.0
 _installed = False
 
 
-def install_abort_hook() -> None:
-    """Let an uncaught exception on this rank end all ranks, its traceback printed last.
+class FailurePolicy(Protocol):
+    """The reaction of a rank to failures, its own and those of others.
 
-    Without it the other ranks would wait for this one in their next collective, for ever. A job
-    of one rank is left alone, and so is whatever hook was there before: it still prints.
+    Collectives and deadlines notice failures and describe them; the policy decides what follows.
+    """
+
+    def watch(self) -> None:
+        """Install what notices a failure of this rank, such as an uncaught exception."""
+
+    def on_missing(self, error: RankFailureError, ranks: Sequence[int]) -> NoReturn:
+        """Handle ranks that have left the job or did not respond in time.
+
+        Args:
+            error: The description, for the user.
+            ranks: The missing ranks, as far as they are known.
+
+        Raises:
+            RankFailureError: ``error``.
+        """
+
+    def on_lost(self, error: RankFailureError, ranks: Sequence[int]) -> NoReturn:
+        """Handle a broken connection that MPI has reported.
+
+        Args:
+            error: The description, for the user; MPI's own error is its cause.
+            ranks: The lost ranks, or those that this rank waited for if MPI names none.
+
+        Raises:
+            RankFailureError: ``error``.
+        """
+
+    def on_overdue(self, message: str) -> None:
+        """Handle a call that takes too long and cannot be given up; called in another thread.
+
+        Args:
+            message: The description, for the user.
+        """
+
+    def leave(self) -> None:
+        """Leave the job; called when the interpreter exits, while MPI can still be used."""
+
+
+class Abort:
+    """Ends the whole job when one rank fails, with a non-zero code and the error printed last."""
+
+    def __init__(self) -> None:
+        self._is_broken = False
+
+    def watch(self) -> None:
+        """Install the hook for uncaught exceptions; see ``install_abort_hook``."""
+        install_abort_hook()
+
+    def on_missing(self, error: RankFailureError, ranks: Sequence[int]) -> NoReturn:
+        """Raise ``error``; even if it is caught, the job ends with code 1 when this rank exits."""
+        self._is_broken = True
+        raise error
+
+    def on_lost(self, error: RankFailureError, ranks: Sequence[int]) -> NoReturn:
+        """Raise ``error``, as ``on_missing`` does."""
+        self.on_missing(error, ranks)
+
+    def on_overdue(self, message: str) -> None:
+        """Print the stacks of all threads and the message, and end the job."""
+        faulthandler.dump_traceback()
+        sys.stderr.write(f"{RankFailureError.__module__}.{RankFailureError.__name__}: {message}\n")
+        end_job(1)
+
+    def leave(self) -> None:
+        """End the job if it is broken: ranks that are out of step cannot end by themselves."""
+        if self._is_broken:
+            end_job(1)
+
+
+def install_abort_hook() -> None:
+    """Make an uncaught exception on this rank end all ranks, its traceback printed last.
+
+    Without it the other ranks would wait for this one until they time out. A job of one rank is
+    left alone, and a hook that was installed before still prints.
     """
     global _installed  # the interpreter has one excepthook
     if _installed or MPI.COMM_WORLD.size == 1:
@@ -43,7 +120,7 @@ def install_abort_hook() -> None:
 
 
 def end_job(code: int) -> None:
-    """End every rank of the job at once with ``code``; what this rank has printed stands last."""
+    """End every rank of the job at once with ``code``, after all that this rank has printed."""
     sys.stdout.flush()
     sys.stderr.flush()
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -53,7 +130,7 @@ def end_job(code: int) -> None:
         _wait_until_read(stream)
         os.dup2(silence, stream)  # the library's own notice would bury the traceback
     MPI.COMM_WORLD.Abort(code)
-    os._exit(code)  # MPICH comes back; the end of Python would then wait for a host that is gone
+    os._exit(code)  # MPICH returns; Python's own exit would then wait for a host that is gone
 
 
 def _wait_until_read(stream: int) -> None:

@@ -1,16 +1,16 @@
 """Memory that all ranks of a node address.
 
 [Note: when stores become visible]
-A window stays in one passive epoch (``Lock_all``) from allocation to release. A rank's stores
-may be read by another only after: the writer's ``sync()``, a collective that the writer has
-entered and the reader has left, the reader's ``sync()``. ``step()`` does so twice: on its way in
-(gradients and replaced parameters become readable) and on its way out (updated parameters do,
-and gradients may be overwritten). Between the two, every element of a window has one writer:
-parameters and summed gradients the owner of their shard.
+What one rank stores may be read by another only after three things in this order: the writer's
+``publish()``, a collective that the writer has entered and the reader has left, and the reader's
+``acquire()``. ``step()`` goes through them twice: on its way in, after which gradients and replaced
+parameters can be read, and on its way out, after which updated parameters can be read and gradients
+may be overwritten. In between, every element has one writer: parameters and summed gradients are
+written by the owner of their shard.
 
-Gradients that leave while backward runs become readable by a flag in the place of the collective:
-the writer's ``sync()``, its store to a flag in a window, the reader's load of that, the reader's
-``sync()``; see [Note: early travellers].
+Gradients that leave while backward runs become readable by a flag in place of the collective: the
+writer's ``publish()``, its store to a flag of ``NodeFlags``, the reader's load of that flag, the
+reader's ``acquire()``; see [Note: gradients sent during backward].
 """
 
 import ctypes
@@ -23,17 +23,20 @@ from mpi4py import MPI
 
 from shardopt.errors import SharedMemoryError
 
-SHARED_MEMORY_FOLDER = "/dev/shm"  # where both MPIs put windows on Linux
+SHARED_MEMORY_FOLDER = "/dev/shm"  # where both MPIs put it on Linux
 
 
-class Window:
-    """One allocation of ``MPI.Win.Allocate_shared``; ranks' parts follow each other in rank order.
+class SharedMemory:
+    """Memory to which each rank of a node contributes a part; the parts follow in rank order.
+
+    It is an allocation of ``MPI.Win.Allocate_shared``, which stays in one passive epoch
+    (``Lock_all``) until it is released.
 
     Collective over the node: construction and ``free``.
 
     Args:
-        node_comm: The ranks that share the window.
-        nbytes: What this rank contributes.
+        node_comm: The ranks that share the memory.
+        nbytes: The part of this rank.
 
     Attributes:
         memory: [sum of all ranks' nbytes] uint8, beginning on a page.
@@ -50,15 +53,19 @@ class Window:
         buffer = (ctypes.c_byte * total_nbytes).from_address(address)
         self.memory = np.frombuffer(buffer, np.uint8)
 
-    def sync(self) -> None:
-        """Order this rank's loads and stores: see [Note: when stores become visible]."""
+    def publish(self) -> None:
+        """Order this rank's stores before what follows: [Note: when stores become visible]."""
+        self._win.Sync()
+
+    def acquire(self) -> None:
+        """Order this rank's loads after what came before: [Note: when stores become visible]."""
         self._win.Sync()
 
     def free(self) -> None:
         """Unmap the memory, unless some rank still holds a view of it. Collective.
 
-        A view that outlives the window would read another's memory or crash the process; the few
-        windows held so are left to the end of the process.
+        A view that outlives the mapping would read other memory or crash the process. What is
+        still held is therefore left to the end of the process.
         """
         memory = weakref.ref(self.memory)
         del self.memory
@@ -68,13 +75,13 @@ class Window:
 
 
 def free_shared_nbytes() -> int:
-    """Bytes of shared memory that this node can still hand out."""
+    """Return the bytes of shared memory that are free on this node."""
     status = os.statvfs(SHARED_MEMORY_FOLDER)
     return status.f_bavail * status.f_frsize
 
 
 def shortage(needed_nbytes: int) -> SharedMemoryError | None:
-    """Say whether windows of so many bytes fit the node; a later write would die of SIGBUS."""
+    """Return an error if so many bytes do not fit the node: writing to them would end in SIGBUS."""
     free_nbytes = free_shared_nbytes()
     if needed_nbytes <= free_nbytes:
         return None

@@ -1,14 +1,13 @@
-"""Which ranks share a node, and whether they were started as one job at all."""
+"""The nodes and lanes of a job, and the check that its ranks were started as one job."""
 
 import os
-import time
 from dataclasses import dataclass
 from typing import cast
 
 from mpi4py import MPI
 
+from shardopt.comm.waiting import wait_until
 from shardopt.errors import LauncherError, RankFailureError
-from shardopt.measure.cores import bound_to, count_cores
 
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
@@ -21,14 +20,16 @@ _UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks of a job as nodes and lanes; communicators are shardopt's own duplicates.
+    """The nodes and lanes of a job, with communicators of shardopt's own.
+
+    A lane is the set of ranks with the same ``node_rank``, one on each node (NCCL: rail).
 
     Attributes:
         comm: All ranks.
         node_comm: The ranks of this rank's node, in rank order.
-        lane_comm: The ranks with this rank's ``node_rank``, one a node; there a rank is its node.
-        places: For each rank of ``comm`` its (node, node_rank); nodes are counted from 0.
-        hosts: For each rank of ``comm`` the name of its machine.
+        lane_comm: The ranks of this rank's lane; their ranks there are the numbers of their nodes.
+        places: The (node, node_rank) of each rank of ``comm``; nodes are counted from 0.
+        hosts: The name of each rank's machine.
     """
 
     comm: MPI.Intracomm
@@ -44,7 +45,7 @@ class Topology:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes in the job."""
+        """Number of nodes."""
         return 1 + max(node for node, _ in self.places)
 
     @property
@@ -64,14 +65,20 @@ class Topology:
 
     @property
     def node_size(self) -> int:
-        """Ranks on each node."""
+        """Number of ranks on each node."""
         return self.node_comm.size
+
+    @property
+    def node_ranks(self) -> list[int]:
+        """The ranks of this rank's node, by their ranks in ``node_comm``."""
+        ranks = [rank for rank, place in enumerate(self.places) if place[0] == self.node]
+        return sorted(ranks, key=self.places.__getitem__)
 
     @property
     def lane_ranks(self) -> list[int]:
         """The ranks of this rank's lane, by node."""
         ranks = [rank for rank, place in enumerate(self.places) if place[1] == self.node_rank]
-        return sorted(ranks, key=lambda rank: self.places[rank])
+        return sorted(ranks, key=self.places.__getitem__)
 
     def free(self) -> None:
         """Release the communicators. Collective."""
@@ -83,7 +90,7 @@ class Topology:
 def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float) -> Topology:
     """Split ``comm`` into nodes and lanes.
 
-    Nodes of unequal size cannot be cut into lanes: then, and without ``share_node``, every rank
+    If nodes have unequal sizes, lanes do not exist. Then, and without ``share_node``, every rank
     counts as a node of its own, which is slower but gives the same result.
 
     Collective: every rank of ``comm``.
@@ -94,9 +101,9 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
         timeout_s: Longest wait for the other ranks.
 
     Raises:
-        LauncherError: The launcher started several processes that the MPI library sees as jobs of
-            one.
-        RankFailureError: Some rank did not come within ``timeout_s``.
+        LauncherError: The launcher started several processes, each of which is a job of one rank
+            to the MPI library.
+        RankFailureError: Not all ranks made this call within ``timeout_s``.
     """
     require_one_job()
     _meet(comm, timeout_s)
@@ -110,13 +117,13 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
 
 
 def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
-    """Number nodes by their lowest ranks, and lay lanes across them, as far as nodes have ranks.
+    """Number the nodes by their lowest ranks, and make lanes across those that have enough ranks.
 
     Collective: every rank of ``comm``.
 
     Args:
         comm: The ranks that train together.
-        node_comm: Those of this rank's node, in rank order.
+        node_comm: The ranks of this rank's node, in rank order.
     """
     members = comm.allgather((node_comm.bcast(comm.rank), node_comm.rank))
     nodes = sorted({first for first, _ in members})
@@ -128,7 +135,7 @@ def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
 
 
 def _split_machine(comm: MPI.Intracomm, limit: int) -> MPI.Intracomm:
-    """The ranks that can share memory, at most so many together."""
+    """Return the ranks that can share memory with this one, at most ``limit`` together."""
     machine = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
     node_comm = _split(machine, machine.rank // max(1, limit))
     machine.Free()
@@ -136,26 +143,28 @@ def _split_machine(comm: MPI.Intracomm, limit: int) -> MPI.Intracomm:
 
 
 def _split(comm: MPI.Intracomm, color: int, key: int = 0) -> MPI.Intracomm:
-    return cast("MPI.Intracomm", comm.Split(color, key))  # of equal keys, in rank order
+    return cast("MPI.Intracomm", comm.Split(color, key))  # equal keys: in rank order
 
 
 def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:
-    """Wait until all ranks build their optimizer: the calls that follow have no deadline."""
-    request, start = comm.Ibarrier(), time.monotonic()
-    while not request.Test():
-        if time.monotonic() - start > timeout_s:
+    """Wait until all ranks build their optimizer, as the calls that follow have no deadline."""
+
+    def check(waited_s: float) -> None:
+        if waited_s > timeout_s:
             raise RankFailureError(
-                f"every rank must build the optimizer; got only some of {comm.size} within "
-                f"{timeout_s} s. Build it on all ranks, or pass comm=... with those that do."
+                f"timed out after {timeout_s:g} s: only some of {comm.size} ranks build the "
+                "optimizer. Build it on all ranks, or pass comm=... with those that do."
             )
-        time.sleep(0.0001)
+
+    wait_until(comm.Ibarrier().Test, check)
 
 
 def require_one_job() -> None:
-    """Refuse to train N copies of the same job of one rank.
+    """Raise unless the processes of the launcher are ranks of one job.
 
     Raises:
-        LauncherError: The launcher belongs to another MPI than the library in this process.
+        LauncherError: The launcher belongs to another MPI than the library in this process, so
+            each process would train on its own.
     """
     if MPI.COMM_WORLD.size > 1:
         return
@@ -169,10 +178,3 @@ def require_one_job() -> None:
                 "rank. Start the job with the mpirun of this library: python -c "
                 "'import sysconfig; print(sysconfig.get_path(\"scripts\"))' names its folder."
             )
-
-
-def cores_per_rank(topology: Topology) -> int:
-    """This rank's share of the cores it may run on. Collective: every rank."""
-    mine = topology.hosts[topology.rank], bound_to()
-    sharing = topology.comm.allgather(mine).count(mine)
-    return max(1, count_cores() // sharing)

@@ -1,19 +1,19 @@
-"""What is polled after every step."""
+"""Background work that is polled after every step."""
 
 from typing import Protocol
 
 
 class StepListener(Protocol):
-    """Something that goes on beside the steps of all ranks, and takes notice at their ends."""
+    """Background work that all ranks poll together after every step, such as a save."""
 
     def vote(self) -> int:
-        """What this rank brings to the end of a step."""
+        """Return this rank's value in the min-allreduce that ends a step."""
         ...
 
-    def after_step(self, least: int) -> None:
-        """Learn the least that any rank has brought; called on all ranks after the same step."""
+    def after_step(self, lowest: int) -> None:
+        """Act on the lowest vote of all ranks; called on all ranks after the same step."""
         ...
 
     def close(self) -> None:
-        """Come to an end: the optimizer is about to be closed. Collective."""
+        """Finish: the optimizer is about to be closed. Collective: every rank."""
         ...

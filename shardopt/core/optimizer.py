@@ -1,60 +1,62 @@
-"""Optimizer: the optimizer that every framework's face is made of."""
+"""The optimizer that the front end of every framework has."""
 
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Generic, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from shardopt._typing import FloatArray
 from shardopt._version import __version__
-from shardopt.comm.collectives import Collectives
-from shardopt.comm.consensus import Description, attempt
-from shardopt.comm.failure import install_abort_hook
+from shardopt.comm.consensus import Description, Outcome, attempt
+from shardopt.comm.failure import Abort
+from shardopt.comm.shared_memory import shortage
 from shardopt.comm.topology import Topology
-from shardopt.core.engine import Engine
+from shardopt.comm.waiting import deadline
 from shardopt.core.listeners import StepListener
+from shardopt.core.parts import make_parts
+from shardopt.core.shared_params import SharedParams
 from shardopt.core.state_dict import (
     OptimizerState,
     gather_state,
-    load_parsed,
+    load_state,
     local_state,
     parse_state,
-    share_parsed,
+    share_state,
 )
+from shardopt.core.step import Step, StepCall
 from shardopt.errors import (
     CheckpointError,
     ClosedError,
     HyperparamsError,
     RankFailureError,
     ShardoptError,
+    SharedMemoryError,
 )
-from shardopt.layout.footprint import MemoryReport, plan_memory
+from shardopt.layout.dtypes import wire_dtype_of
+from shardopt.layout.footprint import MemoryReport, plan_memory, shared_nbytes
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.groups import Group, make_group
-from shardopt.params.registry import PlannedGroups, describe_addition
+from shardopt.params.registry import PlannedGroups, describe_groups
 from shardopt.policy import ShardPolicy
 from shardopt.report import StepReport, tell
-from shardopt.rule.nadam import StepCount, as_real
-from shardopt.store.buffers import ShardBuffers
+from shardopt.rule.nadam import StepCount
 
 
 class Optimizer(Generic[P]):
     """NAdam whose moments and updates are sharded over MPI ranks.
 
-    Parameters live once on a node, in memory that all its ranks address; each rank writes
+    A node has one copy of the parameters, in memory that all its ranks address; each rank writes
     gradients of its own and updates its shard of the parameters. Gradients are averaged over
     ranks. Rank 0's initial parameters win.
 
-    Collective: construction and every method that says so. What one rank finds wrong, all raise.
+    Collective: construction and every method that says so. If one rank raises, all ranks raise.
 
     Args:
-        make: Gives the param groups, complete with every hyperparameter; see ``make_groups``. What
-            it raises is agreed upon.
-        face: How the framework's parameters are read and rebound.
+        groups: The param groups, complete with every hyperparameter, or the error met in making
+            them, which all ranks will raise; see ``make_groups``.
+        adapter: Reads and binds the framework's parameters.
         defaults: Hyperparameters of groups added later that do not set their own.
         max_grad_norm: Clip the global L2 norm of the averaged gradient to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None leaves it alone.
@@ -69,16 +71,17 @@ class Optimizer(Generic[P]):
         LauncherError: The job was started with another MPI's launcher.
 
     Attributes:
-        last_step: What the last ``step()`` did.
         comm: The communicator given.
-        num_cores: This rank's share of those it may run on.
+        last_step: The report of the last ``step()``.
+        parts: Its parts, for checkpoints and those who look inside.
+        params: The parameters in every node's shared memory.
     """
 
     def __init__(
         self,
-        make: Callable[[], list[Group]],
+        groups: Outcome[list[Group]],
         *,
-        face: Adapter[P],
+        adapter: Adapter[P],
         defaults: Mapping[str, Any],
         max_grad_norm: float | None,
         comm: MPI.Intracomm | None,
@@ -87,21 +90,23 @@ class Optimizer(Generic[P]):
         self.comm = MPI.COMM_WORLD if comm is None else comm
         _require_kind("comm", self.comm, MPI.Intracomm)
         _require_kind("policy", policy, ShardPolicy)
-        install_abort_hook()
+        failure = Abort()
+        failure.watch()
         self.defaults = dict(defaults)
+        self.last_step = StepReport()
+        self._closed = False
         self._settings: Description = {
             "shardopt's version": __version__,
             **policy.describe(),
             "max_grad_norm": max_grad_norm,
         }
-        self.last_step = StepReport()
-        self._closed = False
-        self._engine = Engine(face, self.comm, max_grad_norm, policy)
-        self.num_cores = self._engine.num_cores
+        self.parts = make_parts(self.comm, adapter, max_grad_norm, policy, failure)
+        self.params = SharedParams(self.parts)
+        self._step = Step(self.parts, self.params)
         try:
-            self.extend("NAdam()", make)
+            self.extend("NAdam()", groups)
         except RankFailureError:
-            raise  # to release needs every rank
+            raise  # releasing needs every rank
         except (ShardoptError, TypeError, ValueError):
             self._release("NAdam()")
             raise
@@ -110,11 +115,11 @@ class Optimizer(Generic[P]):
 
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
         *,
         loss_scale: float = 1.0,
         overflowed: bool = False,
-    ) -> Any:
+        error: Exception | None = None,
+    ) -> None:
         """Average the gradients over ranks and update the parameters.
 
         Afterwards gradients hold nothing of use: call ``zero_grad`` before the next backward.
@@ -122,60 +127,59 @@ class Optimizer(Generic[P]):
         Collective: every rank.
 
         Args:
-            closure: Computes the loss and the gradients; called first.
-            loss_scale: What the loss was multiplied by before backward, to keep small gradients
-                from vanishing in 16 bits; may differ between ranks. Gradients are divided by it.
-            overflowed: Whether a gradient is known not to be finite; where it is so on one rank,
-                the step is skipped on all.
-
-        Returns:
-            What the closure returned, or None.
+            loss_scale: The factor on the loss before backward, which keeps small gradients from
+                vanishing in 16 bits; may differ between ranks. Gradients are divided by it.
+            overflowed: Whether a gradient is known not to be finite; if it is so on one rank, the
+                step is skipped on all.
+            error: An error that the front end has met with, which all ranks will raise, or None.
 
         Raises:
             PartitionError: A parameter or gradient was replaced by one of another shape or dtype.
             HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
             RankMismatchError: Ranks have different hyperparameters or make different calls.
-            RankFailureError: A rank did not come within ``policy.timeout_s``.
+            RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        loss = None if closure is None else closure()
         self._require_open()
         before = self.last_step
-        self.last_step, bids = self._engine.step(before, loss_scale, overflowed, self._prepare_step)
-        for warning in self.last_step.news(before):
+        self.last_step, votes = self._step.run(StepCall(loss_scale, overflowed, error), before)
+        for warning in self.last_step.warnings(before):
             tell(warning, aloud=self.topology.rank == 0)
-        self._engine.accord.tell_followers(bids)
-        return loss
+        self._step.consensus.notify(votes)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Zero this rank's gradients in place, or give the parameters none.
+        """Zero this rank's gradients in place, or leave the parameters without.
 
         Args:
             set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
         """
         self._require_open()
-        self._engine.early.grads_zeroed()
-        self._engine.registry.zero_grads(set_to_none, self._engine.pipeline.zero_grads)
+        parts = self.parts
+        parts.overlap.grads_zeroed()
+        cleared = parts.registry.cleared_by(set_to_none=set_to_none)
+        parts.memory.zero_grads()
+        parts.registry.bind_grads(cleared)
 
     # -- param groups ------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[Group]:
         """Dicts as in torch; hyperparameters written there hold from the next step on."""
-        return self._engine.registry.param_groups
+        return self.parts.registry.param_groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
         """Add a group of parameters; see ``extend``. Collective: every rank."""
-        self.extend("add_param_group()", lambda: [make_group(param_group, self.defaults)])
+        group, error = attempt(make_group, param_group, self.defaults)
+        self.extend("add_param_group()", Outcome(None if group is None else [group], error))
 
-    def extend(self, call: str, make: Callable[[], list[Group]]) -> None:
+    def extend(self, call: str, groups: Outcome[list[Group]]) -> None:
         """Add groups of parameters; those already there keep their state.
 
         Collective: every rank.
 
         Args:
-            call: What the user has called, for messages.
-            make: Gives the new groups, complete with every hyperparameter. What it raises is
-                agreed upon.
+            call: The user's call, for messages.
+            groups: The new groups, complete with every hyperparameter, or the error met in making
+                them.
 
         Raises:
             PartitionError: The parameters cannot be laid out, or one is in the optimizer already.
@@ -183,11 +187,19 @@ class Optimizer(Generic[P]):
             RankMismatchError: Ranks were given different groups.
         """
         self._require_open()
-        addition, error = attempt(lambda: self._plan(make))
-        self.enter_call(call, {**self._settings, **describe_addition(addition)}, error)
-        assert addition is not None
-        self.enter_call(call, {}, self._engine.shortage(addition.partition))
-        self._engine.extend(addition, call, self.last_step.step)
+        parts, step = self.parts, self.last_step.step
+        planned, error = attempt(self._plan, groups)
+        self.enter_call(call, {**self._settings, **describe_groups(planned)}, error)
+        assert planned is not None
+        self.enter_call(call, {}, self._shortage(planned.partition))
+        parts.overlap.settle(step)
+        with deadline(parts.policy.timeout_s, call, parts.failure):
+            parts.memory.extend(planned.partition)
+            parts.sync.extend(planned.partition, parts.memory.buffers)
+        bindings = parts.registry.register(planned, parts.memory.buffers)
+        parts.rule.extend(planned.partition)
+        self.params.initialize(bindings, step)
+        parts.start_step(step + 1)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -200,10 +212,10 @@ class Optimizer(Generic[P]):
             their runs of the flattened parameter. ``param_groups``: as torch has it.
         """
         self._require_open()
-        return local_state(self._held())
+        return local_state(self._state)
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """Bring the whole state to one rank, in the format of torch.optim.NAdam with NumPy arrays.
+        """Gather the whole state on one rank, in the format of torch.optim.NAdam with NumPy arrays.
 
         Collective: every rank.
 
@@ -220,16 +232,16 @@ class Optimizer(Generic[P]):
                 f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
             )
         self.enter_call("gather_state_dict()", {"root": root}, error)
-        return gather_state(self._held(), self.collectives, root, self.last_step.step)
+        return gather_state(self._state, self.parts.collectives, root, self.last_step.step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Take over a state; parameters themselves are not in it.
+        """Continue from another state; parameters themselves are not in it.
 
         Collective: every rank.
 
         Args:
-            state_dict: This rank's, as ``state_dict`` gave it on as many ranks; or a whole one, as
-                ``gather_state_dict`` or torch.optim.NAdam gave it. Ranks that have none pass
+            state_dict: This rank's, as ``state_dict`` returned it on as many ranks; or a whole one,
+                as ``gather_state_dict`` or torch.optim.NAdam returned it. Ranks that have none pass
                 None and get that of the lowest rank that has a whole one.
 
         Raises:
@@ -237,91 +249,64 @@ class Optimizer(Generic[P]):
                 then.
         """
         self._require_open()
-        buffers, step = self.buffers, self.last_step.step
-        parsed, error = attempt(
-            lambda: parse_state(
-                state_dict, self.partition, buffers, self.param_groups, self._engine.registry.face
-            )
-        )
-        self.enter_call("load_state_dict()", {}, error)
-        state = share_parsed(parsed, self.partition, self.collectives, step)
-        steps = [clock.step for clock in state.step_counts]
-        groups = {"the state's steps": steps, "the state's param_groups": state.groups}
-        self.enter_call("load_state_dict()", groups)
-        load_parsed(state, self.partition, buffers)
-        self.take_over(state.groups, state.step_counts, self.last_step.without_poison())
+        call, adapter = "load_state_dict()", self.parts.registry.adapter
+        parsed, error = attempt(parse_state, state_dict, self._state, adapter)
+        self.enter_call(call, {}, error)
+        loaded = share_state(parsed, self.partition, self.parts.collectives, self.last_step.step)
+        steps = [count.step for count in loaded.step_counts]
+        groups = {"the state's steps": steps, "the state's param_groups": loaded.groups}
+        self.enter_call(call, groups)
+        load_state(loaded, self._state)
+        self.restore(loaded.groups, loaded.step_counts, self.last_step.without_poison())
 
     # -- for checkpoints ---------------------------------------------------------------------------
 
     @property
-    def core(self) -> Self:
-        """What all faces have in common: this."""
-        return self
+    def num_cores(self) -> int:
+        """This rank's share of the cores it may run on."""
+        return self.parts.num_cores
 
     @property
     def topology(self) -> Topology:
         """The ranks, with communicators of shardopt's own."""
-        return self._engine.topology
-
-    @property
-    def collectives(self) -> Collectives:
-        """For what ranks tell each other beside the steps, with their deadline."""
-        return self._engine.agreement.collectives
-
-    @property
-    def buffers(self) -> Sequence[ShardBuffers]:
-        """The memory of each region."""
-        return self._engine.pipeline.buffers
+        return self.parts.topology
 
     @property
     def step_counts(self) -> Sequence[StepCount]:
-        """How far each parameter has come."""
-        return self._engine.schedule.step_counts
+        """The steps that each parameter has taken."""
+        return self.parts.rule.step_counts
 
     @property
     def listeners(self) -> list[StepListener]:
-        """What goes on beside the steps; the same on every rank."""
-        return self._engine.accord.listeners
+        """Background work that is polled after every step; the same on every rank."""
+        return self._step.consensus.listeners
 
     def enter_call(
         self, call: str, description: Description, error: Exception | None = None
     ) -> None:
         """Make sure that all ranks make the same call alike; see ``Consensus``. Collective."""
         self._require_open()
-        self._engine.accord.enter_call(call, description, error, step=self.last_step.step)
+        self.parts.consensus.enter_call(call, description, error, step=self.last_step.step)
 
-    def find_replaced(self) -> dict[int, FloatArray]:
-        """Find parameters that were replaced since the last step; see ``Registry``."""
-        return self._engine.registry.find_replaced()
-
-    def adopt(self, replaced: Mapping[int, FloatArray]) -> None:
-        """Take over replaced parameters now, rather than in the next step. Collective."""
-        if self._engine.accord.adopt(replaced, self.last_step.step):
-            self.last_step = self.last_step.without_poison()
-
-    def take_over(
+    def restore(
         self, groups: Sequence[Group], step_counts: Sequence[StepCount], report: StepReport
     ) -> None:
-        """Go on from other hyperparameters and step_counts, moments being in place already."""
-        self._engine.schedule.set_clocks(step_counts)
+        """Continue from other hyperparameters and step counts; moments are in place already."""
+        self.parts.rule.set_step_counts(step_counts)
         self.last_step = report
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update(values)
-
-    def take_over_params(self) -> None:
-        """Let parameters be what each owner has written of them into its window. Collective."""
-        self._engine.publish(self.last_step.step)
 
     # -- about it ----------------------------------------------------------------------------------
 
     @property
     def partition(self) -> Partition:
         """Where every element lives."""
-        return self._engine.partition
+        return self.parts.registry.partition
 
     def memory_report(self) -> MemoryReport:
-        """Bytes that parameters, gradients and moments take, here and without sharding."""
-        return plan_memory(self.partition, self._engine.policy.wire_dtype)
+        """Return the bytes of parameters, gradients and moments, here and without sharding."""
+        return plan_memory(self.partition, self.parts.policy.wire_dtype)
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
         """Add up a few numbers over all ranks, with the deadline that steps have.
@@ -335,48 +320,61 @@ class Optimizer(Generic[P]):
             [n] float64 sums, the same on every rank.
 
         Raises:
-            RankFailureError: A rank did not come within ``policy.timeout_s``.
+            RankMismatchError: Ranks have different numbers of values.
+            TypeError: Some of them are no numbers.
+            ValueError: Likewise.
+            RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self._require_open()
-        addends = np.array(values, np.float64)
-        return self.collectives.allreduce(addends, MPI.SUM, self.last_step.step, "sum_over_ranks()")
+        call, step = "sum_over_ranks()", self.last_step.step
+        addends, error = attempt(np.array, values, np.float64)
+        shape = None if addends is None else addends.shape
+        self.enter_call(call, {"the shape of values": shape}, error)
+        assert addends is not None
+        return self.parts.collectives.allreduce(addends, MPI.SUM, step, call)
 
     def close(self) -> None:
-        """Give parameters memory of their own again and release the windows. Collective.
+        """Move parameters to memory of their own and release what is shared.
 
-        A parameter whose value was replaced since the last step keeps what this rank put there.
+        A parameter whose value was replaced since the last step keeps the new one.
+
+        Collective: every rank.
         """
         if self._closed:
             return
-        for follower in list(self.listeners):
-            follower.close()
+        for listener in list(self.listeners):
+            listener.close()
         self.enter_call("close()", {})
-        self._engine.early.settle(self.last_step.step)
+        self.parts.overlap.settle(self.last_step.step)
         self._release("close()")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:  # else other ranks may not come; the end of the process frees the windows
-            self.close()
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _plan(self, make: Callable[[], list[Group]]) -> PlannedGroups:
-        _require_supported(self._settings["max_grad_norm"])
-        return self._engine.plan(make)
+    def _plan(self, groups: Outcome[list[Group]]) -> PlannedGroups:
+        """Lay out more groups, and compile what they need; nothing has changed yet."""
+        parts = self.parts
+        if groups.error is not None:
+            raise groups.error
+        assert groups.value is not None
+        parts.clipping.require_valid()
+        planned = parts.registry.plan(groups.value)
+        node_size, several = parts.topology.node_size, parts.topology.num_nodes > 1
+        for dtype in {param.spec.dtype for param in planned.partition.params}:
+            wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
+            parts.backend.kernel.prepare(dtype, wire)
+        return planned
 
-    def _prepare_step(self) -> None:
-        """Bring gradients to where the face finds them; what it raises is agreed upon."""
+    def _shortage(self, partition: Partition) -> SharedMemoryError | None:
+        """Return an error if the new regions of a partition do not fit on the node."""
+        if self.topology.node_rank:
+            return None
+        regions = range(len(self.partition.regions), len(partition.regions))
+        return shortage(shared_nbytes(partition, regions))
 
-    def _held(self) -> OptimizerState:
-        return OptimizerState(self.partition, self.buffers, self.step_counts, self.param_groups)
+    @property
+    def _state(self) -> OptimizerState:
+        return OptimizerState(
+            self.partition, self.parts.memory, self.step_counts, self.param_groups
+        )
 
     def _require_open(self) -> None:
         if self._closed:
@@ -386,18 +384,11 @@ class Optimizer(Generic[P]):
 
     def _release(self, call: str) -> None:
         self._closed = True
-        self._engine.free(call)
+        self.parts.free(call)
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise HyperparamsError(
             f"{name} must be of type {kind.__name__}; got {value!r}. Leave it out for the default."
-        )
-
-
-def _require_supported(max_grad_norm: object) -> None:
-    if max_grad_norm is not None and not as_real("max_grad_norm", max_grad_norm) > 0:
-        raise HyperparamsError(
-            f"max_grad_norm must be > 0 or None; got {max_grad_norm!r}. Leave it out not to clip."
         )

@@ -1,35 +1,29 @@
-"""The dtypes that parameters may have, and what they are computed in.
+"""The dtypes that parameters may have, and the dtypes their updates are computed in.
 
-[Note: sixteen bits and a master]
-A 16-bit parameter keeps too few bits to add small updates up: 1 + 0.001 is 1 again in bfloat16. Its
-owner therefore holds a *master* of it in float32, as it does moments. Gradients arrive in 16 bits
-and are summed in float32; the master is updated and rounded to the nearest, ties to even, into the
-parameter, all in one pass. A parameter that somebody wrote to since is no longer the rounded
-master: then the master follows it. So initial values, loaded weights and ``p.data.clamp_()`` need
-no calls of their own.
+[Note: 16-bit parameters and masters]
+A 16-bit parameter keeps too few bits to accumulate small updates: 1 + 0.001 is 1 again in bfloat16.
+Its owner therefore holds a *master* copy of it in float32, as it does moments. Gradients arrive in
+16 bits and are summed in float32; the master is updated and rounded to the nearest, ties to even,
+into the parameter, all in one pass. If somebody wrote to the parameter since, it no longer equals
+the rounded master: then the master follows it. So initial values, loaded weights and
+``p.data.clamp_()`` need no calls of their own.
 """
 
 import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def compute_dtype(dtype: str) -> str:
-    """Dtype of the moments of parameters of ``dtype``, of their master and of all arithmetic."""
+    """Return the dtype in which parameters of ``dtype`` are updated: of moments and masters."""
     return "float32" if has_master(dtype) else dtype
 
 
 def has_master(dtype: str) -> bool:
-    """Whether parameters of ``dtype`` have a master; see [Note: sixteen bits and a master]."""
+    """Whether parameters of ``dtype`` have a master; see [Note: 16-bit parameters and masters]."""
     return np.dtype(dtype).itemsize == 2
-
-
-def state_keys(dtype: str) -> tuple[str, ...]:
-    """Names of the arrays that are the state of a parameter of ``dtype``."""
-    return ("exp_avg", "exp_avg_sq", "master") if has_master(dtype) else ("exp_avg", "exp_avg_sq")
 
 
 def is_floating(dtype: np.dtype) -> bool:
@@ -38,11 +32,11 @@ def is_floating(dtype: np.dtype) -> bool:
 
 
 def wire_dtype_of(dtype: str, node_size: int, wire_dtype: str | None) -> str:
-    """Dtype that gradients of ``dtype``, summed over a node, travel in to other nodes.
+    """Return the dtype in which gradients, summed over a node, are sent to other nodes.
 
     Args:
         dtype: Of the parameters.
-        node_size: Ranks on a node: the only one's gradients are the sum.
+        node_size: Ranks on a node: a single rank's gradients are the sum.
         wire_dtype: As in ``ShardPolicy``; None loses no bit.
     """
     if wire_dtype is not None:

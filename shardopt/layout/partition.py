@@ -6,8 +6,8 @@ Pure integers: nothing here allocates, and nothing depends on the rank that asks
 All parameters stand end to end in one index space that is the same for every world size. Parameters
 of one dtype that were added together form a *region*, the unit of memory; regions start on a
 multiple of ``CHUNK_NUMEL`` and parameters on a multiple of ``ALIGNMENT_NUMEL``. A region is cut
-into *buckets*, what one exchange carries; a bucket into ``node_size`` lane parts; a lane part
-into ``num_nodes`` *shards*, what one rank owns. All these cuts fall on multiples of
+into *buckets*, the unit of communication; a bucket into ``node_size`` lane parts; a lane part
+into ``num_nodes`` *shards*, each owned by one rank. All these cuts fall on multiples of
 ``CHUNK_NUMEL``, so a chunk has one owner however many ranks there are: sums kept by chunk are
 the same for every world size and bucket size, and no two ranks write to one cache line or page.
 
@@ -24,14 +24,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardopt.errors import PartitionError
+from shardopt.layout.span import Span
 
-ALIGNMENT_NUMEL = 32  # 64 bytes in a 16-bit dtype, more in the others
+ALIGNMENT_NUMEL = 256
+"""Parameters start on multiples of this: a block of 8-bit optimizer state never spans two."""
+
 CHUNK_NUMEL = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """What the layout must know of a parameter; equal on every rank.
+    """The shape and place of a parameter as its user gives them; equal on every rank.
 
     Attributes:
         name: Unique in the optimizer.
@@ -52,79 +55,52 @@ class ParamSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedParam:
-    """A parameter and its run [start, stop) of the flat index space."""
+class PlacedParam(Span):
+    """A parameter and its span of the flat index space."""
 
     spec: ParamSpec
     region: int
-    start: int
-
-    @property
-    def stop(self) -> int:
-        """One past its last element."""
-        return self.start + self.spec.numel
 
 
 @dataclass(frozen=True, slots=True)
-class DtypeRegion:
-    """A run of the flat index space in one dtype that lives in one pair of windows."""
+class DtypeRegion(Span):
+    """The parameters of one dtype that were added together; they share one piece of memory."""
 
     dtype: str
-    start: int
-    stop: int
     param_indices: tuple[int, ...]
 
-    @property
-    def numel(self) -> int:
-        """Number of elements, padding included."""
-        return self.stop - self.start
-
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """The run of one region that one exchange carries."""
+class Bucket(Span):
+    """The span of one region that is communicated at once."""
 
     region: int
-    start: int
-    stop: int
 
-    def lane_part(self, node_rank: int, node_size: int) -> tuple[int, int]:
-        """The run [start, stop) that the ranks of one lane own together."""
-        return cut(self.start, self.stop, node_rank, node_size)
+    def lane_part(self, node_rank: int, node_size: int) -> Span:
+        """Return the span that the ranks of one lane own together."""
+        return self.cut(node_rank, node_size, CHUNK_NUMEL)
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """The run [start, stop) of a bucket that one rank owns.
+class Shard(Span):
+    """The span of a bucket that one rank owns.
 
     ``local_start`` is where it begins in the rank's own arrays of its region.
     """
 
     region: int
-    start: int
-    stop: int
     local_start: int
 
     @property
-    def numel(self) -> int:
-        """Number of elements, padding included."""
-        return self.stop - self.start
-
-    def __bool__(self) -> bool:
-        return self.stop > self.start
-
-    @property
-    def local_stop(self) -> int:
-        """One past its last element in the rank's own arrays."""
-        return self.local_start + self.numel
+    def local(self) -> Span:
+        """The shard in the rank's own arrays."""
+        return self.shift(self.local_start - self.start)
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A run [start, stop) of a shard, all in parameters that share one set of coefficients."""
+class Segment(Span):
+    """A span of parameters that share one set of coefficients."""
 
-    start: int
-    stop: int
     cohort: int
 
 
@@ -152,39 +128,56 @@ class Partition:
     @property
     def param_numel(self) -> int:
         """Elements of parameters, padding left out."""
-        return sum(param.spec.numel for param in self.params)
+        return sum(param.numel for param in self.params)
 
     def shards(self, node: int, node_rank: int, region: int) -> tuple[Shard, ...]:
-        """The shards of a region that a rank owns, one for each bucket; some may be empty."""
+        """Return the shards of a region that a rank owns, one per bucket; some may be empty."""
         shards = []
         local_start = 0
         for bucket in self.buckets:
             if bucket.region == region:
                 lane = bucket.lane_part(node_rank, self.node_size)
-                start, stop = cut(*lane, node, self.num_nodes)
-                shards.append(Shard(region, start, stop, local_start))
-                local_start += stop - start
+                span = lane.cut(node, self.num_nodes, CHUNK_NUMEL)
+                shards.append(Shard(span.start, span.stop, region, local_start))
+                local_start += span.numel
         return tuple(shards)
 
-    def lane_cuts(self, bucket: Bucket, node_rank: int) -> tuple[int, ...]:
-        """Where the shards of one lane begin, by node, and where the last of them ends."""
+    def lane_shards(self, bucket: Bucket, node_rank: int) -> tuple[Span, ...]:
+        """Return the spans of a bucket that the ranks of one lane own, by node."""
         lane = bucket.lane_part(node_rank, self.node_size)
-        starts = [cut(*lane, node, self.num_nodes)[0] for node in range(self.num_nodes)]
-        return *starts, lane[1]
+        return tuple(lane.cut(node, self.num_nodes, CHUNK_NUMEL) for node in range(self.num_nodes))
 
-    def params_in(self, region: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (param index, start, stop) of each parameter's part of [start, stop)."""
+    def bucket_of(self, shard: Shard) -> Bucket:
+        """Return the bucket that a shard is part of."""
+        last = bisect_right(self.buckets, shard.start, key=lambda bucket: bucket.start)
+        return self.buckets[last - 1]
+
+    def params_in(self, region: int, span: Span) -> Iterator[tuple[int, Span]]:
+        """Yield the index of each parameter in ``span``, and which part of it that is.
+
+        Both spans are of the flat index space.
+        """
         indices = self.regions[region].param_indices
-        first = bisect_right(indices, start, key=lambda index: self.params[index].stop)
-        last = bisect_left(indices, stop, key=lambda index: self.params[index].start)
+        first = bisect_right(indices, span.start, key=lambda index: self.params[index].stop)
+        last = bisect_left(indices, span.stop, key=lambda index: self.params[index].start)
         for index in indices[first:last]:
-            param = self.params[index]
-            run = max(start, param.start), min(stop, param.stop)
-            if run[0] < run[1]:
-                yield index, *run
+            if part := span.intersect(self.params[index]):
+                yield index, part
+
+    def owned_params(self, shards: Sequence[Shard]) -> Iterator[tuple[int, Span, Span]]:
+        """Yield the parts of parameters in some shards, in flat order.
+
+        Yields:
+            Index of the parameter; the part within the flattened parameter; the same part within
+            the owner's arrays.
+        """
+        for shard in shards:
+            for index, span in self.params_in(shard.region, shard):
+                local = span.shift(shard.local_start - shard.start)
+                yield index, span.shift(-self.params[index].start), local
 
     def segments(self, shard: Shard, cohort_of: Sequence[int]) -> list[Segment]:
-        """Cut a shard into the fewest runs of one cohort; padding is in none of them.
+        """Cut a shard into the fewest spans of one cohort; padding is in none of them.
 
         Args:
             shard: A shard of this partition.
@@ -192,14 +185,14 @@ class Partition:
                 the parameter out.
         """
         segments: list[Segment] = []
-        for index, start, stop in self.params_in(shard.region, shard.start, shard.stop):
+        for index, span in self.params_in(shard.region, shard):
             cohort = cohort_of[index]
             if cohort < 0:
                 continue
-            if segments and segments[-1].stop == start and segments[-1].cohort == cohort:
-                segments[-1] = replace(segments[-1], stop=stop)
+            if segments and segments[-1].stop == span.start and segments[-1].cohort == cohort:
+                segments[-1] = replace(segments[-1], stop=span.stop)
             else:
-                segments.append(Segment(start, stop, cohort))
+                segments.append(Segment(span.start, span.stop, cohort))
         return segments
 
     def extend(self, specs: Sequence[ParamSpec]) -> "Partition":
@@ -209,24 +202,24 @@ class Partition:
             PartitionError: Two parameters have one name.
         """
         _require_unique_names([param.spec for param in self.params] + list(specs))
-        params, regions, buckets = list(self.params), list(self.regions), list(self.buckets)
+        regions, buckets = list(self.regions), list(self.buckets)
         placed: dict[int, PlacedParam] = {}
         for dtype in dict.fromkeys(spec.dtype for spec in specs):
             number = len(regions)
             start = position = regions[-1].stop if regions else 0
             for offset, spec in enumerate(specs):
                 if spec.dtype == dtype:
-                    placed[offset] = PlacedParam(spec, number, position)
+                    placed[offset] = PlacedParam(position, position + spec.numel, spec, number)
                     position = _round_up(placed[offset].stop, ALIGNMENT_NUMEL)
             stop = _round_up(position, CHUNK_NUMEL)
             indices = tuple(
                 len(self.params) + o for o in sorted(placed) if placed[o].region == number
             )
-            regions.append(DtypeRegion(dtype, start, stop, indices))
+            regions.append(DtypeRegion(start, stop, dtype, indices))
             step = _bucket_numel(self.bucket_nbytes, dtype)
-            buckets += [Bucket(number, b, min(b + step, stop)) for b in range(start, stop, step)]
-        params += [placed[offset] for offset in range(len(specs))]
-        return replace(self, params=tuple(params), regions=tuple(regions), buckets=tuple(buckets))
+            buckets += [Bucket(b.start, b.stop, number) for b in regions[-1].chunks(step)]
+        params = (*self.params, *(placed[offset] for offset in range(len(specs))))
+        return replace(self, params=params, regions=tuple(regions), buckets=tuple(buckets))
 
 
 def plan_partition(
@@ -257,13 +250,6 @@ def _require_unique_names(specs: Sequence[ParamSpec]) -> None:
             )
 
 
-def cut(start: int, stop: int, index: int, parts: int) -> tuple[int, int]:
-    """Part ``index`` of ``parts`` of [start, stop), in whole chunks that are shared out evenly."""
-    chunks = (stop - start) // CHUNK_NUMEL
-    first, last = chunks * index // parts, chunks * (index + 1) // parts
-    return start + first * CHUNK_NUMEL, start + last * CHUNK_NUMEL
-
-
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -271,21 +257,3 @@ def _round_up(value: int, multiple: int) -> int:
 def _bucket_numel(bucket_nbytes: int, dtype: str) -> int:
     chunk_nbytes = CHUNK_NUMEL * np.dtype(dtype).itemsize
     return max(1, bucket_nbytes // chunk_nbytes) * CHUNK_NUMEL
-
-
-@dataclass(frozen=True)
-class Run:
-    """A rank's part of one parameter: where it is in the parameter, and in the rank's arrays."""
-
-    param: int
-    start: int
-    stop: int
-    local: slice
-
-
-def owned_runs(partition: Partition, shards: Sequence[Shard]) -> Iterator[Run]:
-    """Give the parts of parameters in some shards, in flat order."""
-    for shard in shards:
-        for index, start, stop in partition.params_in(shard.region, shard.start, shard.stop):
-            zero, shift = partition.params[index].start, shard.local_start - shard.start
-            yield Run(index, start - zero, stop - zero, slice(start + shift, stop + shift))

@@ -1,5 +1,6 @@
 """Runs of elements."""
 
+import builtins
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,18 @@ class Span:
         """Return the elements of both; an empty span if there are none."""
         start = max(self.start, other.start)
         return Span(start, max(start, min(self.stop, other.stop)))
+
+    def scale(self, factor: int) -> "Span":
+        """Return the span in a unit that is ``factor`` times smaller: elements as bytes."""
+        return Span(self.start * factor, self.stop * factor)
+
+    def index_in(self, outer: "Span") -> builtins.slice:
+        """Return the span as an index into an array that holds the elements of ``outer``."""
+        return builtins.slice(self.start - outer.start, self.stop - outer.start)
+
+    def within(self, outer: "Span") -> "Span":
+        """Return the span with its positions counted from the start of ``outer``."""
+        return Span(self.start - outer.start, self.stop - outer.start)
 
     def cut(self, index: int, parts: int, unit: int = 1) -> "Span":
         """Return part ``index`` of ``parts``, shared out evenly in whole units.

@@ -1,7 +1,7 @@
-"""What a partition costs, memory and messages, computed before anything is allocated."""
+"""Messages between nodes: their sizes and numbers, computed before anything is sent."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,38 +9,76 @@ import numpy as np
 from shardopt.layout.dtypes import wire_dtype_of
 from shardopt.layout.padding import STEP_NBYTES
 from shardopt.layout.partition import Partition
+from shardopt.layout.span import Span
 
 MIB = 1 << 20
 
-NUM_SLOTS = 6
-"""Buckets of gradients under way at a time: enough to keep the link busy while a rank is late."""
+NUM_STAGING_BUFFERS = 6
+"""Buckets of gradients in transit at a time: enough to keep the link busy while a rank is late."""
 
 
 def default_bucket_nbytes(num_nodes: int, world_size: int) -> int:
-    """Bytes of parameters in a bucket, unless the policy says.
+    """Return the bytes of parameters in a bucket where the policy does not say.
 
-    On one node nothing is exchanged, and a bucket is what a kernel is called for. Between nodes
-    small buckets keep the link busy from the first to the last: a step ends with the way of the
-    last one. But each rank's part of it should be worth a message.
+    On one node nothing is sent, and a bucket is the work of one kernel call. Between nodes small
+    buckets keep the link busy from first to last, since a step ends when its last bucket has
+    arrived; but each rank's part of one should be worth a message.
     """
     return 32 * MIB if num_nodes == 1 else max(4 * MIB, world_size * MIB // 16)
 
 
 class Traffic(NamedTuple):
-    """What a rank sends to other nodes in a step; agreements of a few bytes are left out."""
+    """Gradients and parameters that a rank sends to other nodes in a step.
+
+    Consensus messages of a few bytes are not counted.
+    """
 
     nbytes: int
     messages: int
 
 
+@dataclass(frozen=True)
+class LanePart:
+    """The part of a bucket that the ranks of one lane own.
+
+    Attributes:
+        dtype: Of its parameters.
+        wire_dtype: In which sums of its gradients are sent.
+        shards: The span that each node owns, in the flat index space.
+    """
+
+    dtype: str
+    wire_dtype: str
+    shards: tuple[Span, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shards[-1].stop - self.shards[0].start
+
+
+def lane_parts(partition: Partition, node_rank: int, wire_dtype: str | None) -> Iterator[LanePart]:
+    """Yield a lane's part of each bucket, in flat order.
+
+    Args:
+        partition: The layout.
+        node_rank: The lane.
+        wire_dtype: As in ``ShardPolicy``.
+    """
+    for bucket in partition.buckets:
+        dtype = partition.regions[bucket.region].dtype
+        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
+        yield LanePart(dtype, wire, partition.lane_shards(bucket, node_rank))
+
+
 def plan_traffic(
     partition: Partition, node: int, node_rank: int, wire_dtype: str | None = None
 ) -> Traffic:
-    """Compute what a rank sends in a step.
+    """Compute the traffic of one rank in a step.
 
-    Of each bucket it sends the others' shards of its lane part, summed over its node, and its own
-    shard, updated, to each of the others; what is empty is not sent. Over all ranks of a node that
-    is (M-1)/M of all gradients and (M-1)/M of all parameters, for M nodes.
+    Of each bucket a rank sends the others' shards of its lane part, summed over its node, and its
+    own shard, updated, to each of the others; empty shards are not sent. Over all ranks of a node
+    that is (M-1)/M of all gradients and (M-1)/M of all parameters, for M nodes.
 
     Args:
         partition: The layout.
@@ -50,18 +88,19 @@ def plan_traffic(
     """
     nbytes = messages = 0
     others = partition.num_nodes - 1
-    for dtype, wire, cuts in _lane_parts(partition, node_rank, wire_dtype):
-        shards = [stop - start for start, stop in pairwise(cuts)]
-        own = shards.pop(node)
-        nbytes += sum(shards) * np.dtype(wire).itemsize + own * others * np.dtype(dtype).itemsize
-        messages += sum(map(bool, shards)) + bool(own) * others
+    for part in lane_parts(partition, node_rank, wire_dtype):
+        own = part.shards[node]
+        sent = [shard for shard in part.shards if shard is not own]
+        nbytes += sum(shard.numel for shard in sent) * np.dtype(part.wire_dtype).itemsize
+        nbytes += own.numel * others * np.dtype(part.dtype).itemsize
+        messages += sum(map(bool, sent)) + bool(own) * others
     return Traffic(nbytes, messages)
 
 
-def plan_slot(
+def plan_staging_buffer(
     partition: Partition, node: int, node_rank: int, wire_dtype: str | None
 ) -> tuple[int, int]:
-    """Compute the bytes a rank needs for a bucket under way: for what it sends, and receives.
+    """Compute the bytes a rank needs for one bucket in transit: to send, and to receive.
 
     Args:
         partition: The layout.
@@ -70,30 +109,23 @@ def plan_slot(
         wire_dtype: As in ``ShardPolicy``.
     """
     send = receive = 0
-    for dtype, wire, cuts in _lane_parts(partition, node_rank, wire_dtype):
-        itemsize = np.dtype(wire).itemsize
-        if not sends_grads(dtype, partition.node_size, wire):
-            send = max(send, (cuts[-1] - cuts[0]) * itemsize)
-        row = row_numel_between_nodes(cuts[node + 1] - cuts[node], itemsize)
+    for part in lane_parts(partition, node_rank, wire_dtype):
+        itemsize = np.dtype(part.wire_dtype).itemsize
+        if not sends_grads(part.dtype, partition.node_size, part.wire_dtype):
+            send = max(send, part.numel * itemsize)
+        row = partial_row_numel(part.shards[node].numel, itemsize)
         receive = max(receive, partition.num_nodes * row * itemsize)
     return send, receive
 
 
-def _lane_parts(
-    partition: Partition, node_rank: int, wire_dtype: str | None
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield each bucket's dtype, that of its sums on the wire, and its nodes' cuts."""
-    for bucket in partition.buckets:
-        dtype = partition.regions[bucket.region].dtype
-        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
-        yield dtype, wire, partition.lane_cuts(bucket, node_rank)
-
-
 def sends_grads(dtype: str, node_size: int, wire_dtype: str) -> bool:
-    """Whether gradients travel as they are: there is nothing to add or to round."""
+    """Whether gradients are sent as they are, as there is nothing to add or to round."""
     return node_size == 1 and wire_dtype == dtype
 
 
-def row_numel_between_nodes(numel: int, itemsize: int) -> int:
-    """Elements from one node's part of a shard to the next, as [Note: staggered streams] wants."""
+def partial_row_numel(numel: int, itemsize: int) -> int:
+    """Return the distance, in elements, between the partial sums that nodes send for one shard.
+
+    See [Note: padding between arrays].
+    """
     return numel + STEP_NBYTES // itemsize

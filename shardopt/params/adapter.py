@@ -6,54 +6,56 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.errors import PartitionError
 from shardopt.rule.nadam import Hyperparams
 
 P = TypeVar("P", contravariant=True)
 
 
 class Adapter(Protocol[P]):
-    """How the core reads and rebinds a framework's parameters; each framework has one.
+    """The bridge between the core and a framework's parameters; each framework has one.
 
     Arrays that ``data`` and ``grad`` return share memory with what the parameter holds, where its
-    framework allows. A *view* is the framework's own object over memory of the windows.
+    framework allows. A *view* is the framework's own object over shared memory.
 
     Attributes:
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
-            it has none until its framework or its user gives it one.
+            it has none until its framework or its user sets one.
+        reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
     """
 
     grads_from_start: bool
+    reports_grads: bool
 
     def name(self, param: P) -> str | None:
-        """The parameter's own name, or None."""
+        """Return the parameter's own name, or None."""
         ...
 
     def data(self, param: P, name: str) -> FloatArray:
-        """Its value; ``name`` is for messages.
+        """Return its value; ``name`` is for messages.
 
         Raises:
-            PartitionError: It cannot be had as a dense floating-point array in this machine's
-                memory.
+            PartitionError: It is not a dense floating-point array in this machine's memory.
         """
         ...
 
     def grad(self, param: P, name: str) -> FloatArray | None:
-        """Its gradient, or None.
+        """Return its gradient, or None.
 
         Raises:
-            PartitionError: It cannot be had as such an array.
+            PartitionError: It is not such an array.
         """
         ...
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
-        """Give a parameter's entry in a state dict, maybe the framework's own, as torch has it.
+        """Return a parameter's entry in a state dict, maybe the framework's own, as torch has it.
 
-        Moments must be arrays, of real numbers in the form that ``data`` gives.
+        Moments must be arrays, of real numbers in the form that ``data`` returns.
         """
         ...
 
     def view(self, param: P, array: FloatArray) -> Any:
-        """What ``param`` is to hold instead of ``array``, which has the form ``data`` gives."""
+        """Return the object that ``param`` is to hold for ``array``, which has ``data``'s form."""
         ...
 
     def bind_data(self, param: P, view: Any) -> None:
@@ -64,10 +66,10 @@ class Adapter(Protocol[P]):
         """Make a view the gradient."""
         ...
 
-    def blank_grad(self, param: P, view: Any) -> None:
+    def clear_grad(self, param: P, view: Any) -> None:
         """Make it a parameter without a gradient.
 
-        The view, which holds zeros, may stay bound if the face notices when it is written to.
+        The view, which holds zeros, may stay bound if the adapter notices when it is written to.
         """
         ...
 
@@ -79,28 +81,24 @@ class Adapter(Protocol[P]):
         """Whether the gradient is still the view."""
         ...
 
-    def is_blank(self, param: P, view: Any) -> bool:
-        """Whether a view that is bound has been blanked and not been written to since."""
+    def is_clear(self, param: P, view: Any) -> bool:
+        """Whether a view that is bound has been cleared and not been written to since."""
         ...
 
-    def updated(self, params: Sequence[P]) -> None:
-        """Take note that a step has changed the values of some parameters."""
+    def bump_version(self, params: Sequence[P]) -> None:
+        """Note that the values of some parameters have changed."""
         ...
 
-    def on_grad_ready(self, listener: Callable[[Any], None]) -> bool:
-        """Call ``listener`` with a parameter whenever backward has added to its gradient.
-
-        Returns:
-            Whether the framework tells when it does.
-        """
+    def on_grad_ready(self, listener: Callable[[Any], None]) -> None:
+        """Call ``listener`` with each parameter whose gradient backward has accumulated into."""
         ...
 
     def grad_version(self, param: P) -> object:
-        """Something that changes when the gradient is written to, as far as the framework knows."""
+        """Return an object that differs once the framework has seen a write to the gradient."""
         ...
 
     def release(self, param: P) -> None:
-        """Leave the parameter without a gradient and without anything the face attached to it."""
+        """Leave the parameter without a gradient and without anything the adapter attached."""
         ...
 
 
@@ -113,20 +111,21 @@ A = TypeVar("A", bound=_HoldsArrays, contravariant=True)
 
 
 class ArrayAdapter(Adapter[A]):
-    """The face of parameters whose ``data`` and ``grad`` are attributes that hold NumPy arrays."""
+    """The adapter of parameters whose ``data`` and ``grad`` are NumPy arrays."""
 
     grads_from_start = False
+    reports_grads = False
 
     def name(self, param: A) -> str | None:
-        """None; see ``Adapter.name``."""
+        """Return None; see ``Adapter.name``."""
         return None
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
-        """The entry as it is."""
+        """Return the entry as it is."""
         return entry
 
     def view(self, param: A, array: FloatArray) -> FloatArray:
-        """The array itself."""
+        """Return the array itself."""
         return array
 
     def bind_data(self, param: A, view: FloatArray) -> None:
@@ -137,7 +136,7 @@ class ArrayAdapter(Adapter[A]):
         """See ``Adapter.bind_grad``."""
         param.grad = view
 
-    def blank_grad(self, param: A, view: FloatArray) -> None:
+    def clear_grad(self, param: A, view: FloatArray) -> None:
         """Unbind the view: nobody could tell whether an array was written to."""
         param.grad = None
 
@@ -149,23 +148,35 @@ class ArrayAdapter(Adapter[A]):
         """See ``Adapter.holds_grad``."""
         return _is_view(param.grad, view)
 
-    def is_blank(self, param: A, view: FloatArray) -> bool:
-        """False: blanking unbinds."""
+    def is_clear(self, param: A, view: FloatArray) -> bool:
+        """Return False: a cleared view is no longer bound."""
         return False
 
-    def updated(self, params: Sequence[A]) -> None:
-        """Nothing keeps count."""
+    def bump_version(self, params: Sequence[A]) -> None:
+        """Do nothing: arrays have no version."""
 
-    def on_grad_ready(self, listener: Callable[[Any], None]) -> bool:
-        """False: gradients are written at any time."""
-        return False
+    def on_grad_ready(self, listener: Callable[[Any], None]) -> None:
+        """Do nothing: gradients are written at any time; see ``reports_grads``."""
 
     def grad_version(self, param: A) -> None:
-        """None; see ``Adapter.grad_version``."""
+        """Return None; see ``Adapter.grad_version``."""
 
     def release(self, param: A) -> None:
         """See ``Adapter.release``."""
         param.grad = None
+
+
+def array_error(role: str, name: str, *, rule: str, got: object, remedy: str) -> PartitionError:
+    """Return the error for a value or gradient that is not an array the core can use.
+
+    Args:
+        role: ``data`` or ``grad``.
+        name: The parameter's name.
+        rule: The rest of "must be ...".
+        got: The value, or its type.
+        remedy: A sentence without its full stop.
+    """
+    return PartitionError(f"{role} of parameter {name!r} must be {rule}; got {got}. {remedy}.")
 
 
 def _is_view(array: Any, view: FloatArray) -> bool:

@@ -1,4 +1,4 @@
-"""What ties a framework's parameters to the windows, and notices when somebody unties them."""
+"""One parameter and the shared memory it lives in."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,68 +11,74 @@ from shardopt.params.adapter import Adapter
 
 
 class Binding:
-    """One parameter and its views of the windows.
+    """One parameter and its views of shared memory.
 
     Attributes:
         name: The parameter's name, for messages.
         param: The framework's object.
-        data: This parameter in the node's window.
+        data: The node's copy of the parameter.
         grad: This rank's gradient of it.
     """
 
-    __slots__ = ("_data_view", "_face", "_grad_view", "data", "grad", "name", "param")
+    __slots__ = ("_adapter", "_data_view", "_grad_view", "data", "grad", "name", "param")
 
     def __init__(
-        self, name: str, param: Any, face: Adapter[Any], data: FloatArray, grad: FloatArray
+        self, name: str, param: Any, adapter: Adapter[Any], data: FloatArray, grad: FloatArray
     ) -> None:
         self.name = name
         self.param = param
         self.data = data
         self.grad = grad
-        self._face = face
-        self._data_view = face.view(param, data)
-        self._grad_view = face.view(param, grad)
+        self._adapter = adapter
+        self._data_view = adapter.view(param, data)
+        self._grad_view = adapter.view(param, grad)
 
     def fill(self) -> None:
-        """Copy the parameter's value into the window."""
-        self.data[...] = self._face.data(self.param, self.name)
+        """Copy the parameter's value into shared memory."""
+        self.data[...] = self._adapter.data(self.param, self.name)
 
     def bind(self) -> None:
-        """Make the parameter live in the windows; a gradient that it has is copied there."""
-        grad = self._face.grad(self.param, self.name)
+        """Make the parameter live in shared memory, and copy its gradient there if it has one."""
+        grad = self._adapter.grad(self.param, self.name)
         self.bind_data()
         if grad is not None:
             self.write_grad(grad)
-        elif self._face.grads_from_start:
+        elif self._adapter.grads_from_start:
             self.bind_grad()
         else:
-            self.blank_grad()
+            self.clear_grad()
 
     def bind_data(self) -> None:
-        """Make the value live in the window."""
-        self._face.bind_data(self.param, self._data_view)
+        """Make the value live in shared memory."""
+        self._adapter.bind_data(self.param, self._data_view)
 
     def bind_grad(self) -> None:
-        """Make the gradient live in the window."""
-        self._face.bind_grad(self.param, self._grad_view)
+        """Make the gradient live in shared memory."""
+        self._adapter.bind_grad(self.param, self._grad_view)
 
-    def blank_grad(self) -> None:
-        """Give the parameter no gradient; what is in the window must be zero."""
-        self._face.blank_grad(self.param, self._grad_view)
+    def clear_grad(self) -> None:
+        """Leave the parameter without a gradient; shared memory must hold zeros."""
+        self._adapter.clear_grad(self.param, self._grad_view)
 
     def holds_grad(self) -> bool:
-        """Whether the gradient lives in the window."""
-        return self._face.holds_grad(self.param, self._grad_view)
+        """Whether the gradient lives in shared memory."""
+        return self._adapter.holds_grad(self.param, self._grad_view)
 
     def grad_version(self) -> object:
         """See ``Adapter.grad_version``."""
-        return self._face.grad_version(self.param)
+        return self._adapter.grad_version(self.param)
+
+    def has_grad(self) -> bool:
+        """Whether the parameter has a gradient, here or elsewhere."""
+        if self.holds_grad():
+            return not self._adapter.is_clear(self.param, self._grad_view)
+        return self._adapter.grad(self.param, self.name) is not None
 
     def take_grad(self) -> int | None:
-        """Bring the gradient into the window now.
+        """Copy a gradient that is elsewhere into shared memory.
 
         Returns:
-            Bytes that had to be copied; None where there is none that fits.
+            Bytes copied, 0 if it is there already; None if there is no gradient that fits.
         """
         if self.holds_grad():
             return 0
@@ -85,56 +91,51 @@ class Binding:
         self.write_grad(array)
         return array.nbytes
 
-    def has_grad(self) -> bool:
-        """Whether the parameter has a gradient, here or elsewhere."""
-        if self._face.holds_grad(self.param, self._grad_view):
-            return not self._face.is_blank(self.param, self._grad_view)
-        return self._face.grad(self.param, self.name) is not None
-
-    def release(self) -> None:
-        """Give the parameter memory of its own again, with the same values, and no gradient.
-
-        A value that has taken the view's place stays.
-        """
-        if self._face.holds_data(self.param, self._data_view):
-            own = self._face.view(self.param, self.data.copy())
-            self._face.bind_data(self.param, own)
-        self._face.release(self.param)
-        del self.data, self.grad, self._data_view, self._grad_view
-
     def find_new_data(self) -> FloatArray | None:
-        """Give the array that has taken the place of the window's view, or None.
+        """Return the array that has taken the place of the view, or None.
 
         Raises:
             PartitionError: It has another shape or dtype.
         """
-        if self._face.holds_data(self.param, self._data_view):
+        if self._adapter.holds_data(self.param, self._data_view):
             return None
-        array = self._face.data(self.param, self.name)
+        array = self._adapter.data(self.param, self.name)
         require_like("data", self.name, array, self.data)
         return array
 
     def find_new_grad(self) -> tuple[bool, FloatArray | None]:
-        """Say whether there is a gradient, and give the array that has taken the view's place.
+        """Return whether there is a gradient, and the array that has taken the view's place.
 
         Raises:
             PartitionError: It has another shape or dtype.
         """
-        if self._face.holds_grad(self.param, self._grad_view):
-            return not self._face.is_blank(self.param, self._grad_view), None
-        array = self._face.grad(self.param, self.name)
+        adapter, param, view = self._adapter, self.param, self._grad_view
+        if adapter.holds_grad(param, view):
+            return not adapter.is_clear(param, view), None
+        array = adapter.grad(param, self.name)
         if array is not None:
             require_like("grad", self.name, array, self.grad)
         return array is not None, array
 
     def write_grad(self, array: FloatArray) -> None:
-        """Copy a gradient into the window and bind it."""
+        """Copy a gradient into shared memory and bind it."""
         np.copyto(self.grad, array)
         self.bind_grad()
 
-    def clear_grad(self) -> None:
-        """Zero the gradient in the window: other ranks add what is there."""
+    def zero_grad(self) -> None:
+        """Zero the gradient in shared memory: other ranks add what is there."""
         self.grad[...] = 0
+
+    def release(self) -> None:
+        """Move the parameter to memory of its own, with the same values, and without a gradient.
+
+        A value that has taken the view's place stays.
+        """
+        if self._adapter.holds_data(self.param, self._data_view):
+            own = self._adapter.view(self.param, self.data.copy())
+            self._adapter.bind_data(self.param, own)
+        self._adapter.release(self.param)
+        del self.data, self.grad, self._data_view, self._grad_view
 
 
 def require_like(what: str, name: str, array: FloatArray, wanted: FloatArray) -> None:
@@ -185,10 +186,10 @@ def _overlap(left: FloatArray, right: FloatArray) -> bool:
 
 
 def read_before_write(
-    arrays: Mapping[int, FloatArray], windows: Sequence[FloatArray]
+    arrays: Mapping[int, FloatArray], shared: Sequence[FloatArray]
 ) -> dict[int, FloatArray]:
-    """Copy those arrays that show a window, so that none changes while windows are written."""
+    """Copy those arrays that lie in shared memory, so that none changes while it is written."""
     return {
-        index: array.copy() if any(np.may_share_memory(array, w) for w in windows) else array
+        index: array.copy() if any(np.may_share_memory(array, s) for s in shared) else array
         for index, array in arrays.items()
     }

@@ -1,4 +1,4 @@
-"""``param_groups``: what torch.optim takes as ``params``, completed with every hyperparameter."""
+"""Param groups, as in torch.optim, completed with every hyperparameter."""
 
 from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
 from typing import Any
@@ -11,7 +11,7 @@ Group = dict[str, Any]
 
 
 def defaults_of(arguments: Mapping[str, Any]) -> Group:
-    """The hyperparameters among a constructor's arguments, given as its ``locals()``."""
+    """Return the hyperparameters among a constructor's arguments, passed as its ``locals()``."""
     return {name: arguments[name] for name in HYPERPARAM_NAMES}
 
 
@@ -20,10 +20,10 @@ def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
-        defaults: Value of every hyperparameter that a dict leaves out.
+        defaults: The value of each hyperparameter that a dict leaves out.
 
     Raises:
-        PartitionError: There are no parameters, or ``params`` is no iterable of them.
+        PartitionError: There are no parameters, or ``params`` is not an iterable of them.
     """
     entries = _as_list("params", params)
     if not entries:
@@ -38,7 +38,7 @@ def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
 
 
 def make_group(entry: Any, defaults: Mapping[str, Any]) -> Group:
-    """Complete one param group; see ``make_groups``. Pairs leave their names in ``param_names``."""
+    """Complete one param group; see ``make_groups``. The names of pairs become ``param_names``."""
     if not isinstance(entry, dict) or "params" not in entry:
         raise PartitionError(
             f"a param group must be a dict with 'params'; got {entry!r:.80}. "
@@ -57,11 +57,11 @@ def make_group(entry: Any, defaults: Mapping[str, Any]) -> Group:
     return group
 
 
-def name_params(groups: Sequence[Group], face: Adapter[Any], first_index: int) -> list[str]:
-    """Name parameters: as given, else as they call themselves, else by position."""
+def name_params(groups: Sequence[Group], adapter: Adapter[Any], first_index: int) -> list[str]:
+    """Return each parameter's given name, else its own, else one made from its position."""
     names: list[str] = []
     for group in groups:
-        own = [face.name(param) for param in group["params"]]
+        own = [adapter.name(param) for param in group["params"]]
         given = group.get("param_names") or own
         if len(given) != len(own):
             raise PartitionError(
@@ -73,10 +73,10 @@ def name_params(groups: Sequence[Group], face: Adapter[Any], first_index: int) -
 
 
 def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
-    """Refuse a parameter that is listed twice: it would be updated twice a step.
+    """Check that no parameter is listed twice: it would be updated twice per step.
 
     Raises:
-        PartitionError: Names the parameter.
+        PartitionError: A parameter is listed twice; the message names it.
     """
     first_with: dict[int, int] = {}
     for index, param in enumerate(params):
@@ -89,21 +89,21 @@ def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
 
 
 def group_values(group: Group) -> Group:
-    """What of a group a state dict may change: all but its parameters and their names."""
+    """Return the values of a group that belong in a state dict: all but parameters and names."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 class HyperparamsReader:
-    """Reads groups' hyperparameters before every step, validating only those that have changed."""
+    """Reads the groups' hyperparameters before every step, and validates those that changed."""
 
     def __init__(self) -> None:
         self._last: list[tuple[tuple[Any, ...], Hyperparams]] = []
 
     def read(self, groups: Sequence[Group]) -> list[Hyperparams]:
-        """Give the hyperparameters of each group.
+        """Return the hyperparameters of each group.
 
         Raises:
-            HyperparamsError: Somebody wrote a value that is out of range; names the group.
+            HyperparamsError: A value is out of range; the message names its group.
         """
         self._last = [
             self._read_one(index, group, self._last[index] if index < len(self._last) else None)
@@ -142,7 +142,7 @@ def _as_list(name: str, values: Any) -> list[Any]:
             "Put a single parameter into a list."
         )
     if isinstance(values, Set) and not isinstance(values, MappingView):
-        # A set's order is another one on every rank; a dict's items have one.
+        # Sets are ordered differently on every rank; a dict's views have an order.
         raise PartitionError(
             f"{name} must be in order; got {type(values).__name__}. Pass a list in the same order "
             "on every rank."

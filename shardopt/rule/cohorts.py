@@ -1,81 +1,129 @@
 """Cohorts: parameters that step together, and the spans of each shard that they fill."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from shardopt._typing import IntArray
+from shardopt._typing import FloatArray, IntArray
 from shardopt.layout.partition import Partition, Shard
-from shardopt.rule.nadam import Hyperparams, StepCoefficients, StepCount, step_coefficients
+from shardopt.rule.nadam import (
+    NUM_COEFFICIENTS,
+    Hyperparams,
+    StepCoefficients,
+    StepCount,
+    step_coefficients,
+)
 
 
 @dataclass(slots=True)
 class Cohort:
-    """Parameters of one group with equal step counts and gradients in the same steps."""
+    """Parameters of one group with equal step counts and gradients in the same steps.
+
+    Attributes:
+        group: Index of their param group.
+        count: The steps they have taken.
+    """
 
     group: int
-    clock: StepCount
+    count: StepCount
 
 
 class Cohorts:
-    """The step_counts of all parameters, and the segments that follow from who has a gradient.
+    """The step counts of all parameters, and who steps with the same coefficients.
 
-    A parameter without a gradient on any rank does not step, as in torch: its clock stands
-    still. Such steps split cohorts; cohorts whose step_counts agree again are joined.
+    A parameter without a gradient on any rank takes no step, as in torch: its count stands still.
+    Such steps split cohorts; cohorts whose counts are equal again are joined.
+
+    A step is planned first and counted only once it has been taken: ``plan``, then ``commit``.
 
     Attributes:
-        step_counts: For each parameter its own clock, shared within a cohort.
-        cohorts: Those that step under the present mask; the rows of the coefficients.
+        partition: Where the parameters are.
     """
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
-        self.step_counts = [StepCount() for _ in partition.params]
-        self.cohorts: list[Cohort] = []
-        self._cohort_of: list[int] = []
+        self._cohort_of = [Cohort(p.spec.group, StepCount()) for p in partition.params]
+        self._stepping: list[Cohort] = []
+        self._row_of: list[int] = []
         self._present: int | None = None
         self._segments: dict[tuple[int, int], IntArray] = {}
+        self._planned: list[StepCount] = []
+        self._coefficients: list[StepCoefficients] = []
+        self._tables: dict[str, FloatArray] = {}
+
+    @property
+    def step_counts(self) -> list[StepCount]:
+        """The step count of each parameter."""
+        return [cohort.count for cohort in self._cohort_of]
 
     def extend(self, partition: Partition) -> None:
         """Take over a partition that has parameters appended."""
-        self.step_counts += [StepCount() for _ in partition.params[len(self.step_counts) :]]
+        added = partition.params[len(self._cohort_of) :]
+        self._cohort_of += [Cohort(param.spec.group, StepCount()) for param in added]
         self.partition = partition
         self._present = None
 
-    def set_clocks(self, step_counts: Sequence[StepCount]) -> None:
-        """Go on from other step_counts, one for each parameter."""
-        self.step_counts = list(step_counts)
+    def set_step_counts(self, step_counts: Sequence[StepCount]) -> None:
+        """Continue from other step counts, one for each parameter."""
+        pairs = zip(self.partition.params, step_counts, strict=True)
+        self._cohort_of = [Cohort(param.spec.group, count) for param, count in pairs]
         self._present = None
 
-    def regroup(self, present: int) -> None:
-        """Arrange cohorts for a step in which the parameters of the bit mask have gradients."""
-        if present == self._present:
-            return
-        self._present = present
-        self._segments = {}
-        found: dict[tuple[int, int, float, bool], StepCount] = {}
-        for index, param in enumerate(self.partition.params):
-            clock, steps = self.step_counts[index], bool(present >> index & 1)
-            key = (param.spec.group, clock.step, clock.mu_product, steps)
-            self.step_counts[index] = found.setdefault(key, replace(clock))
-        stepping = {key: clock for key, clock in found.items() if key[3]}
-        self.cohorts = [Cohort(key[0], clock) for key, clock in stepping.items()]
-        row_of = {id(clock): row for row, clock in enumerate(stepping.values())}
-        self._cohort_of = [row_of.get(id(clock), -1) for clock in self.step_counts]
+    def plan(self, present: int, hypers: Sequence[Hyperparams], grad_scale: float) -> None:
+        """Compute the coefficients of a step; nothing is counted before ``commit``.
 
-    def advance(self, hypers: Sequence[Hyperparams], grad_scale: float) -> list[StepCoefficients]:
-        """Count one step for every cohort and give the coefficients of it, a row for each."""
-        for cohort in self.cohorts:
-            cohort.clock.advance(hypers[cohort.group])
-        return [step_coefficients(hypers[c.group], c.clock, grad_scale) for c in self.cohorts]
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank.
+            hypers: Of each param group.
+            grad_scale: See ``step_coefficients``.
+        """
+        if present != self._present:
+            self._regroup(present)
+        self._planned = [c.count.after_step(hypers[c.group]) for c in self._stepping]
+        self._coefficients = [
+            step_coefficients(hypers[cohort.group], count, grad_scale)
+            for cohort, count in zip(self._stepping, self._planned, strict=True)
+        ]
+        self._tables = {}
+
+    def commit(self) -> None:
+        """Count the step that was planned and has now been taken."""
+        for cohort, count in zip(self._stepping, self._planned, strict=True):
+            cohort.count = count
+
+    def coefficients(self, dtype: str) -> FloatArray:
+        """Return the planned coefficients in ``dtype``, [num_cohorts, NUM_COEFFICIENTS]."""
+        if dtype not in self._tables:
+            table = np.array(self._coefficients, dtype)
+            self._tables[dtype] = table.reshape(-1, NUM_COEFFICIENTS)
+        return self._tables[dtype]
 
     def segments(self, shard: Shard) -> IntArray:
-        """Give [num_segments, 3]: start and stop, counted within the region, and cohort."""
+        """Return the segments of a shard for the planned step.
+
+        Returns:
+            [num_segments, 3]: start and stop, counted from the start of the shard, and the row of
+            ``coefficients``.
+        """
         key = shard.start, shard.stop
         if key not in self._segments:
-            zero = self.partition.regions[shard.region].start
-            runs = self.partition.segments(shard, self._cohort_of)
-            rows = [(run.start - zero, run.stop - zero, run.cohort) for run in runs]
+            segments = self.partition.segments(shard, self._row_of)
+            rows = [(s.start - shard.start, s.stop - shard.start, s.cohort) for s in segments]
             self._segments[key] = np.array(rows, np.int64).reshape(-1, 3)
         return self._segments[key]
+
+    def _regroup(self, present: int) -> None:
+        """Form new cohorts: the parameters of the bit mask ``present`` step, others do not."""
+        self._present = present
+        self._segments = {}
+        found: dict[tuple[int, int, float, bool], Cohort] = {}
+        for index, cohort in enumerate(self._cohort_of):
+            count, steps = cohort.count, bool(present >> index & 1)
+            key = (cohort.group, count.step, count.mu_product, steps)
+            if key not in found:
+                found[key] = Cohort(cohort.group, count)
+            self._cohort_of[index] = found[key]
+        self._stepping = [cohort for (*_, steps), cohort in found.items() if steps]
+        rows = {id(cohort): row for row, cohort in enumerate(self._stepping)}
+        self._row_of = [rows.get(id(cohort), -1) for cohort in self._cohort_of]

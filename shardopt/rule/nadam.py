@@ -1,7 +1,7 @@
-"""NAdam's scalars: hyperparameters, the momentum schedules, and the coefficients of one step.
+"""NAdam's scalars: hyperparameters, momentum schedules, and the coefficients of one step.
 
-Everything here is float64 on the host; kernels round the coefficients once to the parameters'
-dtype.
+Everything here is float64 on the host. Kernels round the coefficients once, to the dtype in which
+they compute.
 
 [Note: one formula, four schedules]
 Every published NAdam is a setting of the coefficients of one update. With ``g`` the gradient,
@@ -41,13 +41,13 @@ class Hyperparams:
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient (L2), or taken off the parameter when decoupled.
+        weight_decay: Added to the gradient (L2), or subtracted from the parameter when decoupled.
         momentum_decay: psi of the momentum schedule; ``keras`` and ``optax`` have none and ignore
             it.
         decoupled_weight_decay: Decay as in AdamW. ``keras`` and ``optax`` always decay so;
             ``lucid`` never does.
         maximize: Follow the gradient instead of descending it.
-        variant: Whose numbers to give: one of ``VARIANTS``.
+        variant: The published NAdam to follow: one of ``VARIANTS``.
 
     Raises:
         HyperparamsError: A value is out of range; the message names it.
@@ -88,7 +88,7 @@ class Hyperparams:
         return cls(**{name: group[name] for name in HYPERPARAM_NAMES})
 
     def values(self) -> tuple[object, ...]:
-        """The values in the order of ``HYPERPARAM_NAMES``."""
+        """Return the values in the order of ``HYPERPARAM_NAMES``."""
         return tuple([getattr(self, name) for name in HYPERPARAM_NAMES])
 
     @property
@@ -97,7 +97,7 @@ class Hyperparams:
         return self.variant in ("keras", "optax") or self.decoupled_weight_decay
 
     def mu(self, t: int) -> float:
-        """Momentum of step ``t``, counted from 1."""
+        """Return the momentum of step ``t``, counted from 1."""
         beta1 = self.betas[0]
         if self.variant == "optax":
             return beta1
@@ -108,32 +108,32 @@ class Hyperparams:
 HYPERPARAM_NAMES = tuple(field.name for field in fields(Hyperparams))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StepCount:
-    """How far some parameters have come: those that have always stepped together share one clock.
+    """The number of steps that a parameter has taken, and the product of their momenta.
 
     Attributes:
-        step: Steps taken.
-        mu_product: Product of ``mu(1) ... mu(step)``.
+        step: The number of steps.
+        mu_product: The product of ``mu(1) ... mu(step)``.
     """
 
     step: int = 0
     mu_product: float = 1.0
 
-    def advance(self, hyper: Hyperparams) -> None:
-        """Count one more step taken with ``hyper``."""
-        self.step += 1
-        self.mu_product *= hyper.mu(self.step)
+    def after_step(self, hyper: Hyperparams) -> "StepCount":
+        """Return the count after one more step, taken with ``hyper``."""
+        step = self.step + 1
+        return StepCount(step, self.mu_product * hyper.mu(step))
 
 
-@lru_cache  # parameters of a group mostly have one step
+@lru_cache  # most parameters of a group have the same step
 def mu_product_at(step: float, hyper: Hyperparams) -> float:
-    """What ``mu_product`` is after ``step`` steps, all of them taken with ``hyper``."""
-    clock, before = StepCount(), None
-    while clock.step < step and clock.mu_product != before:  # ends as 0 or the smallest numbers
-        before = clock.mu_product
-        clock.advance(hyper)
-    return clock.mu_product
+    """Return ``mu_product`` after ``step`` steps, all of them taken with ``hyper``."""
+    count, before = StepCount(), None
+    while count.step < step and count.mu_product != before:  # it ends at 0 or a denormal number
+        before = count.mu_product
+        count = count.after_step(hyper)
+    return count.mu_product
 
 
 class StepCoefficients(NamedTuple):
@@ -158,27 +158,27 @@ class StepCoefficients(NamedTuple):
 NUM_COEFFICIENTS = len(StepCoefficients._fields)
 
 
-def step_coefficients(hyper: Hyperparams, clock: StepCount, grad_scale: float) -> StepCoefficients:
-    """Compute the coefficients of the step that ``clock`` has just been advanced to.
+def step_coefficients(hyper: Hyperparams, count: StepCount, grad_scale: float) -> StepCoefficients:
+    """Compute the coefficients of one step.
 
     Args:
         hyper: The group's hyperparameters in this step.
-        clock: Already advanced: ``clock.step`` is this step, counted from 1.
-        grad_scale: Factor on the sum of gradients: 1 / world_size, times clipping.
+        count: The count after this step: ``count.step`` is its number, from 1.
+        grad_scale: Factor on the sum of gradients: 1 / world_size / loss_scale, times clipping.
     """
     beta1, beta2 = hyper.betas
-    bias_correction2 = 1.0 - beta2**clock.step
+    bias_correction2 = 1.0 - beta2**count.step
     if hyper.variant == "lucid":
-        bias_correction1 = 1.0 - beta1**clock.step
+        bias_correction1 = 1.0 - beta1**count.step
         rate = hyper.lr * math.sqrt(bias_correction2) / bias_correction1**2
         m_decay = beta1 * (1.0 - hyper.momentum_decay)
         g_scale = rate * (1.0 - beta1)
         m_scale = rate * beta1
     else:
-        mu, mu_next = hyper.mu(clock.step), hyper.mu(clock.step + 1)
+        mu, mu_next = hyper.mu(count.step), hyper.mu(count.step + 1)
         m_decay = beta1
-        g_scale = hyper.lr * (1.0 - mu) / (1.0 - clock.mu_product)
-        m_scale = hyper.lr * mu_next / (1.0 - clock.mu_product * mu_next)
+        g_scale = hyper.lr * (1.0 - mu) / (1.0 - count.mu_product)
+        m_scale = hyper.lr * mu_next / (1.0 - count.mu_product * mu_next)
     decoupled = hyper.decays_decoupled
     return StepCoefficients(
         source_scale=-grad_scale if hyper.maximize else grad_scale,
@@ -196,9 +196,13 @@ def step_coefficients(hyper: Hyperparams, clock: StepCount, grad_scale: float) -
 
 
 def as_real(name: str, value: object) -> float:
-    """Take a number, a 0-d array or a one-element tensor."""
-    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # tensors: the second
-        if not isinstance(value, str):  # float() would read it
+    """Return a number, a 0-d array or a one-element tensor as a float.
+
+    Raises:
+        HyperparamsError: It is not a real number.
+    """
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # tensors raise the second
+        if not isinstance(value, str):  # float() would parse it
             return float(value)  # type: ignore[arg-type]  # duck-typed: they have __float__
     raise HyperparamsError(f"{name} must be a real number; got {value!r}. Pass a float.")
 

@@ -1,37 +1,33 @@
-"""A torch.optim.Optimizer over the sharded one."""
+"""The optimizer for PyTorch, which is a torch.optim.Optimizer."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from shardopt.comm.consensus import Outcome, attempt
+from shardopt.core.front_end import FrontEnd
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import HyperparamsError, ShardoptError
 from shardopt.params.groups import defaults_of
 from shardopt.policy import ShardPolicy
-from shardopt.torch.face import make_adapter
+from shardopt.torch.adapter import make_adapter
 from shardopt.torch.tensors import as_complex, state_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
+    from collections.abc import Callable, Mapping
 
-    import numpy as np
     from mpi4py import MPI
-    from numpy.typing import NDArray
 
-    from shardopt.layout.footprint import MemoryReport
-    from shardopt.layout.partition import Partition
     from shardopt.params.groups import Group
-    from shardopt.report import StepReport
 
 __all__ = ["NAdam"]
 
 
-class NAdam(torch.optim.Optimizer):
+class NAdam(torch.optim.Optimizer, FrontEnd):
     """torch.optim.NAdam, sharded over MPI ranks.
 
     Every rank builds the same model and computes gradients of its own batch; ``step`` averages
@@ -39,36 +35,36 @@ class NAdam(torch.optim.Optimizer):
     schedulers, ``torch.amp.GradScaler``, optimizer hooks and ``param_groups`` work as they do with
     any torch optimizer.
 
-    ``p.data`` becomes a view of memory that all ranks of a node share: what one writes there, all
-    see, and ``p.data.mul_(0.5)`` on two ranks halves twice. All ranks may copy the same values in,
-    as ``load_state_dict`` does, once none needs the old ones; else put another tensor in its
-    place, and initialise before the optimizer is built. ``p.grad`` becomes a view of memory of
-    this rank, into which autograd accumulates; after ``zero_grad()`` it is zero instead of None,
-    and a parameter that no backward has reached since counts as one without a gradient all the
-    same. The moments are sharded: ``state`` stays empty, ``state_dict`` and ``gather_state_dict``
-    have them.
+    ``p.data`` becomes a view of memory that all ranks of a node share. A write by one rank changes
+    the weights of all of them, so ``p.data.mul_(0.5)`` on two ranks halves twice. All ranks may
+    copy the same values in, as the model's ``load_state_dict`` does, once no rank needs the old
+    ones. For anything else, assign another tensor to ``p.data``; initialise weights before you
+    build the optimizer. ``p.grad`` becomes a view of this rank's own memory, into which autograd
+    accumulates. After ``zero_grad()`` it is zero instead of None; a parameter that no backward has
+    reached since still counts as one without a gradient. The moments are sharded: ``state`` stays
+    empty, and ``state_dict`` and ``gather_state_dict`` return them.
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
     moments are float32. Complex parameters are pairs of reals, as in torch.
 
     Collective: construction, ``step``, ``add_param_group``, ``load_state_dict``,
-    ``gather_state_dict`` and ``close``. What one rank finds wrong, all raise.
+    ``gather_state_dict`` and ``close``. If one rank raises, all ranks raise.
 
     Args:
         params: Tensors, (name, tensor) pairs, or dicts with ``params`` and hyperparameters.
         lr: Learning rate, a number or a tensor of one element.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or taken off the parameter when decoupled.
+        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
         momentum_decay: psi of the momentum schedule.
         decoupled_weight_decay: Decay weights as AdamW does.
-        foreach: Accepted for torch's sake; the step is one fused pass whatever it says.
+        foreach: Accepted for compatibility with torch, and ignored: the step is one fused pass.
         maximize: Follow the gradient instead of descending it.
         capturable: Must be False.
         differentiable: Must be False.
-        variant: Whose NAdam: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        max_grad_norm: Clip the global norm of the averaged gradient to this, in the place of
-            ``clip_grad_norm_``, which would see this rank's gradient alone.
+        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
+        max_grad_norm: Clip the global norm of the averaged gradient to this. Use it instead of
+            ``clip_grad_norm_``, which would only see this rank's gradient.
         comm: The ranks that train together; None is COMM_WORLD.
         policy: How to shard.
 
@@ -81,8 +77,7 @@ class NAdam(torch.optim.Optimizer):
         LauncherError: The job was started with another MPI's launcher.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then hands grad_scale and found_inf to step
-    _core: Optimizer[Tensor] | None = None
+    _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf to step
 
     def __init__(
         self,
@@ -109,27 +104,19 @@ class NAdam(torch.optim.Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        init = super().__init__
-
-        def make() -> list[Group]:
-            init(params, defaults)
-            return list(map(_require_plain, self.param_groups))
-
-        self._core = Optimizer(
-            make,
-            face=make_adapter(),
+        _, error = attempt(super().__init__, params, defaults)  # it checks as torch does
+        groups: Outcome[list[Group]] = Outcome(None, error)
+        if error is None:
+            groups = attempt(_require_plain, self.param_groups)
+        self.core = Optimizer(
+            groups,
+            adapter=make_adapter(),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
             policy=policy or ShardPolicy(),
         )
-        self.param_groups = self._core.param_groups
-
-    @property
-    def core(self) -> Optimizer[Tensor]:
-        """What all faces have in common."""
-        assert self._core is not None, "__init__ has ended"
-        return self._core
+        self.param_groups = self.core.param_groups
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -137,8 +124,8 @@ class NAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients over ranks and update the parameters.
 
-        Call ``zero_grad`` before the next backward: with ``max_grad_norm`` or ``check_finite``
-        gradients hold sums over ranks afterwards.
+        Call ``zero_grad`` before the next backward: with ``max_grad_norm`` or ``check_finite``,
+        a step leaves sums over ranks in the gradients.
 
         Collective: every rank.
 
@@ -146,14 +133,14 @@ class NAdam(torch.optim.Optimizer):
             closure: Computes the loss and the gradients; called first.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure, or None.
 
         Raises:
             PartitionError: A parameter or gradient was replaced by one of another shape or dtype,
                 or a gradient is sparse.
             HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
             RankMismatchError: Ranks have different hyperparameters or make different calls.
-            RankFailureError: A rank did not come within ``policy.timeout_s``.
+            RankFailureError: A rank stopped responding for ``policy.timeout_s`` seconds.
         """
         loss = None
         if closure is not None:
@@ -165,23 +152,24 @@ class NAdam(torch.optim.Optimizer):
                 loss_scale=1.0 if scale is None else float(scale),
                 overflowed=found_inf is not None and bool(found_inf),
             )
-        except Exception:  # GradScaler takes back what it has set only after a step
+        except Exception:  # GradScaler deletes the attributes that it has set only after a step
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
             raise
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero this rank's gradients in place; clone those that you keep a reference to.
+        """Zero this rank's gradients in place; clone gradients that you want to keep.
 
         Args:
-            set_to_none: Count a parameter as one without a gradient until a backward reaches it
-                or its gradient is written to; else only those count so that have none already.
+            set_to_none: Treat every parameter as one without a gradient until a backward reaches it
+                or its gradient is written to. With False, only parameters that already have no
+                gradient are treated so.
         """
         self.core.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; those already there keep their state.
+        """Add a group of parameters; the existing ones keep their state.
 
         Collective: every rank.
 
@@ -190,24 +178,22 @@ class NAdam(torch.optim.Optimizer):
             ValueError: As torch.optim.Optimizer raises it.
             RankMismatchError: Ranks were given different groups.
         """
-        add = super().add_param_group
-        if self._core is None:  # torch's own __init__ is at work
-            add(param_group)
+        if not hasattr(self, "core"):  # called by torch's own __init__
+            super().add_param_group(param_group)
             return
-
-        def make() -> list[Group]:
-            add(param_group)
-            return [_require_plain(self.param_groups.pop())]
-
-        self._core.extend("add_param_group()", make)
+        _, error = attempt(super().add_param_group, param_group)  # it checks as torch does
+        groups: Outcome[list[Group]] = Outcome(None, error)
+        if error is None:
+            groups = attempt(_require_plain, [self.param_groups.pop()])
+        self.core.extend("add_param_group()", groups)
 
     # -- state -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Copy this rank's part of the state; no communication.
+        """Copy this rank's part of the state, without communication.
 
         Returns:
-            As ``Optimizer.state_dict``, with tensors.
+            A state dict like that of ``core.Optimizer.state_dict``, with tensors.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -220,18 +206,18 @@ class NAdam(torch.optim.Optimizer):
         return state_dict
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """Bring the whole state to one rank: what torch.optim.NAdam loads.
+        """Gather the whole state on one rank, in the form that torch.optim.NAdam loads.
 
         Collective: every rank.
 
         Returns:
             On ``root`` the state dict, with tensors in the parameters' shapes; None elsewhere. It
-            differs from torch's in that ``mu_product`` is float64, that moments of 16-bit
-            parameters are float32 and come with their ``master``, and that parameters without a
-            gradient so far have an entry.
+            differs from torch's in that ``mu_product`` is float64, that 16-bit parameters have
+            moments in float32 and a ``master``, and that parameters without a gradient so far have
+            an entry.
 
         Raises:
-            CheckpointError: ``root`` is no rank.
+            CheckpointError: ``root`` is not a rank.
         """
         state_dict = self.core.gather_state_dict(root)
         if state_dict is not None:
@@ -245,18 +231,18 @@ class NAdam(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Take over a state; parameters themselves are not in it.
+        """Load a state, which does not include the parameters themselves.
 
         Collective: every rank.
 
         Args:
-            state_dict: This rank's, as ``state_dict`` gave it on as many ranks; or a whole one, as
-                ``gather_state_dict`` or torch.optim.NAdam gave it. Ranks that have none pass
-                None and get that of the lowest rank that has a whole one.
+            state_dict: This rank's, as ``state_dict`` returned it on the same number of ranks; or a
+                whole one, from ``gather_state_dict`` or torch.optim.NAdam. Ranks that have none
+                pass None and get that of the lowest rank that has a whole one.
 
         Raises:
-            CheckpointError: It is of another model or another number of ranks. Nothing has changed
-                then.
+            CheckpointError: The state belongs to another model or another number of ranks. The
+                optimizer is then unchanged.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -267,7 +253,7 @@ class NAdam(torch.optim.Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> NoReturn:
-        """Refuse copies: two optimizers cannot own the same windows.
+        """Refuse copies: two optimizers cannot own the same shared memory.
 
         Raises:
             ShardoptError: Always.
@@ -277,52 +263,14 @@ class NAdam(torch.optim.Optimizer):
             "gather_state_dict() or state_dict() and load_state_dict()."
         )
 
-    # -- about it ----------------------------------------------------------------------------------
 
-    @property
-    def comm(self) -> MPI.Intracomm:
-        """The communicator given."""
-        return self.core.comm
-
-    @property
-    def last_step(self) -> StepReport:
-        """What the last ``step()`` did."""
-        return self.core.last_step
-
-    @property
-    def partition(self) -> Partition:
-        """Where every element lives."""
-        return self.core.partition
-
-    def memory_report(self) -> MemoryReport:
-        """Bytes that parameters, gradients and moments take, here and without sharding."""
-        return self.core.memory_report()
-
-    def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
-        """Add up a few numbers over all ranks; see ``core.Optimizer``. Collective: every rank."""
-        return self.core.sum_over_ranks(values)
-
-    def close(self) -> None:
-        """Give parameters memory of their own again and release the windows. Collective."""
-        self.core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.core.__exit__(kind, error, traceback)
-
-
-def _require_plain(group: Group) -> Group:
-    for name in ("capturable", "differentiable"):
-        if group[name]:
-            raise HyperparamsError(
-                f"{name} must be False; got {group[name]}. The step is one pass of a kernel that "
-                "neither CUDA graphs nor autograd see: use torch.optim.NAdam for that."
-            )
-    return group
+def _require_plain(groups: list[Group]) -> list[Group]:
+    """Return the groups, none of which may ask for CUDA graphs or differentiable steps."""
+    for group in groups:
+        for name in ("capturable", "differentiable"):
+            if group[name]:
+                raise HyperparamsError(
+                    f"{name} must be False; got {group[name]}. The step is one pass of a kernel "
+                    "that neither CUDA graphs nor autograd can record: use torch.optim.NAdam."
+                )
+    return groups

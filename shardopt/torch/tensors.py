@@ -1,4 +1,4 @@
-"""Tensors and arrays over the same memory."""
+"""Tensors and arrays that share memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def as_array(tensor: Tensor) -> FloatArray:
-    """The tensor's memory, real numbers only: complex [...] becomes [..., 2]."""
+    """Return a tensor's memory as an array of reals: complex [...] becomes [..., 2]."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -27,20 +27,20 @@ def as_array(tensor: Tensor) -> FloatArray:
 
 
 def as_tensor(array: FloatArray) -> Tensor:
-    """A tensor over the array's memory."""
+    """Return a tensor over an array's memory."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def as_complex(tensor: Tensor) -> Tensor:
-    """The same memory, contiguous, as complex numbers: [..., 2] becomes complex [...]."""
-    pairs = tensor.view(-1, 2)  # NumPy gives an empty array strides that torch refuses
+    """Return contiguous memory as complex numbers: [..., 2] becomes complex [...]."""
+    pairs = tensor.view(-1, 2)  # empty NumPy arrays may have strides that torch refuses
     return torch.view_as_complex(pairs).view(tensor.shape[:-1])
 
 
-def look_of(tensor: Tensor) -> tuple[object, ...]:
-    """Two tensors that look alike show the same elements in the same order."""
+def layout_of(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key; tensors with equal keys have the same elements in the same order."""
     return (
         tensor.data_ptr(),
         tensor.dtype,
@@ -52,7 +52,7 @@ def look_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def state_tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What torch keeps as tensors in the state of a parameter."""
+    """Convert the values that torch keeps as tensors in the state of a parameter."""
     tensors = {k: as_tensor(v) for k, v in entry.items() if isinstance(v, np.ndarray)}
     tensors["step"] = torch.tensor(entry["step"], dtype=torch.float32)
     tensors["mu_product"] = torch.tensor(entry["mu_product"], dtype=torch.float64)

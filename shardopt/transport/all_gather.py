@@ -1,50 +1,58 @@
-"""Updated shards to the other nodes."""
+"""All-gather between nodes: updated shards to the memory of every node."""
 
 from collections import deque
 
-from shardopt.transport.lane import Lane, Transfer
-from shardopt.transport.reduce_scatter import BucketPlan
+from shardopt.transport.base import Transfer, Transport
+from shardopt.transport.buckets import BucketPlan
 
-_MOST_PUBLISHED = 4  # buckets of parameters under way at a time
+_MAX_IN_TRANSIT = 4  # buckets of parameters
 _PARAMS = 2  # tag
 
 
 class AllGather:
-    """Brings updated shards to the windows of all other nodes.
+    """Sends updated shards to all other nodes, and receives theirs.
 
     Args:
-        lane: The ranks to exchange with.
+        transport: To the other nodes.
     """
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-        self._under_way: deque[tuple[BucketPlan, Transfer]] = deque()
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._in_transit: deque[tuple[BucketPlan, Transfer]] = deque()
 
-    def start(self, route: BucketPlan) -> None:
-        """Send this rank's shard, which must stay as it is, and take the others' in."""
-        lane, params = self._lane, route.storage.params
-        receives = lane.receive(((n, params[route.part(n)]) for n in lane.others), _PARAMS)
-        own = params[route.part(lane.node)]
-        sends = [request for n in lane.others for request in lane.send(own, n, _PARAMS)]
-        self._under_way.append((route, Transfer(sends, receives)))
+    def start(self, plan: BucketPlan) -> None:
+        """Send this rank's shard, which must not change now, and receive the others'."""
+        transport = self._transport
+        receives = [
+            (node, transport.post_receive(plan.params(node), node, _PARAMS))
+            for node in transport.others
+            if plan.node_shards[node]
+        ]
+        sends = [
+            (node, transport.post_send(plan.params(transport.node), node, _PARAMS))
+            for node in transport.others
+            if plan.shard
+        ]
+        self._in_transit.append((plan, Transfer(sends, receives)))
 
     def advance(self) -> int:
-        """Make progress; gives how many buckets are under way."""
-        while self._under_way and self._under_way[0][1].is_over():
-            self._under_way.popleft()
-        return len(self._under_way)
+        """Make progress without waiting.
 
-    @property
+        Returns:
+            How many buckets are in transit.
+        """
+        while self._in_transit and self._in_transit[0][1].is_done():
+            self._in_transit.popleft()
+        return len(self._in_transit)
+
     def has_room(self) -> bool:
         """Whether another bucket may start; makes progress."""
-        return self.advance() < _MOST_PUBLISHED
+        return self.advance() < _MAX_IN_TRANSIT
 
     @property
     def awaited(self) -> tuple[int, list[int]]:
-        """The bucket that is to be over next, and the nodes it waits for."""
-        return self._under_way[0][0].bucket, self.awaited_nodes
-
-    @property
-    def awaited_nodes(self) -> list[int]:
-        """Those nodes; none where nothing is under way."""
-        return self._under_way[0][1].awaited_nodes if self._under_way else []
+        """The bucket that is complete next, and the nodes it waits for; (0, []) for none."""
+        if not self._in_transit:
+            return 0, []
+        plan, transfer = self._in_transit[0]
+        return plan.bucket, transfer.awaited_nodes

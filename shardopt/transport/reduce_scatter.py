@@ -1,235 +1,216 @@
-"""Gradients to the owners of their shards and updated shards back, bucket by bucket."""
+"""Reduce-scatter between nodes: gradients to the owners of their shards, bucket by bucket."""
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Kernel
-from shardopt.layout.dtypes import wire_dtype_of
-from shardopt.layout.partition import CHUNK_NUMEL, Partition, Shard
-from shardopt.layout.traffic import NUM_SLOTS, row_numel_between_nodes, sends_grads
+from shardopt.backends.base import Backend, Event, Rows
+from shardopt.layout.partition import CHUNK_NUMEL, Partition
+from shardopt.layout.span import Span
+from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
 from shardopt.store.buffers import ShardBuffers
-from shardopt.transport.lane import Lane, Transfer
+from shardopt.transport.base import Transfer, Transport
+from shardopt.transport.buckets import BucketPlan, StagingBuffer, plan_buckets
 
-_MOST_PUBLISHED = 4  # buckets of parameters under way at a time
-_GRADS, _PARAMS = 1, 2  # tags
+_GRADS = 1  # tag
 
 
-@dataclass(frozen=True)
-class BucketPlan:
-    """One bucket, as the ranks of this lane see it.
+@dataclass
+class _InTransit:
+    """A bucket whose gradients are on their way.
 
     Attributes:
-        bucket: Its number in the partition.
-        storage: Its region's memory.
-        shard: What this rank owns of it.
-        cuts: [num_nodes + 1] where the nodes' shards begin, counted from the start of the region.
-        wire_dtype: What the sums of its gradients travel in.
+        plan: The bucket.
+        staging: Its memory.
+        transfer: Its messages.
+        computed: Sums for other nodes that are being computed, with the event that ends that.
     """
 
-    bucket: int
-    storage: ShardBuffers
-    shard: Shard
-    cuts: tuple[int, ...]
-    wire_dtype: str
+    plan: BucketPlan
+    staging: StagingBuffer
+    transfer: Transfer
+    computed: deque[tuple[Event, int, FloatArray]] = field(default_factory=deque)
 
-    def part(self, node: int) -> slice:
-        """The shard of a node in the arrays of the region."""
-        return slice(self.cuts[node], self.cuts[node + 1])
+    def has_arrived(self) -> bool:
+        """Whether everything is received, and all that is to be sent has been posted."""
+        return not self.computed and self.transfer.has_arrived()
 
-    @property
-    def numel(self) -> int:
-        """Elements of the lane part."""
-        return self.cuts[-1] - self.cuts[0]
-
-    @property
-    def sends_grads(self) -> bool:
-        """See ``planner.sends_grads``."""
-        return sends_grads(self.storage.region.dtype, len(self.storage.grads), self.wire_dtype)
-
-
-def plan_buckets(
-    partition: Partition, buffers: Sequence[ShardBuffers], lane: Lane, wire_dtype: str | None
-) -> list[BucketPlan]:
-    """Lay out all buckets in the order in which they travel: as backward tends to finish them."""
-    routes = []
-    shards = {storage.region.start: iter(storage.shards) for storage in buffers}
-    for number, bucket in enumerate(partition.buckets):
-        storage = buffers[bucket.region]
-        zero = storage.region.start
-        cuts = partition.lane_cuts(bucket, storage.node_rank)
-        wire = wire_dtype_of(storage.region.dtype, partition.node_size, wire_dtype)
-        positions = tuple(start - zero for start in cuts)
-        routes.append(BucketPlan(number, storage, next(shards[zero]), positions, wire))
-    return routes[::-1]
-
-
-class StagingBuffer:
-    """Memory for one bucket under way; it has one owner: the bucket that took it last."""
-
-    def __init__(self, send_nbytes: int, receive_nbytes: int) -> None:
-        self._send = np.empty(send_nbytes, np.uint8)
-        self._receive = np.empty(receive_nbytes, np.uint8)
-
-    def sums(self, route: BucketPlan) -> FloatArray:
-        """[lane part] what this node sends."""
-        return self._send[: route.numel * np.dtype(route.wire_dtype).itemsize].view(
-            route.wire_dtype
-        )
-
-    def partials(self, route: BucketPlan) -> FloatArray:
-        """[num_nodes, shard or more] what all nodes bring for the shard of this one."""
-        itemsize = np.dtype(route.wire_dtype).itemsize
-        num_rows = len(route.cuts) - 1
-        row = row_numel_between_nodes(route.shard.numel, itemsize)
-        nbytes = num_rows * row * itemsize
-        return self._receive[:nbytes].view(route.wire_dtype).reshape(num_rows, row)
+    def is_done(self) -> bool:
+        """Whether everything is received and sent."""
+        return not self.computed and self.transfer.is_done()
 
 
 class ReduceScatter:
-    """Brings the gradients of every bucket to the owners of its shards and sums them there.
+    """Sends the gradients of every bucket to the owners of its shards and sums them there.
 
-    Buckets start in the order of ``queue``, which is the same on every rank, as soon as one of
-    ``NUM_SLOTS`` slots is free; each call of ``advance`` does what can be done without waiting.
+    Implements ``Reduction``. Buckets start in the order of a queue, which is the same on every
+    rank, as soon as one of ``NUM_STAGING_BUFFERS`` buffers is free; each call of ``advance`` does
+    what can be done without waiting. They are queued in the order in which backward tends to
+    finish them, the last parameters first.
 
     Args:
-        lane: The ranks to exchange with.
-        kernel: What computes.
-
-    Attributes:
-        routes: All buckets in the order in which they travel.
-        queue: Indices of ``routes``. One that is in it twice is exchanged twice.
-        square_sums: [numel / CHUNK_NUMEL] sums of squares of the chunks that this rank owns.
+        transport: To the other nodes.
+        backend: Adds up.
+        place: The node and node rank of this rank.
+        wire_dtype: As in ``ShardPolicy``.
     """
 
-    def __init__(self, lane: Lane, kernel: Kernel) -> None:
-        self.routes: list[BucketPlan] = []
-        self.queue: list[int] = []
-        self.square_sums = np.zeros(0)
-        self._lane = lane
-        self._kernel = kernel
-        self._slots: list[StagingBuffer] = []
-        self._num_started = 0
-        self._num_summed = 0
-        self._under_way: deque[tuple[BucketPlan, StagingBuffer, Transfer]] = deque()
-        self._leaving: list[tuple[StagingBuffer, Transfer]] = []
-
-    def lay_out(
-        self, partition: Partition, routes: list[BucketPlan], slot_nbytes: tuple[int, int]
+    def __init__(
+        self,
+        transport: Transport,
+        backend: Backend,
+        place: tuple[int, int],
+        wire_dtype: str | None,
     ) -> None:
-        """Prepare for other buckets; none may be under way.
+        self.plans: list[BucketPlan] = []
+        self.num_started = 0
+        self.staging_nbytes = 0
+        self._transport = transport
+        self._backend = backend
+        self._place = place
+        self._wire_dtype = wire_dtype
+        self._queue: list[int] = []
+        self.num_reduced = 0
+        self._square_sums = np.zeros(0)
+        self._free: list[StagingBuffer] = []
+        self._in_transit: deque[_InTransit] = deque()
+        self._leaving: list[_InTransit] = []
 
-        Args:
-            partition: The layout.
-            routes: See ``plan_buckets``.
-            slot_nbytes: See ``plan_slot``.
-        """
-        assert not self._under_way
-        self.routes = routes
-        self.square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
-        self._slots = [StagingBuffer(*slot_nbytes) for _ in range(NUM_SLOTS)]
+    def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
+        """See ``Reduction.extend``."""
+        assert self.is_idle
+        self.plans = plan_buckets(partition, buffers, self._place[1], self._wire_dtype)[::-1]
+        self._square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
+        nbytes = plan_staging_buffer(partition, *self._place, self._wire_dtype)
+        self._free = [StagingBuffer(*nbytes) for _ in range(NUM_STAGING_BUFFERS)]
+        self.staging_nbytes = sum(staging.nbytes for staging in self._free)
         self.reset()
 
     def reset(self) -> None:
-        """Begin again with all buckets."""
-        assert not self._under_way
-        assert not self._leaving
-        self.queue = list(range(len(self.routes)))
-        self._num_started = 0
-        self._num_summed = 0
+        """See ``Reduction.reset``."""
+        assert self.is_idle
+        self._queue = list(range(len(self.plans)))
+        self.num_started = 0
+        self.num_reduced = 0
 
-    def repeat(self, stale: int) -> None:
-        """ReduceScatter those of a bit mask of ``routes`` once more, after all others."""
-        self.queue += [index for index in range(len(self.routes)) if stale >> index & 1]
+    def resend(self, changed: int) -> None:
+        """See ``Reduction.resend``."""
+        self._queue += [index for index in range(len(self.plans)) if changed >> index & 1]
+
+    def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
+        """See ``Reduction.final_places``."""
+        last = {index: place for place, index in enumerate(self._queue)}
+        return [(place, self.plans[index]) for index, place in sorted(last.items(), key=_place_of)]
+
+    def advance(self, limit: int | None = None) -> int:
+        """See ``Reduction.advance``."""
+        self._send_computed()
+        self._recycle()
+        while self._in_transit and self._in_transit[0].has_arrived():
+            arrived = self._in_transit.popleft()
+            self._sum(arrived)
+            self._leaving.append(arrived)
+            self.num_reduced += 1
+            self._recycle()
+        stop = len(self._queue) if limit is None else min(limit, len(self._queue))
+        while self._free and self.num_started < stop:
+            self._start(self.plans[self._queue[self.num_started]])
+            self.num_started += 1
+        return self.num_reduced
+
+    def sources(self, plan: BucketPlan) -> Rows:
+        """See ``Reduction.sources``: the sum over all nodes."""
+        return Rows.of(plan.buffers.sums[plan.shard.local.slice])
+
+    def square_sums(self) -> NDArray[np.float64]:
+        """See ``Reduction.square_sums``."""
+        return self._square_sums
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way."""
-        return not self._under_way and not self._leaving
+        """See ``Reduction.is_idle``."""
+        return not self._in_transit and not self._leaving
 
     def is_quiet(self) -> bool:
-        """Whether all messages have arrived, summed or not; makes progress."""
-        transfers = [t for *_, t in self._under_way] + [t for _, t in self._leaving]
-        return all([transfer.is_over() for transfer in transfers])
+        """See ``Reduction.is_quiet``."""
+        are_done = [each.is_done() for each in (*self._in_transit, *self._leaving)]  # look at all
+        return all(are_done)
 
-    @property
-    def num_started(self) -> int:
-        """Buckets of ``queue`` that have started."""
-        return self._num_started
-
-    def final_places(self) -> list[tuple[int, BucketPlan]]:
-        """Each route with the place in ``queue`` after which its sum holds, in that order."""
-        last = {index: place for place, index in enumerate(self.queue)}
-        return sorted(((place, self.routes[i]) for i, place in last.items()), key=lambda x: x[0])
-
-    def advance(self, limit: int | None = None) -> int:
-        """Do what can be done without waiting.
-
-        Args:
-            limit: Start no more than so many of ``queue``; None is all.
-
-        Returns:
-            How many of ``queue`` are summed.
-        """
-        self._release_slots()
-        while self._under_way and self._under_way[0][2].has_arrived():
-            route, slot, transfer = self._under_way.popleft()
-            self._sum(route, slot)
-            self._leaving.append((slot, transfer))
-            self._num_summed += 1
-            self._release_slots()
-        stop = len(self.queue) if limit is None else min(limit, len(self.queue))
-        while self._slots and self._num_started < stop:
-            self._start(self.routes[self.queue[self._num_started]])
-            self._num_started += 1
-        return self._num_summed
+    def free(self) -> None:
+        """See ``Reduction.free``; after an error messages may be in transit, and keep theirs."""
+        self.plans.clear()
+        self._free.clear()
+        self._square_sums = np.zeros(0)
 
     @property
     def awaited(self) -> tuple[int, list[int]]:
-        """The bucket that is to be summed next, and the nodes whose part is missing."""
-        if not self._under_way:
-            index = self.queue[min(self._num_started, len(self.queue) - 1)]
-            return self.routes[index].bucket, [n for _, t in self._leaving for n in t.awaited_nodes]
-        route, _, transfer = self._under_way[0]
-        return route.bucket, transfer.awaited_nodes
+        """See ``Reduction.awaited``."""
+        if self._in_transit:
+            first = self._in_transit[0]
+            return first.plan.bucket, first.transfer.awaited_nodes
+        if not self._queue:
+            return 0, []
+        index = self._queue[min(self.num_started, len(self._queue) - 1)]
+        nodes = [node for each in self._leaving for node in each.transfer.awaited_nodes]
+        return self.plans[index].bucket, nodes
 
-    def _start(self, route: BucketPlan) -> None:
-        """Sum the gradients of the node, piece by piece, and send each to its owner."""
-        slot, lane = self._slots.pop(), self._lane
-        partials = slot.partials(route)
-        shard_numel = route.shard.numel
-        rows = [(node, partials[node, :shard_numel]) for node in lane.others]
-        transfer = Transfer([], lane.receive(rows, _GRADS))
-        self._under_way.append((route, slot, transfer))
-        storage = route.storage
-        for node in lane.others:
-            part = route.part(node)
-            if route.sends_grads:
-                piece = storage.grads[0, part]
+    def _start(self, plan: BucketPlan) -> None:
+        """Sum the gradients of the node, piece by piece, and send each piece to its owner."""
+        staging, transport, kernel = self._free.pop(), self._transport, self._backend.kernel
+        partials, others = staging.partials(plan), transport.others
+        receives = [
+            (node, transport.post_receive(partials[node], node, _GRADS))
+            for node in others
+            if plan.shard
+        ]
+        started = _InTransit(plan, staging, Transfer([], receives))
+        self._in_transit.append(started)
+        grads = plan.buffers.all_grads
+        for node in others:
+            span = plan.buffers.local(plan.node_shards[node])
+            if not span:
+                continue
+            if plan.sends_grads:
+                piece = plan.buffers.grads[span.slice]
             else:
-                zero = route.cuts[0]
-                piece = slot.sums(route)[part.start - zero : part.stop - zero]
-                self._kernel.reduce(storage.grads, piece, part.start, part.stop, None)
-            transfer.sends += lane.send(piece, node, _GRADS)
-        own = route.part(lane.node)
-        self._kernel.reduce(
-            storage.grads, partials[lane.node, :shard_numel], own.start, own.stop, None
-        )
+                piece = staging.sums(plan, node)
+                kernel.reduce(grads, piece, span, None)
+            started.computed.append((self._backend.event(), node, piece))
+            self._send_computed()
+        own = plan.buffers.local(plan.shard)
+        kernel.reduce(grads, partials[transport.node], own, None)
 
-    def _sum(self, route: BucketPlan, slot: StagingBuffer) -> None:
-        """Sum what the nodes have brought, in their order."""
-        shard, partials = route.shard, slot.partials(route)
-        out = route.storage.sums[shard.local_start : shard.local_stop]
-        chunks = slice(shard.start // CHUNK_NUMEL, shard.stop // CHUNK_NUMEL)
-        self._kernel.reduce(partials, out, 0, shard.numel, self.square_sums[chunks])
+    def _send_computed(self) -> None:
+        """Send the pieces whose computation is over."""
+        for each in self._in_transit:
+            while each.computed and each.computed[0][0].is_done():
+                _, node, piece = each.computed.popleft()
+                message = self._transport.post_send(piece, node, _GRADS)
+                each.transfer.add_send(node, message)
+            if each.computed:
+                return  # messages keep the order of buckets
 
-    def _release_slots(self) -> None:
+    def _sum(self, arrived: _InTransit) -> None:
+        """Sum what the nodes have sent, in the order of nodes."""
+        plan = arrived.plan
+        out = plan.buffers.sums[plan.shard.local.slice]
+        rows = Rows.of(*arrived.staging.partials(plan))
+        span = Span(0, plan.shard.numel)
+        self._backend.kernel.reduce(rows, out, span, self._square_sums[plan.chunks])
+
+    def _recycle(self) -> None:
+        """Take back the staging buffers of buckets that have left."""
         leaving, self._leaving = self._leaving, []
-        for slot, transfer in leaving:
-            if transfer.is_over():
-                self._slots.append(slot)
+        for each in leaving:
+            if each.is_done():
+                self._free.append(each.staging)
             else:
-                self._leaving.append((slot, transfer))
+                self._leaving.append(each)
+
+
+def _place_of(item: tuple[int, int]) -> int:
+    return item[1]

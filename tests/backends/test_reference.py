@@ -1,17 +1,26 @@
-"""The reference kernel keeps the promises."""
+"""The reference kernel passes the suites."""
 
 import pytest
 
 from shardopt.backends.reference import ReferenceKernel
-from tests.support.kernel_suite import KernelSuite, MasterSuite
+from tests.support.kernel_arrays import HostKernel
+from tests.support.kernel_suite import MasterSuite, ReduceSuite, UpdateSuite, WideSumSuite
 
 
 @pytest.fixture
 def kernel():
-    return ReferenceKernel()
+    return HostKernel(ReferenceKernel())
 
 
-class TestReferenceKernel(KernelSuite):
+class TestReferenceKernelUpdate(UpdateSuite):
+    pass
+
+
+class TestReferenceKernelReduce(ReduceSuite):
+    pass
+
+
+class TestReferenceKernelWideSums(WideSumSuite):
     pass
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from shardopt.checkpoint import Checkpointer, save
 from shardopt.checkpoint.format import disk
-from shardopt.checkpoint.format.image import StagedImage
+from shardopt.checkpoint.staging import StagedImage
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.support.errors import assert_steps, refused, take_step
 from tests.support.models import UP_TO_THREE_RANKS
@@ -183,7 +183,7 @@ def sweep(comm, culprit, monkeypatch, event, attempt):
         happened = comm.bcast(faulty.happened, culprit)
         yield outcome, happened
         if not happened:
-            # make the folder, claim it, open, write and sync the file, sync the folder
+            # make the folder, lock it, open, write and sync the file, sync the folder
             assert number >= (6 if culprit == 0 else 4)
             return
 

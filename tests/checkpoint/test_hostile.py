@@ -6,6 +6,7 @@ All of these manifests have the right SHA-256, as anybody can compute it.
 import ast
 import copy
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -32,11 +33,11 @@ from shardopt.checkpoint.format.manifest import (
     Manifest,
     ParamEntry,
     Slice,
-    file_name,
-    from_text,
     itemsize,
     to_text,
 )
+from shardopt.checkpoint.format.names import file_name
+from shardopt.checkpoint.format.parsing import from_text
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.make_golden import FOLDER, make_groups
@@ -273,8 +274,8 @@ WORDS = {
     "behind the end": (with_slices([0, 4096, 1, 10**18], SECOND, THIRD), "must have data"),
     "three numbers": (with_slices(FIRST[:3], SECOND, THIRD), "be [start, stop, file, offset]"),
     "elements of no memory": (param_with(shape=[1 << 31, 1 << 31]), "reach element"),
-    "more elements": (param_with(shape=[1 << 32, 1 << 31]), "less dimensions or elements"),
-    "dimensions": (param_with(shape=[1] * 65), "less dimensions or elements"),
+    "more elements": (param_with(shape=[1 << 32, 1 << 31]), "fewer dimensions or elements"),
+    "dimensions": (param_with(shape=[1] * 65), "fewer dimensions or elements"),
     "negative": (param_with(shape=[-8232]), "be whole numbers from 0"),
     "a dtype": (param_with(dtype="int32"), "be one of float16, bfloat16, float32, float64"),
     "mu_product": (param_with(mu_product=1.5), "lie in [0, 1]; got 1.5"),
@@ -590,7 +591,7 @@ def manifests(draw):
             cuts = draw(st.sets(st.integers(1, max(1, param.numel - 1)), max_size=4))
             edges = sorted({0, *(cut for cut in cuts if cut < param.numel), param.numel})
             tensors[key] = parts = []
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 file = draw(st.integers(0, num_files - 1))
                 nbytes = (stop - start) * itemsize(param.dtype_of(key))
                 runs[file].append(

@@ -39,9 +39,11 @@ def test_safetensors_opens_every_file(case):
         for param, slices in zip(manifest.params, manifest.slices, strict=True):
             for key in param.tensors:
                 name = param.name if key == "param" else f"{param.name}::{key}"
-                for part in slices[key]:
-                    if part.file == index:
-                        held.append((part.offset, name, param.dtype_of(key), part))
+                held += [
+                    (part.offset, name, param.dtype_of(key), part)
+                    for part in slices[key]
+                    if part.file == index
+                ]
         names = {name for name in found if not name.startswith("extra/")}
         assert len(names) == len(held)
         assert len(found) - len(names) == len(file.arrays)

@@ -391,7 +391,7 @@ def test_a_checkpoint_that_changes_while_it_is_loaded_is_found(comm, path, monke
             take_step(opt)
         with monkeypatch.context() as patch:
             patch.setattr(Reader, "read", changed)
-            told = ("must not change while it is loaded", f"chunk 0 of file {name}", "load another")
+            told = ("as it changed while it was loaded", f"chunk 0 of file {name}", "load another")
             with refused_alike(comm, DamagedCheckpointError, *told):
                 load(path, opt)
             assert len(calls) == 3  # extra, and the two readings

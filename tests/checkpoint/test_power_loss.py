@@ -10,7 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from shardopt.checkpoint import Checkpointer, save
-from shardopt.checkpoint.format import disk, manifest, reader
+from shardopt.checkpoint.format import disk, manifest, parsing, reader, requests
 from shardopt.checkpoint.format.directory import list_checkpoints
 from shardopt.checkpoint.format.manifest import MANIFEST_NAME
 from shardopt.errors import CheckpointError
@@ -37,7 +37,7 @@ SHM = Path("/dev/shm")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Let small files, too, have several chunks and be written in several pieces."""
-    for module in (manifest, reader, disk):
+    for module in (manifest, parsing, requests, reader, disk):
         monkeypatch.setattr(module, "CHUNK_NBYTES", 4096)
     monkeypatch.setattr(disk, "PIECE_NBYTES", 4096)
 

@@ -246,22 +246,23 @@ LONG_AGO = time.time() - 1000
 
 @pytest.mark.parametrize("prefix", [disk.UNFINISHED_PREFIX, disk.REMOVED_PREFIX])
 def test_only_what_is_old_and_nobodys_is_removed(tmp_path, prefix):
-    names = ["young", "old", "claimed"]
+    names = ["young", "old", "locked"]
     for name in names:
         (tmp_path / f"{prefix}{name}").mkdir()
         (tmp_path / f"{prefix}{name}" / "file").write_bytes(b"data")
     for name in names[1:]:
         os.utime(tmp_path / f"{prefix}{name}", (LONG_AGO, LONG_AGO))
-    with disk.claimed(tmp_path / f"{prefix}claimed"):
-        disk.remove_leftovers(tmp_path)
-        assert hidden(tmp_path) == [f"{prefix}claimed", f"{prefix}young"]
-        assert (tmp_path / f"{prefix}claimed" / "file").exists()
-    disk.remove_leftovers(tmp_path)
+    lock = disk.FolderLock(tmp_path / f"{prefix}locked")
+    disk.remove_stale_folders(tmp_path)
+    assert hidden(tmp_path) == [f"{prefix}locked", f"{prefix}young"]
+    assert (tmp_path / f"{prefix}locked" / "file").exists()
+    lock.release()
+    disk.remove_stale_folders(tmp_path)
     assert hidden(tmp_path) == [f"{prefix}young"]
 
 
 @pytest.mark.mpi
-def test_a_save_under_way_is_claimed_by_every_rank(comm, mpi_tmp_path):
+def test_a_save_in_progress_is_locked_by_every_rank(comm, mpi_tmp_path):
     with build(comm) as opt, Checkpointer(mpi_tmp_path) as checkpointer:
         fill(opt, Origin(1))
         checkpointer.save(1, opt, Origin(1).extra)
@@ -272,7 +273,7 @@ def test_a_save_under_way_is_claimed_by_every_rank(comm, mpi_tmp_path):
             pass
         if comm.rank == 0:
             os.utime(folder, (LONG_AGO, LONG_AGO))
-            disk.remove_leftovers(mpi_tmp_path)
+            disk.remove_stale_folders(mpi_tmp_path)
             fd = os.open(folder, os.O_RDONLY)
             with pytest.raises(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

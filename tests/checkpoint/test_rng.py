@@ -100,7 +100,7 @@ OTHER_SIZES = pytest.mark.parametrize(
 
 
 def restore_warned(comm, states, generators):
-    with warned(comm, RandomStreamWarning, f"as many ranks as saved them, {len(states)}; got "):
+    with warned(comm, RandomStreamWarning, f"{len(states)} ranks have saved them, but "):
         restore_rng(states, comm, **generators)
 
 

@@ -185,7 +185,7 @@ class Opaque:
         (np.zeros(1, np.longdouble), "got an array of"),
         (np.random.default_rng(0), "got Generator"),
         (Opaque(), "got Opaque"),
-        (cyclic_list(), "at most 64 deep; got more. Does it refer to itself?"),
+        (cyclic_list(), "at most 64 deep; got more. Check whether it refers to itself."),
         (cyclic_dict(), "at most 64 deep"),
         (1 << 3300, "^extra must have at most 3300 bits; got 3301"),
         ([-(10**5000)], "must have at most 3300 bits"),

@@ -1,4 +1,4 @@
-"""The program as it is called: help, mistakes, pipes and signals, and what a real job has saved."""
+"""The program as users call it: help, wrong arguments, pipes, signals, and a real job's files."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ if pair != MPI.COMM_NULL:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """What three ranks have saved: a run of two checkpoints, and the second again by two ranks."""
+    """A run of two checkpoints by three ranks, and the second one saved again by two ranks."""
     folder = tmp_path_factory.mktemp("job")
     result = Mpirun(folder)(3, source=JOB)
     assert result.returncode == 0, result.output
@@ -123,7 +123,7 @@ def test_the_version(capsys):
     "words", [[], ["what"], ["ls"], ["ls", "--what"], ["verify", "--qui", "."]]
 )
 def test_wrong_arguments(capsys, words):
-    refused(call(capsys, *words), "arguments must be as --help says")
+    refused(call(capsys, *words), "arguments must match --help")
 
 
 def run_program(*words, **settings):
@@ -160,7 +160,7 @@ def test_numbers_for_people():
 
 
 class Terminal:
-    """Looks like one."""
+    """A stand-in for a terminal."""
 
     def __init__(self):
         self.text = ""
@@ -203,7 +203,7 @@ VALUES += [{"$array": [0, 0]}, {"$tuple": 3}, {"$items": [[[], 1]]}, {"$float": 
 
 
 def places_in(value, place=()):
-    """Where the values within a value are."""
+    """Yield the paths of all values within a value."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
         yield (*place, key)

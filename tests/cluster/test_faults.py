@@ -37,8 +37,8 @@ LAUNCHERS = {  # options for hosts, which take over from those that cluster.sh w
     ],
 }
 NAMED = re.compile(
-    r"RankFailureError: every rank must come to step \d+ \([^()]+(?:\(\))?\); "
-    r"got no sign for \d+\.\d s of (.*?)(?:, and .*)?\. Let all ranks"
+    r"RankFailureError: timed out after \d+\.\d s in step \d+ \([^()]+(?:\(\))?\): "
+    r"no sign of (.*?)(?:; .*)?\. Check whether"
 )
 
 
@@ -161,11 +161,11 @@ def assert_named(job, victim):
         lost = place.ranks - beyond if rank in beyond else beyond
         match = NAMED.match(said)
         assert match, said
-        named = match[1].split("; ")
+        named = match[1].split(", ")
         assert [f"rank {r} on h{place.host_of(r)}" for r in sorted(lost)] == [
-            name.partition(",")[0] for name in named
+            name.partition(" (")[0] for name in named
         ], said
-        assert all(re.search(r", last seen in step \d+$", name) for name in named), said
+        assert all(re.search(r" \(last seen in step \d+\)$", name) for name in named), said
 
 
 def assert_exit_code(job, fault):

@@ -49,7 +49,7 @@ def test_one_two_and_four_hosts_give_the_same_bits(cluster, mpirun):
         hosts.close()
     assert [each["shape"] for each in found] == [[1, 4], [2, 2], [4, 1]]
     assert len({each["digest"] for each in found}) == 1
-    assert [each["sent_nbytes"] for each in found][0] == 0
+    assert next(each["sent_nbytes"] for each in found) == 0
 
 
 def test_ranks_of_hosts_with_unequal_numbers_count_as_nodes(cluster, mpirun):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from shardopt.comm.shared_memory import Window, free_shared_nbytes, shortage
+from shardopt.comm.shared_memory import SharedMemory, free_shared_nbytes, shortage
 from shardopt.comm.topology import make_topology
 from shardopt.errors import SharedMemoryError
 
@@ -12,28 +12,28 @@ pytestmark = pytest.mark.mpi
 
 
 def test_all_ranks_see_one_memory(comm):
-    window = Window(comm, 100 * (comm.rank + 1))
+    shared = SharedMemory(comm, 100 * (comm.rank + 1))
     sizes = [100 * (rank + 1) for rank in range(comm.size)]
-    assert window.memory.nbytes == sum(sizes)
-    assert window.memory.ctypes.data % 4096 == 0
+    assert shared.memory.nbytes == sum(sizes)
+    assert shared.memory.ctypes.data % 4096 == 0
     start = sum(sizes[: comm.rank])
-    window.memory[start : start + sizes[comm.rank]] = comm.rank + 1
-    window.sync()
+    shared.memory[start : start + sizes[comm.rank]] = comm.rank + 1
+    shared.publish()
     comm.Barrier()
-    window.sync()
+    shared.acquire()
     expected = np.repeat(np.arange(1, comm.size + 1), sizes)
-    np.testing.assert_array_equal(window.memory, expected)
+    np.testing.assert_array_equal(shared.memory, expected)
     comm.Barrier()
-    window.free()
+    shared.free()
 
 
-def test_views_outlive_the_window(comm):
-    window = Window(comm, 8)
-    view = window.memory[:4] if comm.rank == comm.size - 1 else None
+def test_views_outlive_the_mapping(comm):
+    shared = SharedMemory(comm, 8)
+    view = shared.memory[:4] if comm.rank == comm.size - 1 else None
     if comm.rank == 0:
-        window.memory[:] = 7
+        shared.memory[:] = 7
     comm.Barrier()
-    window.free()
+    shared.free()
     assert view is None or (view == 7).all()
 
 

@@ -15,6 +15,7 @@ def test_in_a_lane_a_rank_is_its_node(comm):
     assert topology.node == outermost_first
     assert topology.lane_comm.rank == topology.node
     assert topology.lane_comm.allgather(comm.rank) == topology.lane_ranks
+    assert topology.node_comm.allgather(comm.rank) == topology.node_ranks
     assert [topology.places[rank] for rank in topology.lane_ranks] == [
         (node, topology.node_rank) for node in range(topology.num_nodes)
     ]

@@ -26,7 +26,7 @@ def run(case, library, face=shardopt.numpy, **options):
 
     ``face`` is a module with ``Parameter`` and ``NAdam``.
     """
-    config, tag = case.split(".")
+    _config, tag = case.split(".")
     golden = np.load(FOLDER / f"{case}.npz")
     inputs = np.load(FOLDER / f"inputs.{tag[:3]}.npz")
     names = [key.removeprefix("p0/") for key in inputs if key.startswith("p0/")]

@@ -1,4 +1,4 @@
-"""``hosts.sh`` and ``job.pbs`` on hosts of their own, with either MPI."""
+"""``hosts.sh`` and ``job.pbs`` on several hosts, with either MPI."""
 
 import re
 import sys

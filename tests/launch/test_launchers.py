@@ -1,11 +1,11 @@
-"""The launchers as files: that they can be read, and say the same."""
+"""The launchers as files: Bash can parse them, and they agree with each other."""
 
 import subprocess
 
 import pytest
 
-from options import parse_options
 from tests.support.launchers import LAUNCH, ROOT
+from train_lm.options import parse_options
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", LAUNCH / "job.pbs"])
 

@@ -1,4 +1,4 @@
-"""``local.sh``, and what it shares with the other launchers: how a job ends."""
+"""``local.sh``, and the end of a job, which it handles as the other launchers do."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def test_every_rank_runs_and_says_where(mpirun, tmp_path):
     for rank in range(3):
         assert re.search(rf"^rank {rank} of 3 on \S+ with 3, \d+ threads$", job.stdout, re.M)
         assert f"rank {rank} of 3 ends\n" in job.stdout
-    assert "ended with" not in job.stderr  # that is between the scripts
+    assert "ended with" not in job.stderr  # the scripts keep this to themselves
 
 
 def test_the_exit_code_is_that_of_the_rank_that_failed(mpirun, tmp_path):
@@ -35,12 +35,12 @@ def test_ranks_that_are_told_to_end_are_told_once_and_not_hurried(mpirun, tmp_pa
     assert job.output.count("saves, told 1 times") == 2, job.output
 
 
-# -- launchers that misbehave, as mpirun does only by chance ---------------------------------------
+# -- launchers that misbehave, as a real mpirun does only rarely -----------------------------------
 
 
 @pytest.fixture
 def run_with(tmp_path):
-    """Run ``local.sh`` with a launcher that says it is MPICH's, and does what the test wants."""
+    """Run ``local.sh`` with a launcher that claims to be MPICH's and is scripted by the test."""
 
     def run_with(body, command):
         launcher = tmp_path / "mpirun"
@@ -70,7 +70,7 @@ def run_with(tmp_path):
 def test_a_zero_of_mpirun_does_not_count_without_the_ranks(run_with):
     job = run_with('PMI_RANK=0 "$@"', "true")
     assert job.returncode == 1
-    assert "nothing was heard of ranks 1, and mpirun ended with 0" in job.stderr
+    assert "no exit code from rank 1, although mpirun ended with 0" in job.stderr
 
 
 def test_neither_does_it_when_a_rank_failed(run_with):
@@ -104,10 +104,10 @@ def test_what_ranks_print_on_stderr_is_passed_on(run_with):
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        (["--ranks", "0", "true"], "--ranks must be a number from 1 up; got '0'."),
+        (["--ranks", "0", "true"], "--ranks must be at least 1; got '0'."),
         (["--ranks"], "--ranks must have a value; got none."),
         ([], "COMMAND must be given; got none."),
-        (["--rank", "2", "true"], "options must be those of --help; got --rank."),
+        (["--rank", "2", "true"], "options must be listed in --help; got --rank."),
         (["no-such-program"], "COMMAND must begin with a program; got 'no-such-program'."),
     ],
 )

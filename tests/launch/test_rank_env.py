@@ -1,4 +1,4 @@
-"""What ``rank_env.sh`` sets, for the places that launchers give to ranks."""
+"""Cores, threads and GPUs that ``rank_env.sh`` assigns to a rank, under every launcher."""
 
 import json
 import os
@@ -17,7 +17,7 @@ CORES = sorted(os.sched_getaffinity(0))
 
 @pytest.fixture
 def place(tmp_path):
-    """What a rank finds that was started with these variables."""
+    """Start a rank with these variables; returns its environment and its cores."""
 
     def place(*before, **variables):
         settings = (f"{name}={value}" for name, value in variables.items())

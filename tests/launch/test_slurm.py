@@ -1,4 +1,4 @@
-"""``slurm.sbatch`` under a Slurm of the test's own, with srun and with mpirun, with either MPI."""
+"""``slurm.sbatch`` under a real Slurm, with srun and with mpirun, with either MPI."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def can_have_slurm():
 
 @pytest.fixture
 def slurm(can_have_slurm, cluster):
-    """Run Slurm's commands on two hosts, and return what they print."""
+    """Start Slurm on two hosts; returns a function that runs its commands there."""
     hosts = cluster(2)
     started = hosts.on(1, "bash", SLURM, "start", "2")
     assert started.returncode == 0, started.output

@@ -1,12 +1,14 @@
-"""The training script as users start it, made small."""
+"""The training script as users start it, with a small model."""
 
 import os
 import signal
+import sys
 
 import pytest
 
 from tests.conftest import Mpirun
 from tests.support.frameworks import LEND_OVERRIDE, environment_for, require
+from tests.support.launchers import LAUNCH, run
 from tests.support.train_jobs import SCRIPT, SMALL, Started, column, read_log
 
 
@@ -16,7 +18,7 @@ def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
     arguments = ("--steps", "10", "--text", text, "--out", out, *SMALL)
     job = mpirun(2, SCRIPT, *arguments, env={"COLUMNS": "80"})
     assert job.returncode == 0, job.output
-    for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "go on"):
+    for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "continue"):
         assert word in job.stdout
     log = read_log(out)
     assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 11))
@@ -28,7 +30,7 @@ def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
 
 
 def run_briefly(mpirun, text, *choice, **settings):
-    """A few steps: the job, and what its log says of them."""
+    """Take a few steps; returns the job and the losses in its log."""
     out = mpirun.folder / "out"
     arguments = ("--steps", "4", "--seed", "7", "--text", text, "--out", out, *SMALL)
     job = mpirun(2, SCRIPT, *arguments, "--batch", "16", *choice, timeout_s=180, **settings)
@@ -39,7 +41,7 @@ def run_briefly(mpirun, text, *choice, **settings):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, text):
-    """What a short run in NumPy logs."""
+    """The losses of a short run in NumPy."""
     _, bits = run_briefly(Mpirun(tmp_path_factory.mktemp("numpy")), text)
     return bits
 
@@ -75,7 +77,7 @@ def test_a_run_in_another_framework_is_the_run_in_numpy(
 @pytest.mark.any_mpi
 @pytest.mark.parametrize("framework", ["torch", "jax", "lucid"])
 def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework):
-    # In front of what may be installed; and typing.override, without which lucid is refused before.
+    # Hides what may be installed. Without typing.override lucid would be refused earlier.
     (tmp_path / f"{framework}.py").write_text(
         f"""raise ModuleNotFoundError("No module named '{framework}'")"""
     )
@@ -89,6 +91,20 @@ def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework
         f"'{framework}'. Install it: pip install '.[{framework}]'."
     )
     assert job.stderr.splitlines().count(sentence) == 1
+
+
+@pytest.mark.parametrize("how", [[SCRIPT], ["-m", "mpi4py", SCRIPT], ["-m", "train_lm"]])
+def test_every_way_to_start_the_script_finds_its_modules(how):
+    job = run([sys.executable, *how, "--help"], LAUNCH)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.startswith("usage: train_lm.py ")
+
+
+def test_the_command_line_is_checked_without_any_package(tmp_path):
+    """``quickstart.sh`` does so before it installs them."""
+    options = LAUNCH / "train_lm" / "options.py"
+    job = run([sys.executable, "-I", "-S", options, "--framework", "torch", "--out", "x"], tmp_path)
+    assert (job.returncode, job.stdout) == (0, "torch x\n")
 
 
 @pytest.mark.any_mpi

@@ -1,5 +1,7 @@
 """The layout: every element owned once, for any parameters on any number of ranks."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,7 +57,7 @@ def test_parameters_keep_apart_and_aligned(specs, world, bucket_nbytes):
     partition = plan_partition(specs, *world, bucket_nbytes)
     assert [param.spec for param in partition.params] == specs
     taken = sorted((param.start, param.stop) for param in partition.params if param.spec.numel)
-    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken))
     for param in partition.params:
         region = partition.regions[param.region]
         assert param.start % ALIGNMENT_NUMEL == 0
@@ -84,10 +86,10 @@ def test_cuts_fall_on_chunks_and_shards_differ_by_one(specs, world, bucket_nbyte
     for (region, start, stop), owner, shard in owners(partition):
         assert start % CHUNK_NUMEL == stop % CHUNK_NUMEL == 0
         assert shard.local_start == local_stop.get((owner, region), 0)  # end to end
-        local_stop[owner, region] = shard.local_stop
+        local_stop[owner, region] = shard.local.stop
     for bucket in partition.buckets:
         parts = [bucket.lane_part(i, partition.node_size) for i in range(partition.node_size)]
-        chunks = [(stop - start) // CHUNK_NUMEL for start, stop in parts]
+        chunks = [part.numel // CHUNK_NUMEL for part in parts]
         assert max(chunks) - min(chunks) <= 1
 
 
@@ -98,16 +100,14 @@ def test_segments_cover_exactly_the_parameters_of_a_cohort(specs, world, bucket_
     covered: dict[int, int] = {}
     for _, _, shard in owners(partition):
         segments = partition.segments(shard, cohort_of)
-        for before, after in zip(segments, segments[1:], strict=False):
+        for before, after in itertools.pairwise(segments):
             assert before.stop <= after.start
             assert before.stop < after.start or before.cohort != after.cohort  # as few as can be
         for segment in segments:
             assert shard.start <= segment.start < segment.stop <= shard.stop
-            for index, start, stop in partition.params_in(
-                shard.region, segment.start, segment.stop
-            ):
+            for index, span in partition.params_in(shard.region, segment):
                 assert cohort_of[index] == segment.cohort
-                covered[index] = covered.get(index, 0) + stop - start
+                covered[index] = covered.get(index, 0) + span.numel
     expected = {i: s.numel for i, s in enumerate(specs) if s.numel and cohort_of[i] >= 0}
     assert covered == expected
 

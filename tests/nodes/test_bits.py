@@ -155,9 +155,9 @@ def test_memory_is_what_the_plan_says(comm, wire_dtype):
     shapes = [(4096 * 8 * comm.size,)]  # all shards alike
     policy = ShardPolicy(share_node=share, wire_dtype=wire_dtype, timeout_s=30)
     with NAdam(make_params(shapes=shapes), comm=comm, policy=policy) as opt:
-        courier, (storage,) = opt.core._engine.pipeline.courier, opt.core.buffers
-        slots = [array.nbytes for slot in courier.exchange._slots for array in vars(slot).values()]
-        held = storage.sums.nbytes + sum(slots)
+        parts = opt.core.parts
+        sums_nbytes = sum(buffers.sums.nbytes for buffers in parts.memory.buffers)
+        held = sums_nbytes + parts.sync.reduction.staging_nbytes
         held_by_node = opt.core.topology.node_comm.allreduce(held)
         assert opt.memory_report().travel_node_nbytes == held_by_node
 

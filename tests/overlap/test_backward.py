@@ -33,8 +33,8 @@ class Job:
         self.params = [*self.model.parameters(), *self.extra.parameters()]
         policy = ShardPolicy(share_node=share, bucket_nbytes=BUCKET_NBYTES, timeout_s=30, **policy)
         self.opt = NAdam(self.params, lr=0.01, comm=comm, policy=policy)
-        self.exchange = self.opt.core._engine.pipeline.courier.exchange
-        self.num_routes = len(self.exchange.routes)
+        self.reduction = self.opt.core.parts.sync.reduction
+        self.overlap = self.opt.core.parts.overlap
 
     def backward(self, seed, *, with_extra=True):
         rng = np.random.default_rng([seed, self.comm.rank])
@@ -44,11 +44,11 @@ class Job:
             y = self.extra(y)
         y.square().mean().backward()
 
-    def wait_until_summed(self):
-        """Wait for the exchange, which nobody but its own thread works on."""
+    def wait_until_reduced(self):
+        """Wait for the progress thread: nobody else works on the reduction."""
         stop = time.monotonic() + 30
-        while self.exchange._num_summed < self.num_routes:
-            assert time.monotonic() < stop, "gradients did not leave before the step"
+        while self.reduction.num_reduced < len(self.reduction.plans):
+            assert time.monotonic() < stop, "gradients were not sent before the step"
             time.sleep(0.001)  # the thread wants Python's lock
 
     def sent_as_planned(self):
@@ -71,7 +71,7 @@ def test_all_gradients_have_left_before_the_step(comm):
             job.opt.zero_grad()
             job.backward(step)
             if step > 0:  # how often backward comes is known from the step before
-                job.wait_until_summed()
+                job.wait_until_reduced()
             job.opt.step()
             assert job.sent_as_planned()
         job.finish()
@@ -82,10 +82,10 @@ def test_micro_batches_leave_with_the_last_one(comm):
     for step in range(3):
         job.opt.zero_grad()
         job.backward(step)
-        assert job.exchange.num_started == 0
+        assert job.reduction.num_started == 0
         job.backward(step + 100)
         if step > 0:
-            job.wait_until_summed()
+            job.wait_until_reduced()
         job.opt.step()
         assert job.sent_as_planned()
     job.finish()
@@ -97,7 +97,7 @@ def test_unused_parameters_hold_up_nothing(comm):
         job.opt.zero_grad()
         job.backward(step, with_extra=False)
         if step > 0:
-            job.wait_until_summed()
+            job.wait_until_reduced()
         job.opt.step()
         assert job.opt.last_step.num_updated == 2 * DEPTH
         assert job.sent_as_planned()
@@ -110,7 +110,7 @@ def test_zeros_of_parameters_that_are_no_longer_used_are_not_stale(comm):
         job.opt.zero_grad(set_to_none=False)
         job.backward(step, with_extra=step == 0)
         if step > 1:
-            job.wait_until_summed()
+            job.wait_until_reduced()
         job.opt.step()
         assert job.opt.last_step.num_updated == len(job.params)
         assert job.sent_as_planned()
@@ -123,7 +123,7 @@ def test_what_is_stale_is_sent_again_and_then_stays_at_home(comm):
     for step in range(6):
         job.opt.zero_grad()
         job.backward(step)
-        has_begun.append(job.opt.core._engine.early._runner.announced > 0)
+        has_begun.append(job.overlap.thread.num_announced > 0)
         torch.nn.utils.clip_grad_norm_(job.params, 0.1)
         job.opt.step()
         assert job.sent_as_planned() != has_begun[-1]

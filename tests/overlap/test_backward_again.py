@@ -39,8 +39,8 @@ def test_what_was_announced_does_not_count_when_a_step_begins_anew(comm, mpi_tmp
             job.backward(2)
             begin_anew(job, folder)
             if overlap:
-                assert job.opt.core._engine.early._runner._num_ready() == 0
-                assert job.exchange.num_started == 0
+                assert job.overlap.thread.num_ready() == 0
+                assert job.reduction.num_started == 0
             for rank in range(comm.size):  # one after the other
                 comm.Barrier()
                 if rank == comm.rank:

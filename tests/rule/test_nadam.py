@@ -81,7 +81,7 @@ def test_coefficients_follow_the_paper(settings, decoupled, start, grads):
     p, m, v = start, 0.0, 0.0
     for grad in grads:
         paper.step(grad)
-        clock.advance(hyper)
+        clock = clock.after_step(hyper)
         c = step_coefficients(hyper, clock, grad_scale=1.0)
         g = c.source_scale * grad + c.weight_decay * p
         m = c.m_decay * m + c.m_gain * g
@@ -106,7 +106,7 @@ def test_grad_scale_scales_the_gradient(scale, grad):
 def test_mu_product_can_be_rebuilt(variant):
     hyper, clock = Hyperparams(variant=variant, momentum_decay=0.1), StepCount()
     for step in range(1, 9000):  # into the smallest numbers, where it stays
-        clock.advance(hyper)
+        clock = clock.after_step(hyper)
         if step in (1, 2, 10, 8999):
             assert mu_product_at(step, hyper) == clock.mu_product
     assert mu_product_at(0, hyper) == 1.0

@@ -16,12 +16,13 @@ from shardopt.checkpoint.format.manifest import (
     Manifest,
     ParamEntry,
     Slice,
-    file_name,
-    from_text,
     to_text,
 )
+from shardopt.checkpoint.format.names import file_name, tensor_name
+from shardopt.checkpoint.format.parsing import from_text
 from shardopt.checkpoint.format.values import encode
 from shardopt.cli import main
+from shardopt.layout.span import Span
 
 FORM = re.compile(r"shardopt ckpt: .+ must .+; got.+\. .+\.\n", re.DOTALL)
 
@@ -50,21 +51,20 @@ def make(path, params, state=None, step=7, num_files=2, extra=None, lr=0.1):
         for index, (name, array) in enumerate(params.items()):
             for key, values in {"param": array, **state[name]}.items():
                 flat = values.reshape(-1)
-                start, stop = (flat.size * r // num_files for r in (rank, rank + 1))
-                if start < stop:
-                    label = name if key == "param" else f"{name}::{key}"
-                    if "::" in name:  # it would look like a part of another
-                        label += f"[0:{flat.size}]"
-                    items.append(Item(label, values.dtype.name, start, stop - start))
-                    values_of.append(flat[start:stop])
-                    places.append((index, key, start, stop))
+                span = Span(0, flat.size).cut(rank, num_files)
+                if span:
+                    # A name with colons would look like a part of another.
+                    part = Span(0, flat.size) if "::" in name else None
+                    items.append(Item(tensor_name(name, key, part), values.dtype.name, span))
+                    values_of.append(flat[span.slice])
+                    places.append((index, key, span))
         held = arrays if rank == 0 else []
-        items += [Item(f"extra/{i}", a.dtype.name, 0, a.size) for i, a in enumerate(held)]
+        items += [Item(f"extra/{i}", a.dtype.name, Span(0, a.size)) for i, a in enumerate(held)]
         layout = FileLayout(items)
         image = FileImage(layout, [*values_of, *(array.reshape(-1) for array in held)])
         digests = disk.write_file(path / file_name(rank, num_files), image)
-        for (index, key, start, stop), offset in zip(places, layout.offsets, strict=False):
-            slices[index][key].append(Slice(start, stop, rank, offset))
+        for (index, key, span), offset in zip(places, layout.offsets, strict=False):
+            slices[index][key].append(Slice(span.start, span.stop, rank, offset))
         offsets = layout.offsets[len(places) :]
         entries = [ArrayEntry(a.dtype.name, a.shape, o) for a, o in zip(held, offsets, strict=True)]
         files.append(

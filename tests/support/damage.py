@@ -4,12 +4,12 @@ import os
 import shutil
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import xxhash
 
 from shardopt.checkpoint import load
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
+from shardopt.core.sharded import sharded_of
 from shardopt.errors import DamagedCheckpointError
 from tests.support.errors import FORM
 
@@ -20,11 +20,10 @@ def params_of(opt):
 
 def standing(opt):
     """All that a load may change, on this rank, to be compared bit by bit."""
-    core = opt.core
-    arrays = [array for storage in core.buffers for array in storage.state.values()]
-    arrays += [storage.params for storage in core.buffers]
-    digests = [xxhash.xxh3_128_hexdigest(array.view(np.uint8)) for array in arrays]
-    step_counts = [(clock.step, clock.mu_product) for clock in core.step_counts]
+    sharded = sharded_of(opt)
+    arrays = [*sharded.arrays(sharded.tensors()), *(param.data for param in params_of(opt))]
+    digests = [xxhash.xxh3_128_hexdigest(array.tobytes()) for array in arrays]
+    step_counts = [(count.step, count.mu_product) for count in sharded.scalars().step_counts]
     values = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
     params = [(id(param), id(param.data), id(param.grad)) for param in params_of(opt)]
     return digests, step_counts, repr(values), params, repr(opt.last_step)

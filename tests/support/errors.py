@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a small model, and the check that all ranks refuse alike."""
+"""Helpers for tests of errors: a small model, and a check that all ranks raise the same."""
 
 import re
 import warnings
@@ -14,15 +14,15 @@ from shardopt.errors import ShardoptError
 from shardopt.numpy import NAdam, Parameter
 from shardopt.policy import ShardPolicy
 
-POLICY = ShardPolicy(timeout_s=20)  # a test fails rather than waits for ever
+POLICY = ShardPolicy(timeout_s=20)  # so that a test fails rather than waits much longer
 BOTH_WAYS = pytest.mark.parametrize("alone", [False, True], ids=["every rank", "last rank"])
 """The mistake of the test is made by every rank, and again by the last one ``alone``."""
 
-FORM = re.compile(r".+ must .+; got .+\. .+\.", re.DOTALL)
+FORM = re.compile(r"(.+ must .+; got .+|(.+: )?could not .+: .+)\. .+\.", re.DOTALL)
 
 
 class Sparse:
-    """Looks like a matrix of scipy.sparse."""
+    """An object that looks like a matrix of scipy.sparse."""
 
     shape, dtype = (2, 3), np.dtype(np.float32)
 
@@ -31,40 +31,40 @@ class Sparse:
 
 
 def make_params() -> list[Parameter]:
-    """Two parameters in fp32 and one in fp64."""
+    """Return two parameters in fp32 and one in fp64."""
     weight = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
     bias, scale = np.arange(5, dtype=np.float32), np.array(2.0)
     return [Parameter(weight, "w"), Parameter(bias, "b"), Parameter(scale, "s")]
 
 
 def make_optimizer(comm: MPI.Intracomm, params: Any = None, **settings: Any) -> NAdam:
-    """An optimizer of ``make_params()``, with a policy that does not wait long."""
+    """Return an optimizer of ``make_params()``, with a policy of short waits."""
     settings.setdefault("policy", POLICY)
     return NAdam(make_params() if params is None else params, comm=comm, **settings)
 
 
 def params_of(opt: NAdam) -> list[Parameter]:
-    """All parameters in order."""
+    """Return all parameters in order."""
     return [param for group in opt.param_groups for param in group["params"]]
 
 
 def is_last(comm: MPI.Intracomm) -> bool:
-    """Whether this is the rank that tests choose for what one rank does differently."""
+    """Return whether this is the rank that does something else in tests of one odd rank."""
     return comm.rank == comm.size - 1
 
 
 def errs(comm: MPI.Intracomm, alone: bool) -> bool:
-    """Whether this rank makes the mistake; see ``BOTH_WAYS``."""
+    """Return whether this rank makes the mistake; see ``BOTH_WAYS``."""
     return is_last(comm) or not alone
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """A run of ranks as messages name it."""
+    """Return consecutive ranks in the words of messages."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
 def differing(comm: MPI.Intracomm, name: str, usual: str, odd: str) -> str:
-    """The message for a ``name`` that is ``odd`` on the last rank alone."""
+    """Return the message for a ``name`` that is ``odd`` on the last rank alone."""
     others, last = name_ranks(range(comm.size - 1)), name_ranks([comm.size - 1])
     return f"{name} must be the same on every rank; got {usual} on {others} and {odd} on {last}."
 
@@ -73,13 +73,13 @@ def differing(comm: MPI.Intracomm, name: str, usual: str, odd: str) -> str:
 def refused(
     comm: MPI.Intracomm, error: type[ShardoptError], *told: str, alone: bool = False
 ) -> Iterator[None]:
-    """Every rank must raise ``error`` in the same words, each of ``told`` among them.
+    """Check that every rank raises ``error`` in the same words, each of ``told`` among them.
 
     Args:
         comm: The ranks.
         error: Exactly this class.
         *told: Parts of the message.
-        alone: The last rank alone has made the mistake: the message must begin with it.
+        alone: Whether only the last rank has made the mistake: the message must begin with it.
     """
     with pytest.raises(error) as caught:
         yield
@@ -93,7 +93,7 @@ def refused(
 
 @contextmanager
 def warned(comm: MPI.Intracomm, warning: type[Warning], match: str | None = None) -> Iterator[None]:
-    """Every rank must warn, rank 0 alone so that it is seen."""
+    """Check that the warning is seen on rank 0 and on no other."""
     if comm.rank == 0:
         with pytest.warns(warning, match=match):
             yield
@@ -105,7 +105,7 @@ def warned(comm: MPI.Intracomm, warning: type[Warning], match: str | None = None
 
 
 def take_step(opt: NAdam, value: float = 1.0) -> None:
-    """One step in which every gradient is ``value``."""
+    """Take a step in which every gradient is ``value``."""
     opt.zero_grad()
     for param in params_of(opt):
         param.grad += value
@@ -113,7 +113,7 @@ def take_step(opt: NAdam, value: float = 1.0) -> None:
 
 
 def assert_steps(opt: NAdam) -> None:
-    """A step must still update every parameter, to the same bits on all ranks."""
+    """Check that a step still updates every parameter, to the same bits on all ranks."""
     number = opt.last_step.step
     before = [param.data.copy() for param in params_of(opt)]
     take_step(opt)
@@ -125,7 +125,7 @@ def assert_steps(opt: NAdam) -> None:
 
 
 def everything(opt: NAdam) -> list[bytes]:
-    """Parameters, moments, step_counts and groups of an optimizer, to be compared bit by bit."""
+    """Return parameters, moments, step_counts and groups, to be compared bit by bit."""
     state = opt.state_dict()
     entries = [
         value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()

@@ -1,13 +1,13 @@
 """Keeps the ranks of ``mpirun -n N python -m pytest --with-mpi`` in step.
 
 pytest-mpi brings the option, the marker ``mpi(min_size=...)`` and ``mpi_tmp_path``; such a run
-takes the tests marked ``mpi`` and no others. After every phase of a test the ranks tell each
-other how it went. A test that failed on one rank is failed on all of them with that rank's text,
-so what rank 0 prints, and the JUnit file it writes, tell everything; the other ranks are silent.
+takes only the tests marked ``mpi``. After every phase of a test the ranks exchange its outcomes. A
+test that failed on one rank is failed on all of them with that rank's text, so the output of rank 0
+and the JUnit file it writes are complete; the other ranks print nothing.
 
-A rank that failed may never make the call in which the others wait for it. When they have not
-come within ``in_step_grace`` seconds, or a rank that did not fail has waited ``in_step_limit``
-seconds, every rank of this machine prints where it is, and the job is aborted.
+A rank that failed may never make the call in which the others wait for it. If they have not
+arrived within ``in_step_grace`` seconds, or a rank that did not fail has waited ``in_step_limit``
+seconds, every rank of this machine prints its stack, and the job is aborted.
 """
 
 import faulthandler
@@ -40,7 +40,7 @@ def runs_with_mpi(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the ranks know each other, and silence all but rank 0."""
+    """Register the plugin, and silence all ranks but rank 0."""
     if not runs_with_mpi(config):
         return
     in_step = InStep(config.getini("in_step_grace"), config.getini("in_step_limit"))
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class InStep:
-    """What a rank does to stay in step; its hooks are called at the same points on all ranks."""
+    """The hooks that keep a rank in step; they are called at the same points on all ranks."""
 
     def __init__(self, grace_s: float, limit_s: float) -> None:
         from mpi4py import MPI  # here, as runs without MPI load this file too
@@ -81,19 +81,19 @@ class InStep:
         faulthandler.register(signal.SIGQUIT, file=self.stderr)
 
     def pytest_report_header(self) -> str:
-        """Say how many ranks there are, and of which MPI."""
+        """Return the MPI library and the number of ranks."""
         from mpi4py import MPI
 
         name, version = MPI.get_vendor()
         return f"mpi: {name} {'.'.join(map(str, version))}, ranks: {self.comm.size}"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Remember what this rank could not collect."""
+        """Keep the errors of this rank's collection."""
         if report.failed:
             self.collect_errors.append(report.longreprtext)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """End the run here when the ranks have not collected the same tests."""
+        """End the run if the ranks have not collected the same tests."""
         collected = ([item.nodeid for item in session.items], self.collect_errors)
         self.wait(self.comm.Ibarrier(), "collected the tests", self.limit_s)
         everywhere = self.comm.allgather(collected)
@@ -102,7 +102,7 @@ class InStep:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Give the report of a phase the same outcome on all ranks."""
+        """Make the outcome of a phase the same on all ranks."""
         from mpi4py import MPI
 
         report = yield
@@ -126,22 +126,23 @@ class InStep:
         return report
 
     def wait(self, arrival: "MPI.Request", what: str, patience_s: float) -> None:
-        """Return when every rank has come here, or abort the job when one does not.
+        """Wait until every rank has come here, or abort the job if one does not.
 
         Args:
             arrival: A collective that this rank has begun.
             what: What this rank has done by now, for the message in case of an abort.
             patience_s: Seconds to wait for the others.
         """
-        start_s = time.monotonic()
-        while not arrival.Test():
-            waited_s = time.monotonic() - start_s
+        from shardopt.comm.waiting import wait_until  # here, as it loads MPI
+
+        def check(waited_s: float) -> None:
             if waited_s > patience_s:
                 self.give_up(what)
-            time.sleep(min(0.001, waited_s / 8))  # a core for ranks that still work
+
+        wait_until(arrival.Test, check, nap_s=0.001)  # leaves the core to ranks that still work
 
     def give_up(self, what: str) -> NoReturn:
-        """Print what this rank has done and where all ranks of the machine are; abort the job."""
+        """Print the outcome of this rank and the stacks of all on this machine; abort the job."""
         rank = self.comm.rank
         self.print_past_capture(f"\nrank {rank} {what}\nbut not all ranks have come to its end.")
         time.sleep(0.5 * rank)  # the lowest rank that waits prints the stacks, once
@@ -152,20 +153,20 @@ class InStep:
         self.comm.Abort(1)
 
     def print_past_capture(self, text: str) -> None:
-        """Print where faulthandler prints."""
+        """Print to the stream that faulthandler prints to."""
         print(text, file=self.stderr, flush=True)
 
 
 def _failure_text(report: pytest.TestReport) -> str:
-    """All that a rank has to tell of a failure: the traceback, and what it printed."""
+    """Return the traceback of a failure, and the output of the test."""
     if not report.failed:
         return ""
-    printed = (f"----- {title} -----\n{content}" for title, content in report.regions)
+    printed = (f"----- {title} -----\n{content}" for title, content in report.sections)
     return "\n".join((report.longreprtext, *printed))
 
 
 def _adopt_failures(report: pytest.TestReport, everywhere: Sequence[tuple[str, str]]) -> None:
-    """Make the report of a phase that failed somewhere tell of all ranks on which it did."""
+    """Add to the report of a phase its failures on other ranks."""
     ranks_by_text: dict[str, list[str]] = {}
     for rank, (outcome, text) in enumerate(everywhere):
         if outcome == "failed":
@@ -177,14 +178,14 @@ def _adopt_failures(report: pytest.TestReport, everywhere: Sequence[tuple[str, s
         for text, ranks in ranks_by_text.items()
     ]
     if report.failed:
-        report.regions += told
+        report.sections += told
     else:
         report.outcome = "failed"
         report.longrepr = "\n".join(f"{title}:\n{text}" for title, text in told)
 
 
 def _describe_collections(everywhere: Sequence[tuple[list[str], list[str]]]) -> str:
-    """Say what each rank collected that others did not, and what it could not."""
+    """Return what each rank collected that others did not, with its errors."""
     common = set.intersection(*(set(nodeids) for nodeids, _ in everywhere))
     lines = ["all ranks must collect the same tests in the same order; got"]
     for rank, (nodeids, errors) in enumerate(everywhere):

@@ -1,4 +1,4 @@
-"""The launchers' files, and jobs of theirs that a test looks at while they run."""
+"""The paths of the launchers, and jobs that a test observes while they run."""
 
 import os
 import subprocess
@@ -15,19 +15,19 @@ PAYLOAD = Path(__file__).with_name("payload.py")
 
 
 def plain(*command):
-    """A command, without what the tests' environment tells MPI: the launchers must do without."""
-    told = [name for name in os.environ if "MCA" in name or name.endswith("_NUM_THREADS")]
-    return ["env", *(word for name in [*told, "NPROC"] for word in ("-u", name)), *command]
+    """Return a command without the tests' settings for MPI: launchers must work without them."""
+    settings = [name for name in os.environ if "MCA" in name or name.endswith("_NUM_THREADS")]
+    return ["env", *(word for name in [*settings, "NPROC"] for word in ("-u", name)), *command]
 
 
 def launch(script, *arguments):
-    """The payload, started with a launcher."""
-    *options, what = arguments
-    return plain("bash", LAUNCH / script, *options, sys.executable, PAYLOAD, *what.split())
+    """Return the command that runs the payload with a launcher."""
+    *options, payload = arguments
+    return plain("bash", LAUNCH / script, *options, sys.executable, PAYLOAD, *payload.split())
 
 
 def run(command, cwd, timeout_s=60):
-    """Run a command of this machine to its end."""
+    """Run a command on this machine to its end."""
     words = [*map(str, command)]
     return subprocess.run(
         words, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -35,7 +35,7 @@ def run(command, cwd, timeout_s=60):
 
 
 class Watched:
-    """A job whose output is read as it comes; all of it is gone after the block."""
+    """A job whose output is read as it appears; on exit no process of it is left."""
 
     def __init__(self, process):
         self.process = process
@@ -65,12 +65,12 @@ class Watched:
             reader.join()
 
     def wait_for(self, text, count=1):
-        """Wait until the job has printed a text so many times."""
+        """Wait until the job has printed a text ``count`` times."""
         wait_until(lambda: self.output.count(text) >= count or self.process.poll() is not None)
         assert self.output.count(text) >= count, self.output
 
     def end(self, timeout_s=60):
-        """Wait for the end, and for the last output; return the exit code."""
+        """Wait for the end and the last output; returns the exit code."""
         self.process.wait(timeout_s)
         for reader in self.readers:
             reader.join()
@@ -78,7 +78,7 @@ class Watched:
 
 
 def start(command, cwd):
-    """Start a command of this machine."""
+    """Start a command on this machine."""
     return Watched(
         subprocess.Popen(
             [*map(str, command)],
@@ -92,7 +92,7 @@ def start(command, cwd):
 
 
 def wait_until(condition, timeout_s=60):
-    """Wait for what other processes do."""
+    """Wait until other processes have made a condition true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -9,7 +9,7 @@ import numpy as np
 from shardopt import Parameter
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
-from tests.support.kernel_suite import tree_sum
+from tests.support.kernel_arrays import tree_sum
 
 SHAPES = [(3, 4), (), (0, 5), (9000,), (33, 131), (1,), (4096,), (2, 3, 5), (20_001,)]
 
@@ -48,7 +48,7 @@ class Oracle:
             zeros = np.zeros_like(p)
             grads = [zeros if grad is None else grad.astype(p.dtype) for grad in grads]
             total = tree_sum(grads)
-            self.step_counts[index].advance(hyper)
+            self.step_counts[index] = self.step_counts[index].after_step(hyper)
             row = step_coefficients(hyper, self.step_counts[index], factor / world_size)
             c = np.array(row, p.dtype)
             g = c[0] * total + c[1] * p

@@ -1,7 +1,7 @@
-"""What the tests of the launchers run on every rank: it says where it is, and does as it is told.
+"""The program that tests of the launchers run: every rank prints its place and its threads.
 
-``payload.py end CODE`` ends the last rank with CODE, the others with 0. ``payload.py wait`` goes on
-until a rank gets SIGTERM, or is in a Slurm job that was queued again.
+``payload.py end CODE`` then ends the last rank with CODE and the others with 0. ``payload.py wait``
+waits until a rank receives SIGTERM or SIGINT; in a job that Slurm queued again it ends at once.
 """
 
 import os
@@ -18,13 +18,13 @@ PATIENCE_S = 8
 
 
 def say(text: str) -> None:
-    """Print a line in one piece."""
+    """Print a line in a single write."""
     sys.stdout.write(f"rank {comm.rank} of {comm.size} {text}\n")
     sys.stdout.flush()
 
 
 def any_rank(mine: bool) -> bool:
-    """Whether it is true on any rank; a silent one ends the job, as it does in shardopt."""
+    """Whether ``mine`` is true on any rank; a silent rank ends the job, as it does in shardopt."""
     some = np.array([mine], np.int64)
     request = comm.Iallreduce(MPI.IN_PLACE, some)
     start_s = time.monotonic()

@@ -8,16 +8,16 @@ import math
 
 import numpy as np
 
-DEFAULTS = dict(
-    lr=2e-3,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    momentum_decay=4e-3,
-    decoupled_weight_decay=False,
-    maximize=False,
-    variant="torch",
-)
+DEFAULTS = {
+    "lr": 2e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "momentum_decay": 4e-3,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "variant": "torch",
+}
 
 
 class PaperNAdam:

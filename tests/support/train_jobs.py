@@ -1,4 +1,4 @@
-"""Runs of the training script, made small, and what they leave."""
+"""Small runs of the training script, and the files they leave."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ SMALL = ("--layers", "1", "--width", "32", "--context", "32", "--batch", "2")
 
 
 def read_log(out):
-    """The records of a log, but for a last line that is still being written."""
+    """Return the records of a log, without a last line that is still being written."""
     lines = (out / "train.jsonl").read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 def column(out, key):
-    """What a log says of each step, or of each evaluation."""
+    """Return the values of a key, from every record that has it."""
     return [record[key] for record in read_log(out) if key in record]
 
 
@@ -39,7 +39,7 @@ def saved_steps(directory):
 
 
 def newest_tensors(directory):
-    """Everything that the newest checkpoint holds of the parameters, by name and kind."""
+    """Return all tensors of the newest checkpoint, by parameter name and state key."""
     path = list_checkpoints(directory)[-1].path
     with Reader(path, read_manifest(path)) as reader:
         return {
@@ -50,7 +50,7 @@ def newest_tensors(directory):
 
 
 class Started:
-    """A run that goes on while the test looks at it; every process of it is gone in the end."""
+    """A run that the test observes; on exit from the context no process of it is left."""
 
     def __init__(self, mpirun, num_ranks, *arguments):
         self.job = subprocess.Popen(
@@ -72,7 +72,7 @@ class Started:
         self.job.stdout.close()
 
     def wait_until(self, condition, timeout_s=60):
-        """Wait for something that this run will do."""
+        """Wait until the run has got so far."""
         deadline = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -83,7 +83,7 @@ class Started:
             time.sleep(0.02)
 
     def ranks(self):
-        """The processes of the ranks that live."""
+        """Return the processes of the ranks that are alive."""
         found = []
         for process in psutil.Process(self.job.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, among others
@@ -92,11 +92,11 @@ class Started:
         return found
 
     def kill(self, number):
-        """Send a signal to one rank only."""
+        """Send a signal to a single rank."""
         self.ranks()[-1].send_signal(number)
 
     def end(self, timeout_s=30):
-        """Wait for the end of all ranks; return the exit code and what was printed."""
+        """Wait for the end of all ranks; returns the exit code and the output."""
         ranks = self.ranks() if self.job.poll() is None else []
         output, _ = self.job.communicate(timeout=timeout_s)
         _, alive = psutil.wait_procs(ranks, timeout=10)
@@ -104,6 +104,6 @@ class Started:
         return self.job.returncode, output
 
     def stop(self, number=signal.SIGTERM):
-        """End one rank, and with it the run."""
+        """Signal a single rank, and wait for the end of all."""
         self.kill(number)
         return self.end()

@@ -1,4 +1,4 @@
-"""Every test of the PyTorch face computes in float64, unless it says otherwise."""
+"""Every test of the PyTorch front end computes in float64, unless it says otherwise."""
 
 from collections.abc import Iterator
 
@@ -7,8 +7,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def float64_default() -> Iterator[None]:
-    """Let float64 be the default, in which torch.optim.NAdam then keeps mu_product as well."""
-    import torch  # here, as a file of tests says itself that it needs torch
+    """Make float64 the default, in which torch.optim.NAdam then keeps mu_product as well."""
+    import torch  # here, because test files skip themselves if torch is missing
 
     torch.set_default_dtype(torch.float64)
     yield

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.mpi
 def test_close_takes_everything_back(comm):
     with Twins(comm, lr=0.1) as twins:
         twins.step()
-        windows = [param.data_ptr() for param in params_of(twins.opt)]
-    for param, window in zip(params_of(twins.opt), windows, strict=True):
+        addresses = [param.data_ptr() for param in params_of(twins.opt)]
+    for param, address in zip(params_of(twins.opt), addresses, strict=True):
         assert param.grad is None
         assert not param._post_accumulate_grad_hooks
-        assert param.data_ptr() != window
+        assert param.data_ptr() != address
     twins.assert_same()
     plain = torch.optim.NAdam(twins.ours.parameters(), lr=0.1)  # a model like any other
     loss_of(twins.ours, 0, 0).backward()

@@ -1,4 +1,4 @@
-"""Gradients: which parameters have one, as torch would say, and that they stay in their window."""
+"""Gradients: which parameters have one, as in torch, and that they stay in shared memory."""
 
 import pytest
 
@@ -210,7 +210,7 @@ def test_the_models_zero_grad_does_as_well(comm):
                 model.zero_grad()
             twins.step(zero_grad=False)
             twins.assert_same()
-            assert twins.opt.last_step.copied_nbytes > 0  # they had left the window
+            assert twins.opt.last_step.copied_nbytes > 0  # they had left shared memory
 
 
 # -- accumulation ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_gradients_stay_until_zero_grad(comm):
         twins.assert_same()
 
 
-# -- the window ------------------------------------------------------------------------------------
+# -- shared memory ---------------------------------------------------------------------------------
 
 
 def addresses(twins):

@@ -81,7 +81,7 @@ def test_the_master_is_trained_as_torch_trains_float32(comm, dtype, settings):
 def test_tiny_updates_add_up():
     params = [Parameter(torch.ones(64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
     with NAdam(params, comm=MPI.COMM_SELF, policy=POLICY, lr=1e-4) as opt:
-        for _ in range(400):  # by 1e-4, where bfloat16 goes by 8e-3 and float16 by 1e-3
+        for _ in range(400):  # by 1e-4, where bfloat16 resolves 8e-3 and float16 1e-3
             opt.zero_grad()
             for param in params:
                 param.grad.fill_(-1.0)
@@ -257,12 +257,12 @@ def test_dtypes_of_all_sizes_in_one_model(comm):
 def test_another_dtype_is_refused(comm, dtype):
     param = Parameter(values(dtype))
     with NAdam([("w", param)], comm=comm, policy=POLICY) as opt:
-        window = param.data
-        param.data = window.float()
+        shared = param.data
+        param.data = shared.float()
         told = f"data of parameter 'w' must keep dtype {str(dtype).removeprefix('torch.')}"
         with refused(comm, PartitionError, told, "got float32"):
             opt.step()
-        param.data = window
+        param.data = shared
         param.grad = torch.ones_like(param)
         opt.step()
 

@@ -347,7 +347,9 @@ def test_a_saved_model_holds_its_own_elements_only(comm):
         torch.save(twins.ours.state_dict(), file)
         plain = io.BytesIO()
         torch.save(twins.whole.state_dict(), plain)
-        assert len(file.getvalue()) == len(plain.getvalue())  # not a window for each tensor
+        assert len(file.getvalue()) == len(
+            plain.getvalue()
+        )  # not all shared memory for each tensor
         file.seek(0)
         for name, tensor in torch.load(file, weights_only=True).items():
             assert torch.equal(tensor, twins.ours.state_dict()[name])

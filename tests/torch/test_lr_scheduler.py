@@ -52,7 +52,7 @@ def scheduler_names():
 
 
 def advance(scheduler, step):
-    """Schedulers go by epochs, one by a metric."""
+    """Advance a scheduler; most count epochs, and one takes a metric."""
     plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
     scheduler.step(1.0 + step % 3) if plateau else scheduler.step()
 

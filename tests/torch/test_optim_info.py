@@ -1,4 +1,4 @@
-"""What torch's own tests expect of an optimizer: its entry for NAdam, run against ours.
+"""The expectations of torch's own tests of optimizers: its entry for NAdam, run against ours.
 
 The entry is read from the source of torch.testing._internal.common_optimizers, as importing it
 takes seconds and packages of its own.

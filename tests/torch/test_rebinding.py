@@ -1,4 +1,4 @@
-"""What else torch and its users do to parameters and gradients between steps."""
+"""Other ways in which torch and its users replace parameters and gradients between steps."""
 
 import pytest
 
@@ -83,7 +83,7 @@ REPLACED = {
 
 @pytest.mark.parametrize("way", REPLACED)
 @pytest.mark.parametrize("when", ["before", "between"])
-def test_replaced_values_come_back_into_the_window(comm, way, when):
+def test_replaced_values_return_to_shared_memory(comm, way, when):
     with Twins(comm, conv_model, loss=conv_loss, lr=0.1) as twins:
         twins.step()
         for opt in twins.both:
@@ -253,7 +253,7 @@ def test_assigned_gradients_are_copied_in(comm, case):
 
 
 @pytest.mark.parametrize("what", ["data", "grad"])
-def test_a_conjugated_view_of_the_window_is_not_taken_for_it(comm, what):
+def test_a_conjugated_view_of_shared_memory_is_not_mistaken_for_it(comm, what):
     with complex_twins(comm) as twins:
         for model in twins.models:
             model[0].grad = torch.full((2, 3), 1 + 2j)
@@ -268,7 +268,7 @@ def test_a_conjugated_view_of_the_window_is_not_taken_for_it(comm, what):
         twins.assert_same()
 
 
-def test_a_negated_view_of_the_window_is_not_taken_for_it(comm):
+def test_a_negated_view_of_shared_memory_is_not_mistaken_for_it(comm):
     with Twins(comm, lr=0.1) as twins:
         twins.step()
         for opt in twins.both:

@@ -59,7 +59,7 @@ def mixed_twins(comm, form="plain", **settings):
 
 
 def through_file(value):
-    """What torch.load makes of what torch.save wrote, without anything but weights."""
+    """Return an object after torch.save and torch.load with weights_only=True."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)

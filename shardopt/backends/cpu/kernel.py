@@ -1,29 +1,34 @@
 """The fused step on CPUs: threads that run the loops of ``shardopt.backends.cpu.loops``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardopt._typing import FloatArray
-from shardopt.backends.base import ALL_FINITE, UpdatePlan
+from shardopt._typing import FloatArray, IntArray
+from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
 from shardopt.backends.cpu import loops
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.layout.span import Span
+from shardopt.layout.state_spec import state_specs
 from shardopt.rule.nadam import NUM_COEFFICIENTS
 
 MIN_PIECE_NUMEL = 64 * CHUNK_NUMEL
-"""Threads get no smaller pieces of a shard than this: handing one over costs some 20 us."""
+"""The least that a thread is given of a shard: handing a piece over costs some 20 us."""
 
 
 class CpuKernel:
     """Updates shards on this rank's cores.
 
     Args:
-        threads: Cores to use. A shard is cut into pieces that plain Python threads update: kernels
-            hold no GIL, and Numba's own threading layers, which ranks would fight over, stay out.
+        threads: Cores to use. A shard is cut into pieces that plain Python threads update: the
+            loops release the GIL, and Numba's threading layers would oversubscribe the cores
+            that several ranks of a node share.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -38,82 +43,105 @@ class CpuKernel:
                 f"parameter dtype must be one of {', '.join(DTYPES)}; got {dtype}. "
                 "Convert the parameters."
             )
-        grads, param = np.zeros((1, CHUNK_NUMEL), dtype), np.zeros(CHUNK_NUMEL, dtype)
-        master, exp_avg, exp_avg_sq = np.zeros((3, CHUNK_NUMEL), compute_dtype(dtype))
-        coefficients = np.zeros((1, NUM_COEFFICIENTS), compute_dtype(dtype))
-        plan = UpdatePlan(0, CHUNK_NUMEL, np.zeros((0, 3), np.int64), coefficients)
-        in_full = has_master(dtype)
-        squares = np.zeros(1)
+        full, span = compute_dtype(dtype), Span(0, CHUNK_NUMEL)
+        grads, param = np.zeros((2, CHUNK_NUMEL), dtype)
+        sources, squares = Rows.of(grads), np.zeros(1)
         if wire_dtype is None:
-            self.reduce(grads, None if in_full else param, 0, CHUNK_NUMEL, squares)
+            self.reduce(sources, None if has_master(dtype) else param, span, squares)
         else:
-            wire = np.zeros((1, CHUNK_NUMEL), wire_dtype)
-            self.reduce(grads, wire[0], 0, CHUNK_NUMEL, None)
-            grads = np.zeros((1, CHUNK_NUMEL), compute_dtype(dtype))
-            self.reduce(wire, grads[0], 0, CHUNK_NUMEL, squares)
-        self.update(grads, param, master if in_full else None, exp_avg, exp_avg_sq, plan)
+            wire, sums = np.zeros(CHUNK_NUMEL, wire_dtype), np.zeros(CHUNK_NUMEL, full)
+            self.reduce(sources, wire, span, None)
+            self.reduce(Rows.of(wire), sums, span, squares)
+            sources = Rows.of(sums)
+        state = {each.key: np.zeros(CHUNK_NUMEL, each.dtype) for each in state_specs(dtype)}
+        coefficients = np.zeros((1, NUM_COEFFICIENTS), full)
+        plan = UpdatePlan(span, np.zeros((0, 3), np.int64), coefficients)
+        self.update(sources, Rows.of(param), state, plan)
 
     def update(
-        self,
-        grads: FloatArray,
-        param: FloatArray,
-        master: FloatArray | None,
-        exp_avg: FloatArray,
-        exp_avg_sq: FloatArray,
-        plan: UpdatePlan,
+        self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan
     ) -> int:
         """See ``Kernel.update``."""
-        sources, out = _stand_in(grads), _stand_in(param)
+        grads, params = _by_address(sources), _by_address(targets)
+        arrays = tuple(state[key] for key in _DTYPES[targets.dtype].state_keys)
 
-        def piece(start: int, stop: int) -> int:
-            return int(
-                loops.update(
-                    sources, out, master, exp_avg, exp_avg_sq, _partial_sums(grads, param),
-                    plan.sources_start, plan.start, start, stop, plan.segments, plan.coefficients,
-                )
-            )  # fmt: skip
+        def update_piece(piece: Span) -> int:
+            partials = _partial_sums(sources, targets.dtype)
+            part = piece.start, piece.stop, plan.segments, plan.coefficients
+            return int(loops.update(grads, params, arrays, partials, part))
 
-        flags = [flag for flag in self._run(piece, plan.start, plan.stop) if flag >= 0]
-        return min(flags, default=ALL_FINITE)
+        flags = self._run(update_piece, plan.span)
+        return min((flag for flag in flags if flag != ALL_FINITE), default=ALL_FINITE)
 
     def reduce(
         self,
-        grads: FloatArray,
+        sources: Rows,
         out: FloatArray | None,
-        start: int,
-        stop: int,
-        square_sums: FloatArray | None,
+        span: Span,
+        square_sums: NDArray[np.float64] | None,
     ) -> None:
         """See ``Kernel.reduce``."""
-        sources, sums = _stand_in(grads), None if out is None else _stand_in(out)
+        rows, sums = _by_address(sources), None if out is None else _stand_in(out)
 
-        def piece(low: int, high: int) -> None:
-            partials = _partial_sums(grads, grads if out is None else out)
-            loops.reduce(sources, sums, partials, start, low, high, square_sums)
+        def reduce_piece(piece: Span) -> None:
+            partials = _partial_sums(sources, sources.dtype if out is None else out.dtype)
+            local = piece.shift(-span.start)
+            part = None if sums is None else sums[local.slice]
+            chunks = slice(local.start // CHUNK_NUMEL, local.stop // CHUNK_NUMEL)
+            squares = None if square_sums is None else square_sums[chunks]
+            loops.reduce(rows, part, partials, (piece.start, piece.stop), squares)
 
-        self._run(piece, start, stop)
+        self._run(reduce_piece, span)
 
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _run(self, piece: Callable[[int, int], Any], start: int, stop: int) -> list[Any]:
-        """Call ``piece`` on runs of whole chunks that cover [start, stop), one run a thread."""
-        num_pieces = max(1, min(self.threads, (stop - start) // MIN_PIECE_NUMEL))
-        if num_pieces == 1 or self._pool is None:
-            return [piece(start, stop)]
-        chunks = (stop - start) // CHUNK_NUMEL
-        cuts = [start + chunks * i // num_pieces * CHUNK_NUMEL for i in range(num_pieces + 1)]
-        others = [self._pool.submit(piece, *cuts[i : i + 2]) for i in range(1, num_pieces)]
-        return [piece(*cuts[:2]), *(other.result() for other in others)]
+    def _run(self, work: Callable[[Span], Any], span: Span) -> list[Any]:
+        """Call ``work`` on whole chunks that cover ``span``, on several threads if it is long."""
+        parts = max(1, min(self.threads, span.numel // MIN_PIECE_NUMEL))
+        if parts == 1 or self._pool is None:
+            return [work(span)]
+        pieces = [span.cut(index, parts, CHUNK_NUMEL) for index in range(parts)]
+        others = [self._pool.submit(work, piece) for piece in pieces[1:]]
+        return [work(pieces[0]), *(other.result() for other in others)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    """Facts about a dtype that are too slow to look up at every call.
+
+    Attributes:
+        like: See [Note: rows by address].
+        full: Its ``compute_dtype``.
+        state_keys: Names of the state, in the order in which ``loops.update`` takes it.
+    """
+
+    like: FloatArray
+    full: np.dtype[Any]
+    state_keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dtype: str) -> "_Dtype":
+        like = _stand_in(np.empty(0, dtype))
+        keys = tuple(each.key for each in state_specs(dtype))
+        return cls(like, np.dtype(compute_dtype(dtype)), keys)
 
 
 def _stand_in(array: FloatArray) -> FloatArray:
     return array.view(loops.STAND_INS.get(array.dtype, array.dtype))
 
 
-def _partial_sums(grads: FloatArray, out: FloatArray) -> FloatArray:
+_DTYPES = {np.dtype(dtype): _Dtype.of(dtype) for dtype in DTYPES}
+
+
+def _by_address(rows: Rows) -> tuple[IntArray, FloatArray]:
+    """Return rows as the loops take them; see [Note: rows by address]."""
+    return rows.addresses, _DTYPES[rows.dtype].like
+
+
+def _partial_sums(sources: Rows, out_dtype: np.dtype[Any]) -> FloatArray:
     """Allocate what ``loops`` keeps the sums of subtrees in; for one thread at a time."""
-    dtype = np.promote_types(*(compute_dtype(array.dtype.name) for array in (grads, out)))
-    return np.empty((len(grads).bit_length(), CHUNK_NUMEL), dtype)
+    dtype = np.promote_types(_DTYPES[sources.dtype].full, _DTYPES[out_dtype].full)
+    return np.empty((len(sources).bit_length(), CHUNK_NUMEL), dtype)

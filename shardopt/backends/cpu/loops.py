@@ -1,22 +1,27 @@
-"""What the CPU kernel runs: Numba loops at the speed of memory, without fast-math.
+"""Numba loops of the CPU kernel: at the speed of memory, without fast-math.
 
-Everything compiled stands in this file, constants included: Numba keeps code on disk until the file
-of the function called from Python changes, whatever became of what it took from elsewhere.
+Everything that the kernel compiles is in this file, constants included: Numba's cache on disk
+watches the file of the function called from Python, and would miss a change in any other.
 
 [Note: loops the compiler can vectorise]
 Every loop indexes slices by one ``i`` from 0 (two offsets in one loop cost a factor of six) and
-works on a block at a time: what it reads and writes stays in the first-level cache, so that a
-sum over sources costs no more than reading them, and loop may follow upon loop.
+works on a block at a time. What a loop reads and writes stays in the first-level cache, so
+summing sources costs no more than reading them, and one loop may follow another.
 
 [Note: integers that stand in for floats]
 Numba has no 16-bit floats on CPUs. Arrays of integers stand in for them, uint16 for bfloat16 and
-int16 for float16, and functions that are chosen by type while compiling let one set of loops do
-for all dtypes. They return to 32 bits after every few operations: Numba computes with integers in
+int16 for float16, and functions that are chosen by type while compiling let one set of loops serve
+all dtypes. They return to 32 bits after every few operations: Numba computes with integers in
 64 bits, which not every LLVM narrows again, and half of a vector's lanes would be lost.
 
 The update compares parameters with their masters as it goes, but the masters are rounded in a loop
-of their own: all in one, bfloat16 took 1.2 times as long, since fewer elements at once fit into
-the window in which a processor reorders instructions.
+of their own: with everything in one loop bfloat16 took 1.2 times as long, since fewer elements at
+once fit into the window in which a processor reorders instructions.
+
+[Note: rows by address]
+A set of rows is a tuple of an array of addresses and an empty array of the rows' dtype. Code is
+therefore compiled by dtype, whatever the number of rows and wherever they lie. ``_row`` returns
+elements of one of them as an array.
 """
 
 from collections.abc import Callable
@@ -29,6 +34,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
+from numba.np.numpy_support import carray
 
 from shardopt._typing import FloatArray
 
@@ -36,14 +42,14 @@ STAND_INS = {
     np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
     np.dtype(np.float16): np.dtype(np.int16),
 }
-"""What arrays of 16-bit floats are viewed as; see [Note: integers that stand in for floats]."""
+"""Integers for 16-bit floats; see [Note: integers that stand in for floats]."""
 
 _BLOCK_NUMEL = 1024
 _NUM_ACCUMULATORS = 64
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first use; keep the code on disk where some cache folder can be written."""
+    """Compile on first use, and keep the code on disk if a cache folder is writable."""
     try:
         return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # a read-only installation and no home folder
@@ -51,12 +57,17 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+_pointer_to: Callable[..., Any] = types.CPointer
 
 
-def _overload(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what the decorated function returns be compiled for ``function``; it is given types."""
-    decorator: Callable[..., Any] = overload(function, strict=False)  # lets annotations differ
-    return decorator
+def _chosen_by_type(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function for compiled code; its body is what ``choose`` returns for the types."""
+
+    def stub(*arguments: Any) -> Any:
+        raise NotImplementedError
+
+    overload(stub, strict=False)(choose)
+    return stub
 
 
 def _widen_bfloat16(element: Any) -> Any:
@@ -116,41 +127,29 @@ def _narrow_float16_by_bits(value: Any, like: Any) -> Any:
 
 
 def _converts_float16() -> bool:
-    """Whether the processor that is compiled for has instructions for it, as nearly all have.
+    """Return whether the processor has instructions that convert float16, as nearly all have.
 
-    Without them LLVM would call a C library that need not be there; by bits, an update takes
-    about twice as long.
+    Without them LLVM would call a C library that need not be installed. Converted by bits, an
+    update takes about twice as long.
     """
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
 
 
+@_intrinsic
+def _pointer(_: Any, address: Any, like: Any) -> Any:
+    """Return an address as a pointer to elements of the dtype of ``like``."""
+    pointer = _pointer_to(like.dtype)
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, like), generate
+
+
+@_chosen_by_type
 def _widen(element: Any) -> Any:
-    """The element in the dtype that is computed in; exact."""
-
-
-def _narrow(value: Any, like: Any) -> Any:
-    """The value rounded to the nearest in the 16-bit dtype of ``like``; a NaN stays one."""
-
-
-def _current(master: Any, param: Any) -> Any:
-    """The master, or the parameter if somebody wrote to it; a parameter without one is its own."""
-
-
-def _as_sum(source: Any, scratch: Any) -> Any:
-    """The only source in the dtype that is computed in: itself, or converted into ``scratch``."""
-
-
-def _store(values: Any, out: Any) -> Any:
-    """Copy values of the dtype that is computed in, rounding them where ``out`` has another."""
-
-
-def _is_finite(element: Any) -> Any:
-    """Whether the element is neither inf nor NaN."""
-
-
-@_overload(_widen)
-def _choose_widen(element: Any) -> Callable[..., Any]:
+    """Return the element, exactly, in the dtype that kernels compute in."""
     if isinstance(element, types.Float):
         return lambda element: element
     if element == types.uint16:
@@ -158,15 +157,26 @@ def _choose_widen(element: Any) -> Callable[..., Any]:
     return _widen_float16 if _converts_float16() else _widen_float16_by_bits
 
 
-@_overload(_narrow)
-def _choose_narrow(value: Any, like: Any) -> Callable[..., Any]:
+@_chosen_by_type
+def _widen_to(element: Any, like: Any) -> Any:
+    """Return the element, exactly, in the dtype of ``like``, a dtype that kernels compute in."""
+    if like == types.float64:
+        return lambda element, like: np.float64(_widen(element))
+    return lambda element, like: _widen(element)
+
+
+@_chosen_by_type
+def _narrow(value: Any, like: Any) -> Any:
+    """Return the value rounded to the nearest in the 16-bit dtype of ``like``; NaN stays NaN."""
     if like == types.uint16:
         return _narrow_bfloat16
     return _narrow_float16 if _converts_float16() else _narrow_float16_by_bits
 
 
-@_overload(_current)
-def _choose_current(master: Any, param: Any) -> Callable[..., Any]:
+@_chosen_by_type
+def _current(master: Any, param: Any) -> Any:
+    """Return the master, or the parameter if somebody wrote to it or it is its own master."""
+
     def follow(master: Any, param: Any) -> Any:
         written, rounded = np.float32(_widen(param)), np.float32(_widen(_narrow(master, param)))
         return master if rounded.view(np.uint32) == written.view(np.uint32) else written
@@ -174,8 +184,18 @@ def _choose_current(master: Any, param: Any) -> Callable[..., Any]:
     return (lambda master, param: master) if isinstance(param, types.Float) else follow
 
 
-@_overload(_as_sum)
-def _choose_as_sum(source: Any, scratch: Any) -> Callable[..., Any]:
+@_chosen_by_type
+def _master_of(param: Any, state: Any, start: Any, stop: Any) -> Any:
+    """Return elements [start, stop) of the master, or ``param`` if it is its own."""
+    if isinstance(param.dtype, types.Float):
+        return lambda param, state, start, stop: param
+    return lambda param, state, start, stop: state[2][start:stop]
+
+
+@_chosen_by_type
+def _as_sum(source: Any, scratch: Any) -> Any:
+    """Return the only source in the dtype of the sum: itself, or converted into ``scratch``."""
+
     def convert(source: Any, scratch: Any) -> Any:
         _copy(source, scratch)
         return scratch
@@ -183,15 +203,17 @@ def _choose_as_sum(source: Any, scratch: Any) -> Callable[..., Any]:
     return (lambda source, scratch: source) if source == scratch else convert
 
 
-@_overload(_store)
-def _choose_store(values: Any, out: Any) -> Callable[..., Any]:
+@_chosen_by_type
+def _store(values: Any, out: Any) -> Any:
+    """Copy computed values to ``out``, rounding them if it has another dtype."""
     if isinstance(out.dtype, types.Float):
         return lambda values, out: _copy(values, out)
     return lambda values, out: _round(values, out)
 
 
-@_overload(_is_finite)
-def _choose_is_finite(element: Any) -> Callable[..., Any]:
+@_chosen_by_type
+def _is_finite(element: Any) -> Any:
+    """Return whether the element is neither inf nor NaN."""
     if isinstance(element, types.Float):
         return lambda element: np.isfinite(element)
     if element == types.uint16:
@@ -200,9 +222,18 @@ def _choose_is_finite(element: Any) -> Callable[..., Any]:
 
 
 @_jit
+def _row(rows: Any, number: int, start: int, stop: int) -> FloatArray:
+    """Return elements [start, stop) of a row as an array; see [Note: rows by address]."""
+    addresses, like = rows
+    first = addresses[number] + start * like.itemsize
+    array: FloatArray = carray(_pointer(first, like), stop - start)
+    return array
+
+
+@_jit
 def _add(left: FloatArray, right: FloatArray, out: FloatArray) -> None:
     for i in range(out.size):
-        out[i] = _widen(left[i]) + _widen(right[i])
+        out[i] = _widen_to(left[i], out[i]) + _widen_to(right[i], out[i])
 
 
 @_jit
@@ -224,28 +255,29 @@ def _round(values: FloatArray, out: FloatArray) -> None:
 
 
 @_jit
-def _sum_sources(grads: FloatArray, start: int, stop: int, partials: FloatArray) -> FloatArray:
-    """Sum grads[:, start:stop] as [Note: the bits of a sum] says; may return a view of it.
+def _sum_sources(sources: Any, start: int, stop: int, partials: FloatArray) -> FloatArray:
+    """Sum elements [start, stop) of the rows by [Note: the bits of a sum].
 
     ``partials`` is a stack of the sums of complete subtrees, each half as large as the one below:
-    as many are joined after a pair of rows as its number has trailing one bits.
+    after a pair of rows, as many are joined as the number of the pair has trailing one bits.
+    The result is in ``partials``, or the row itself if it is the only one and has the dtype.
     """
-    num_sources = grads.shape[0]
-    numel = stop - start
+    num_sources, numel = sources[0].size, stop - start
     if num_sources == 1:
-        only: FloatArray = _as_sum(grads[0, start:stop], partials[0, :numel])
+        only: FloatArray = _as_sum(_row(sources, 0, start, stop), partials[0, :numel])
         return only
     depth = 0
-    for row in range(0, num_sources - 1, 2):
-        _add(grads[row, start:stop], grads[row + 1, start:stop], partials[depth, :numel])
+    for number in range(0, num_sources - 1, 2):
+        left, right = _row(sources, number, start, stop), _row(sources, number + 1, start, stop)
+        _add(left, right, partials[depth, :numel])
         depth += 1
-        bits = row >> 1
+        bits = number >> 1
         while bits & 1:
             depth -= 1
             _accumulate(partials[depth - 1, :numel], partials[depth, :numel])
             bits >>= 1
     if num_sources & 1:
-        _accumulate(partials[depth - 1, :numel], grads[num_sources - 1, start:stop])
+        _accumulate(partials[depth - 1, :numel], _row(sources, num_sources - 1, start, stop))
     while depth > 1:
         depth -= 1
         _accumulate(partials[depth - 1, :numel], partials[depth, :numel])
@@ -288,40 +320,43 @@ def _is_poisoned(param: FloatArray) -> bool:
 
 
 @_jit
-def update(
-    grads: FloatArray,
-    param: FloatArray,
-    master: FloatArray | None,
-    exp_avg: FloatArray,
-    exp_avg_sq: FloatArray,
-    partials: FloatArray,
-    sources_start: int,
-    local_zero: int,
-    start: int,
-    stop: int,
-    segments: Any,
-    coefficients: FloatArray,
-) -> int:
-    """Update the segments' parts within [start, stop); see ``Kernel.update``.
+def _update_run(
+    total: FloatArray, targets: Any, state: Any, start: int, stop: int, scalars: FloatArray
+) -> bool:
+    """Update elements [start, stop) in every target; return whether one became inf or NaN."""
+    param = _row(targets, 0, start, stop)
+    master = _master_of(param, state, start, stop)
+    _update_block(total, param, master, state[0][start:stop], state[1][start:stop], scalars)
+    num_written = 1 if param.itemsize == master.itemsize else 0  # the first is its own master
+    for number in range(num_written, targets[0].size):
+        _store(master, _row(targets, number, start, stop))
+    poisoned: bool = _is_poisoned(param)
+    return poisoned
 
-    Returns the position of the first block with a parameter that is not finite, or -1.
+
+@_jit
+def update(sources: Any, targets: Any, state: Any, partials: FloatArray, plan: Any) -> int:
+    """Update part of a shard; see ``Kernel.update`` and [Note: rows by address].
+
+    Args:
+        sources: Gradients.
+        targets: Parameters.
+        state: exp_avg, exp_avg_sq and, for 16-bit parameters, the master.
+        partials: For ``_sum_sources``; its rows are at least as long as a block.
+        plan: Start, stop, segments and coefficients, as in ``UpdatePlan``.
+
+    Returns:
+        The position of the first block with a parameter that is not finite, or -1.
     """
+    start, stop, segments, coefficients = plan
     poisoned = -1
     for segment in range(segments.shape[0]):
         begin, end = max(segments[segment, 0], start), min(segments[segment, 1], stop)
         scalars = coefficients[segments[segment, 2]]
         while begin < end:
             block_end = min(end, (begin // _BLOCK_NUMEL + 1) * _BLOCK_NUMEL)
-            local, local_end = begin - local_zero, block_end - local_zero
-            total = _sum_sources(grads, begin - sources_start, block_end - sources_start, partials)
-            block = param[begin:block_end]
-            m, v = exp_avg[local:local_end], exp_avg_sq[local:local_end]
-            if master is None:
-                _update_block(total, block, block, m, v, scalars)
-            else:
-                _update_block(total, block, master[local:local_end], m, v, scalars)
-                _round(master[local:local_end], block)
-            if poisoned < 0 and _is_poisoned(block):
+            total = _sum_sources(sources, begin, block_end, partials)
+            if _update_run(total, targets, state, begin, block_end, scalars) and poisoned < 0:
                 poisoned = begin
             begin = block_end
     return poisoned
@@ -329,7 +364,7 @@ def update(
 
 @_jit
 def _square_sum(values: FloatArray, accumulators: FloatArray) -> float:
-    """Sum squares in float64: every 64th into one accumulator, a fixed order that vectorises."""
+    """Sum squares in float64, every 64th in one accumulator: a fixed order that vectorises."""
     accumulators[:] = 0.0
     for base in range(0, values.size, _NUM_ACCUMULATORS):
         run = values[base : base + _NUM_ACCUMULATORS]
@@ -343,24 +378,18 @@ def _square_sum(values: FloatArray, accumulators: FloatArray) -> float:
 
 
 @_jit
-def reduce(
-    grads: FloatArray,
-    out: FloatArray | None,
-    partials: FloatArray,
-    first: int,
-    start: int,
-    stop: int,
-    square_sums: FloatArray | None,
-) -> None:
-    """Reduce the chunks of [start, stop); see ``Kernel.reduce``.
+def reduce(sources: Any, out: Any, partials: FloatArray, span: Any, square_sums: Any) -> None:
+    """Reduce the chunks of a span; see ``Kernel.reduce``.
 
-    ``first`` is where ``out`` starts; ``partials`` has rows as long as a chunk.
+    ``span`` is start and stop; ``out`` and ``square_sums`` begin at its start. The rows of
+    ``partials`` are as long as a chunk.
     """
+    start, stop = span
     accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
     chunk_numel = partials.shape[1]
     for begin in range(start, stop, chunk_numel):
-        total = _sum_sources(grads, begin, begin + chunk_numel, partials)
+        total = _sum_sources(sources, begin, begin + chunk_numel, partials)
         if out is not None:
-            _store(total, out[begin - first : begin - first + chunk_numel])
+            _store(total, out[begin - start : begin - start + chunk_numel])
         if square_sums is not None:
-            square_sums[(begin - first) // chunk_numel] = _square_sum(total, accumulators)
+            square_sums[(begin - start) // chunk_numel] = _square_sum(total, accumulators)

@@ -1,1 +1,1 @@
-"""The files of a checkpoint; needs no MPI."""
+"""The files of a checkpoint: what is in them, and how they are written and read. Needs no MPI."""

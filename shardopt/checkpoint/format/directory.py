@@ -1,6 +1,5 @@
-"""A directory of checkpoints: which steps there are, and which may go."""
+"""A directory of checkpoints: which there are, and which may be removed."""
 
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +12,12 @@ STEP_NAME = re.compile(r"step-(\d{12,19})(?:\.(\d{1,9}))?")
 
 
 class StepFolder(NamedTuple):
-    """A committed checkpoint. In order of age: by step, then by how often the step was saved.
+    """A committed checkpoint. Sorts by step, then by how often the step has been saved.
 
     Attributes:
-        step: Of the training run.
-        repeat: 0 for the first checkpoint of the step.
-        path: Its folder.
+        step: The step of the training run.
+        repeat: 0 for the first checkpoint of the step, then 1, 2 ...
+        path: The folder.
     """
 
     step: int
@@ -26,18 +25,29 @@ class StepFolder(NamedTuple):
     path: Path
 
 
-def step_names(step: int) -> Iterator[str]:
-    """Give the names that checkpoints of a step have, one after another."""
-    name = f"step-{step:012d}"
-    return itertools.chain([name], (f"{name}.{repeat}" for repeat in range(1, 10**9)))
+class StepNames:
+    """The names of checkpoints of a step: ``step-000000001200``, ``step-000000001200.1`` ...
+
+    Args:
+        step: The step of the training run; looked at when names are asked for.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def __iter__(self) -> Iterator[str]:
+        name = f"step-{self._step:012d}"
+        yield name
+        for repeat in range(1, 10**9):
+            yield f"{name}.{repeat}"
 
 
 def list_checkpoints(directory: Path, stripped: bool = False) -> list[StepFolder]:
     """Find the checkpoints of a directory, oldest step first; none if there is no directory.
 
     Args:
-        directory: Where to look.
-        stripped: Give also those that have lost their manifest.
+        directory: The directory.
+        stripped: Include those that have lost their manifest.
 
     Raises:
         OSError: The directory cannot be read.
@@ -48,19 +58,19 @@ def list_checkpoints(directory: Path, stripped: bool = False) -> list[StepFolder
         if match and path.is_dir() and (stripped or (path / MANIFEST_NAME).exists()):
             found.append(StepFolder(int(match[1]), int(match[2] or 0), path))
         elif match and not os.path.lexists(path):
-            return list_checkpoints(directory, stripped)  # removed just now, for one unknown yet
+            return list_checkpoints(directory, stripped)  # it has just been replaced by a newer one
     return sorted(found)
 
 
-def superfluous(
+def removable(
     folders: Sequence[StepFolder], keep_last: int, keep: Iterable[Path] = ()
 ) -> list[StepFolder]:
-    """Give those that may be removed.
+    """Return the checkpoints that may be removed.
 
     Args:
-        folders: Oldest first.
-        keep_last: So many of the last stay.
-        keep: These stay as well.
+        folders: All checkpoints, oldest first.
+        keep_last: Number of checkpoints to keep, from the end.
+        keep: Checkpoints to keep in any case.
     """
     kept = set(keep)
     return [

@@ -1,11 +1,12 @@
 """Everything that changes the file system; no other module of checkpoints does.
 
 [Note: what survives a loss of power]
-A file's bytes are safe after fsync of the file, its name after fsync of its folder. So: data files,
-each with fsync; the manifest under another name, fsync, rename; fsync of the folder, which by then
-holds all names; rename of the folder to its final name, which is the commit; fsync of the folders
-above. A checkpoint is acknowledged after that. Until the commit its folder has a name that no
-reader looks at, so that there is no moment at which half of a checkpoint can be taken for one.
+A file's bytes are safe after fsync of the file, its name after fsync of its folder. So a save
+writes the data files, each with fsync; writes the manifest under another name, with fsync, and
+renames it; calls fsync for the folder, which by then holds all names; renames the folder to its
+final name, which is the commit; and calls fsync for the folders above. It is acknowledged after
+that. Until the commit the folder has a name that no reader looks at, so there is no moment at which
+half a checkpoint can be mistaken for one.
 """
 
 import errno
@@ -14,8 +15,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from threading import local
 from typing import Protocol
@@ -30,29 +31,30 @@ from shardopt.checkpoint.format.image import (
     run_all,
 )
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
+from shardopt.layout.span import Span
 
 UNFINISHED_PREFIX = ".unfinished-"
 REMOVED_PREFIX = ".removed-"
 
-_NUM_WRITERS = 4  # requests in flight; they mostly wait
+_NUM_WRITERS = 4  # threads, which mostly wait for the disk
 _YOUNG_S = 60.0
 
 
 class Image(Protocol):
-    """What can be written: see ``FileImage``."""
+    """The content of a file to be written; see ``FileImage``."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
         ...
 
-    def piece(self, start: int, stop: int, buffer: Bytes) -> Bytes:
-        """Give bytes [start, stop), in ``buffer`` or elsewhere on a page."""
+    def piece(self, span: Span, buffer: Bytes) -> Bytes:
+        """Return some bytes of the file, in ``buffer`` or elsewhere from a page on."""
         ...
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; another job may be making them, too."""
+    """Make a folder and those above it, which another job may be making at the same time."""
     if not path.is_dir():
         make_folder(path.parent)
         with suppress(FileExistsError):
@@ -66,49 +68,49 @@ def make_unfinished(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make durable which names a folder has."""
+    """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # it has none, as with autofs
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # autofs has no fsync
             raise
     finally:
         os.close(fd)
 
 
 def write_file(path: Path, image: Image) -> str:
-    """Write a new file durably, past the page cache where the file system lets us.
+    """Write a new file durably, past the page cache where the file system allows it.
 
-    Digests are of what is in memory: what happens to the bytes on their way is found by whoever
-    reads them.
+    Digests are of the bytes in memory, so that readers find what happens to them on their way.
 
     Returns:
-        The digests of its chunks, one after another, in hexadecimal digits.
+        The digests of the chunks, one after another, in hexadecimal digits.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     fd = _open_new(path)
-    # Direct writes are of whole pages; what is behind the last of them goes through the cache.
+    # Direct writes are of whole pages; the bytes behind the last one go through the cache.
     tail = image.nbytes // HEADER_ALIGNMENT * HEADER_ALIGNMENT
     buffers = local()
 
-    def write_piece(start: int) -> str:
+    def write_piece(span: Span) -> str:
         if not hasattr(buffers, "own"):
             buffers.own = aligned_empty(PIECE_NBYTES)
-        piece = image.piece(start, min(start + PIECE_NBYTES, image.nbytes), buffers.own)
+        piece = image.piece(span, buffers.own)
         digests = [
-            xxhash.xxh3_128_hexdigest(piece[chunk : chunk + CHUNK_NBYTES].data)
-            for chunk in range(0, len(piece), CHUNK_NBYTES)
+            xxhash.xxh3_128_hexdigest(piece[chunk.index_in(span)].data)
+            for chunk in span.chunks(CHUNK_NBYTES)
         ]
-        _write_all(fd, piece[: tail - start].data, start)
+        _write_all(fd, piece[: tail - span.start].data, span.start)
         return "".join(digests)
 
     try:
-        digests = run_all(write_piece, range(0, image.nbytes, PIECE_NBYTES), _NUM_WRITERS)
+        pieces = list(Span(0, image.nbytes).chunks(PIECE_NBYTES))
+        digests = run_all(write_piece, pieces, _NUM_WRITERS)
         _write_through_cache(fd)
-        rest = image.piece(tail, image.nbytes, aligned_empty(HEADER_ALIGNMENT))
+        rest = image.piece(Span(tail, image.nbytes), aligned_empty(HEADER_ALIGNMENT))
         _write_all(fd, rest.data, tail)
         os.fsync(fd)
     finally:
@@ -117,7 +119,7 @@ def write_file(path: Path, image: Image) -> str:
 
 
 def write_manifest(folder: Path, text: bytes) -> None:
-    """Write the manifest, which makes a folder of files a checkpoint, durably."""
+    """Write the manifest durably, which makes a folder of files a checkpoint."""
     part = folder / f"{MANIFEST_NAME}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -130,11 +132,11 @@ def write_manifest(folder: Path, text: bytes) -> None:
 
 
 def commit(folder: Path, final: Path) -> None:
-    """Give a finished folder its name.
+    """Rename a finished folder to its final name.
 
     Raises:
-        FileExistsError: There is something of that name.
-        OSError: That cannot be made durable; the folder has its old name then.
+        FileExistsError: Something has that name already.
+        OSError: The new name cannot be made durable; the folder has its old name then.
     """
     try:
         os.rename(folder, final)
@@ -154,48 +156,60 @@ def commit(folder: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: first its name, so that nobody takes what is left of it for one."""
+    """Remove a checkpoint: first its name, so that nobody mistakes the remains for one."""
     trash = folder.with_name(f"{REMOVED_PREFIX}{secrets.token_hex(4)}-{folder.name}")
-    with suppress(FileNotFoundError):  # another job may be removing it, or what is left of it
+    with suppress(FileNotFoundError):  # another job may be removing it, too
         os.rename(folder, trash)
         sync_folder(folder.parent)
         shutil.rmtree(trash)
 
 
 def discard(folder: Path) -> None:
-    """Remove what was never committed, as far as that can be done."""
+    """Remove a folder that was never committed, as far as that is possible."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Let other jobs see that a folder is being written; the mark goes when this process does."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # some file systems have no locks: then its age protects it
+class FolderLock:
+    """A shared lock that tells other jobs that a folder is being written.
+
+    It is taken at once, and released by ``release``, with the object, or with the process.
+
+    Args:
+        folder: The folder.
+
+    Attributes:
+        release: Releases the lock; a second call does nothing.
+
+    Raises:
+        OSError: The folder cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self.release = weakref.finalize(self, os.close, fd)
+        with suppress(
+            OSError
+        ):  # some file systems have no locks; the folder's age protects it then
             fcntl.flock(fd, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(fd)
 
 
-def leftovers(directory: Path) -> list[Path]:
-    """Find what dead jobs have left unfinished in a directory of checkpoints."""
+def stale_folders(directory: Path) -> list[Path]:
+    """Find the folders that dead jobs have left unfinished in a directory of checkpoints."""
     return [
         folder
         for folder in directory.iterdir()
-        if folder.name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX)) and _is_abandoned(folder)
+        if folder.name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX)) and _is_stale(folder)
     ]
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what dead jobs have left unfinished in a directory of checkpoints."""
-    for folder in leftovers(directory):
+def remove_stale_folders(directory: Path) -> None:
+    """Remove the folders that dead jobs have left unfinished in a directory of checkpoints."""
+    for folder in stale_folders(directory):
         discard(folder)
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Whether no living process of this machine writes there, nor another one just made it."""
+def _is_stale(folder: Path) -> bool:
+    """Return whether a folder is old, and no living process of this machine writes there."""
     try:
         if time.time() - folder.stat().st_mtime < _YOUNG_S:
             return False
@@ -218,7 +232,7 @@ def _open_new(path: Path) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # it may have been made all the same
+    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # the first call may have made it
 
 
 def _write_through_cache(fd: int) -> None:
@@ -233,4 +247,4 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL or not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
                 raise
-            _write_through_cache(fd)  # a file system that promises direct writes, and refuses them
+            _write_through_cache(fd)  # some file systems promise direct writes, and refuse them

@@ -1,22 +1,23 @@
-"""Fields of JSON that nobody vouches for, each read as what it must be."""
+"""Fields of JSON that is not trusted, each of which is checked as it is read."""
 
 import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from shardopt.checkpoint.format.messages import must
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 
-MAX_INTEGER_BITS = 3300  # a state of random numbers has integers of 128 bits and more
+MAX_INTEGER_BITS = 3300  # the state of a random generator has integers of 128 bits and more
 
-_MAX_DIGITS = 1000  # so many bits have less
+_MAX_DIGITS = 1000  # enough for that many bits
 _MAX_COUNT = 1 << 62
 _MAX_DIMENSIONS = 64
 _SHOWN_LENGTH = 80
 
 
 def damaged(what: str, rule: str, got: object) -> DamagedCheckpointError:
-    """Make the error that says what is wrong with a checkpoint."""
+    """Return the error for something in a checkpoint that is not what it must be."""
     try:
         plain = isinstance(got, str) and got != "" and got.isprintable()
         shown = str(got) if plain else repr(got)
@@ -24,14 +25,14 @@ def damaged(what: str, rule: str, got: object) -> DamagedCheckpointError:
         shown = "something very deep"
     if len(shown) > _SHOWN_LENGTH:
         shown = shown[:_SHOWN_LENGTH] + "..."
-    return DamagedCheckpointError(f"{what} must {rule}; got {shown}. Use another checkpoint.")
+    return DamagedCheckpointError(must(what, rule, shown, "Use another checkpoint"))
 
 
 def parse_json(text: bytes, where: str) -> Any:
     """Parse JSON in which no key occurs twice and every number is finite.
 
     Raises:
-        DamagedCheckpointError: It is no such thing, or too deep.
+        DamagedCheckpointError: The text is something else, or is nested too deeply.
     """
 
     def integer(digits: str) -> int:
@@ -67,11 +68,11 @@ def parse_json(text: bytes, where: str) -> Any:
 class Fields:
     """A JSON object whose fields are checked as they are read.
 
-    Every method raises ``DamagedCheckpointError``, naming the field, where it is not what it must
-    be.
+    Every method raises ``DamagedCheckpointError``, which names the field, if the field is not what
+    it must be.
 
     Attributes:
-        where: What the object is, for messages.
+        where: A name for the object, for messages.
     """
 
     def __init__(self, value: Any, where: str) -> None:
@@ -81,75 +82,73 @@ class Fields:
         self._value = value
 
     def get(self, name: str) -> Any:
-        """Any value."""
+        """Return any value."""
         if name not in self._value:
             raise damaged(self.where, f"have the field {name!r}", "none")
         return self._value[name]
 
     def text(self, name: str) -> str:
-        """A string."""
+        """Return a string."""
         return str(self._typed(name, str, "a string"))
 
     def texts(self) -> dict[str, str]:
-        """All fields, which must be strings."""
+        """Return all fields, which must be strings."""
         return {name: self.text(name) for name in self._value}
 
     def choice(self, name: str, choices: Sequence[str]) -> str:
-        """One of some strings."""
+        """Return a string, which must be one of ``choices``."""
         value = self.text(name)
         if value not in choices:
             raise damaged(f"{name} of {self.where}", f"be one of {', '.join(choices)}", value)
         return value
 
     def count(self, name: str) -> int:
-        """A whole number in [0, 2**62]."""
+        """Return a whole number in [0, 2**62]."""
         return self.counts([self.get(name)], f"{name} of {self.where}")[0]
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """Return a finite number."""
         value = self.get(name)
         if type(value) not in (int, float) or abs(value) > _MAX_COUNT << _MAX_DIMENSIONS:
             raise damaged(f"{name} of {self.where}", "be a number", value)
         return float(value)
 
     def array(self, name: str) -> list[Any]:
-        """A list."""
+        """Return a list."""
         return list(self._typed(name, list, "a list"))
 
     def object(self, name: str) -> "Fields":
-        """An object."""
+        """Return an object."""
         return Fields(self.get(name), f"{name} of {self.where}")
 
     def objects(self, name: str) -> Iterator["Fields"]:
-        """A list of objects."""
+        """Yield the objects of a list."""
         for index, value in enumerate(self.array(name)):
             yield Fields(value, f"{name}[{index}] of {self.where}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Lengths of some dimensions, the product of which is a count, too."""
+        """Return a shape, the number of elements of which is at most 2**62."""
         shape = tuple(self.counts(self.get(name), f"{name} of {self.where}"))
         if len(shape) > _MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > _MAX_COUNT:
-            raise damaged(f"{name} of {self.where}", "be of less dimensions or elements", shape)
+            raise damaged(f"{name} of {self.where}", "have fewer dimensions or elements", shape)
         return shape
 
     def require_version(self, expected_format: str, version: int) -> None:
-        """Refuse what is no checkpoint, or one of the future.
+        """Refuse what is not a checkpoint, and checkpoints that need a newer reader.
 
         Raises:
-            CheckpointError: It needs a newer reader.
+            CheckpointError: The checkpoint needs a newer reader.
         """
         if self.text("format") != expected_format:
             raise damaged(self.where, f"be of format {expected_format!r}", self.text("format"))
         needed = self.count("min_reader_version")
         if needed > version:
-            raise CheckpointError(
-                f"{self.where} must be of format version {version} or older; got {needed}. "
-                "Install a newer shardopt."
-            )
+            rule = f"be of format version {version} or older"
+            raise CheckpointError(must(self.where, rule, needed, "Install a newer shardopt"))
 
     @staticmethod
     def counts(value: Any, where: str) -> list[int]:
-        """A list of whole numbers in [0, 2**62]."""
+        """Return a list of whole numbers in [0, 2**62]."""
         if not isinstance(value, list):
             raise damaged(where, "be a list of whole numbers", type(value).__name__)
         for number in value:

@@ -1,7 +1,7 @@
-"""Python values as JSON and arrays, and back: what ``extra`` and param groups may hold.
+"""Values of ``extra`` and of param groups, as JSON with arrays beside it, and back.
 
-JSON has no tuples, no inf and NaN, no keys but strings and no arrays. An object with one key that
-begins with ``$`` stands for one of those, or for a dict that itself has such a key.
+JSON has no tuples, no inf and NaN, no arrays, and no keys other than strings. An object with a
+single key that begins with ``$`` stands for one of those, or for a dict that has such a key itself.
 """
 
 import math
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from shardopt.checkpoint.format.fields import MAX_INTEGER_BITS, Fields, damaged
 from shardopt.checkpoint.format.manifest import ARRAY_DTYPES
+from shardopt.checkpoint.format.messages import must
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 
 Array = NDArray[Any]
 
+_CONVERT = "Convert it, or leave it out"
 _MAX_DEPTH = 64
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -28,14 +30,14 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
     Args:
         value: None, bool, int, float, str, list, tuple, dict, NumPy scalar, or anything that NumPy
             makes an array of without a copy of objects, as torch's tensors on the CPU.
-        where: What it is, for messages.
+        where: A name for the value, for messages.
         file: Index of the file that holds the arrays.
-        arrays: Arrays found are appended here, C-contiguous; the JSON refers to them by file and
-            index.
-        depth: How deep in a larger value it is.
+        arrays: Arrays found are appended to this list, C-contiguous; the JSON refers to them by
+            file and index.
+        depth: How deep the value lies in a larger one.
 
     Raises:
-        CheckpointError: Something in it cannot be saved; names it.
+        CheckpointError: Something in it, which the message names, cannot be saved.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -45,17 +47,17 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
         return str.__str__(value)  # of a subclass, such as an enum, too
     if isinstance(value, int):
         if value.bit_length() > MAX_INTEGER_BITS:
-            raise CheckpointError(
-                f"{where} must have at most {MAX_INTEGER_BITS} bits; got {value.bit_length()}. "
-                "Save it as text, or leave it out."
+            rule, remedy = (
+                f"have at most {MAX_INTEGER_BITS} bits",
+                "Save it as text, or leave it out",
             )
+            raise CheckpointError(must(where, rule, value.bit_length(), remedy))
         return int.__int__(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if depth == _MAX_DEPTH:
-        raise CheckpointError(
-            f"{where} must be at most {_MAX_DEPTH} deep; got more. Does it refer to itself?"
-        )
+        rule, remedy = f"be at most {_MAX_DEPTH} deep", "Check whether it refers to itself"
+        raise CheckpointError(must(where, rule, "more", remedy))
     if isinstance(value, Mapping):
         return _encode_mapping(value, where, file, arrays, depth)
     if isinstance(value, list | tuple):
@@ -66,16 +68,16 @@ def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 
 
 
 def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
-    """Turn JSON of ``encode`` back into the value.
+    """Turn the JSON that ``encode`` made back into the value.
 
     Args:
         value: The JSON.
-        array: Gives the array of a file and index, or what stands for it; or raises
+        array: Returns the array of a file and index, or what stands for it, or raises
             ``IndexError``.
-        depth: How deep in a larger value it is.
+        depth: How deep the value lies in a larger one.
 
     Raises:
-        DamagedCheckpointError: ``encode`` does not write this.
+        DamagedCheckpointError: ``encode`` does not write such JSON.
     """
     if depth > 2 * _MAX_DEPTH:
         raise damaged("a value", f"be at most {_MAX_DEPTH} deep", "more")
@@ -112,15 +114,13 @@ def _encode_mapping(
 
 
 def _encode_key(key: Any, where: str, depth: int) -> Any:
-    """Encode what comes back as a key: arrays do not, though torch's tensors are hashable."""
+    """Encode a key, which must come back as one: torch's tensors are hashable, arrays are not."""
     encoded = encode(key, where, 0, [], depth)
     try:
         hash(decode(encoded, _no_array))
     except (DamagedCheckpointError, TypeError):
-        raise CheckpointError(
-            f"{where} must be None, a number, text or a tuple of those; got {type(key).__name__}. "
-            "Convert it, or leave it out."
-        ) from None
+        rule = "be None, a number, text or a tuple of those"
+        raise CheckpointError(must(where, rule, type(key).__name__, _CONVERT)) from None
     return encoded
 
 
@@ -152,9 +152,7 @@ def _as_array(value: Any, where: str) -> Array:
             array = None
     if array is None or array.dtype.name not in ARRAY_DTYPES:
         got = type(value).__name__ if array is None else f"an array of {array.dtype}"
-        raise CheckpointError(
-            f"{where} must be None, a number, text, list, tuple, dict or array; got {got}. "
-            "Convert it, or leave it out."
-        )
+        rule = "be None, a number, text, list, tuple, dict or array"
+        raise CheckpointError(must(where, rule, got, _CONVERT))
     array = np.asarray(array, array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(array.shape)

@@ -1,4 +1,4 @@
-"""What a state that ``capture_rng`` gave must look like; see [Note: nothing but values]."""
+"""The form of a state that ``capture_rng`` has returned; see [Note: nothing but values]."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,26 +7,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike
 
-from shardopt.errors import CheckpointError
+from shardopt.checkpoint.format.messages import require
 
 Reader: TypeAlias = Callable[[str, Any], Any]
-"""Takes the name of a value and the value; copies its dicts and lists, or raises."""
+"""Takes the name of a value and the value; returns the value with dicts and lists copied, or raises
+``CheckpointError``."""
 
 UNDAMAGED = "Load an undamaged checkpoint"
 
 
-def require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
-    """Raise what reads ``<name> must <rule>; got <got>. <remedy>.`` unless it ``holds``.
-
-    Raises:
-        CheckpointError: It does not.
-    """
-    if not holds:
-        raise CheckpointError(f"{name} must {rule}; got {got}. {remedy}.")
-
-
 def brief(value: object) -> str:
-    """Describe what may be anything in a few words."""
+    """Describe any value in a few words."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} with shape {value.shape}"
     if isinstance(value, Mapping):
@@ -116,7 +107,7 @@ _KIND_RULE = f"be one of {', '.join(_BIT_GENERATORS)}"
 
 
 def _bit_generator(**more: Reader) -> Reader:
-    """Read the state of a bit generator, whose keys depend on its kind, with ``more`` beside it."""
+    """Return a reader for a bit generator's state, whose keys depend on its kind, plus ``more``."""
 
     def read(name: str, value: Any) -> Any:
         kind: Any = value.get("bit_generator") if isinstance(value, Mapping) else value
@@ -144,7 +135,7 @@ def require_kind(
     """Refuse a bit generator that is not NumPy's own, or not of the kind that was ``saved``.
 
     Raises:
-        CheckpointError: It is another.
+        CheckpointError: It is of another kind.
     """
     kind = type(bit_generator).__name__
     own = kind in _BIT_GENERATORS and type(bit_generator) is getattr(np.random, kind)

@@ -1,10 +1,10 @@
 """A rank's random streams as plain values, for a checkpoint to keep and a resumed run to continue.
 
 [Note: nothing but values]
-A state is made of JSON values and NumPy arrays. None of it is unpickled, and none of it is taken
-for the name of something to import. But generators trust what they are given: NumPy's would draw
-from beyond the end of their arrays. So all of a state is compared with the forms in
-``rng_form.py``, which know every key, range, dtype and shape, before any generator sees it.
+A state consists of JSON values and NumPy arrays. None of it is unpickled, and none of it names
+something to import. But generators trust the states they are given: NumPy's would read beyond the
+end of their arrays. So before any generator sees a state, all of it is checked against the forms in
+``form.py``, which know every key, range, dtype and shape.
 """
 
 import random
@@ -17,8 +17,10 @@ import numpy as np
 from mpi4py import MPI
 from numpy.random.mtrand import get_bit_generator
 
-from shardopt.checkpoint.rng.form import UNDAMAGED, brief, read_state, require, require_kind
-from shardopt.comm.consensus import attempt, digest_of, first_difference, raise_first
+from shardopt.checkpoint.format.messages import require
+from shardopt.checkpoint.rng.form import UNDAMAGED, brief, read_state, require_kind
+from shardopt.comm.consensus import attempt, digest_of, first_difference, portable, raise_first
+from shardopt.comm.failure import Abort
 from shardopt.comm.waiting import deadline
 from shardopt.errors import RandomStreamWarning, RankMismatchError
 from shardopt.policy import ShardPolicy
@@ -26,35 +28,35 @@ from shardopt.report import tell
 
 _Setter: TypeAlias = Callable[[], object]
 
-_PYTHON_VERSION = 3  # of what random.getstate() gives, since Python 3.2
+_PYTHON_VERSION = 3  # the version of states of random.getstate(), since Python 3.2
 _NUMPY = "NumPy's own functions"
 
 
 def capture_rng(**generators: np.random.Generator) -> dict[str, Any]:
-    """Copy this rank's random state: what Python, NumPy, torch and CuPy draw from, and generators.
+    """Copy this rank's random state: that of Python, NumPy, torch and CuPy, and of generators.
 
-    Meant for the part of a checkpoint that every rank has its own of::
+    Save it in the part of a checkpoint that each rank has for itself::
 
         extra={"per_rank": capture_rng(order=generator)}
 
     The streams are those of Python's ``random``; of NumPy's functions, such as ``np.random.rand``;
-    of torch on the CPU and, where CUDA is initialised, on every device; and of CuPy on the current
-    device. torch and CuPy are left out where nobody has imported them. JAX has no such state: its
-    keys are values, and go into the checkpoint as they are. What ``Generator.spawn`` would give is
-    not part of a generator's state, and not restored.
+    of torch on the CPU and, if CUDA is initialised, on every device; and of CuPy on the current
+    device. torch and CuPy are left out if nobody has imported them. JAX has no such state: its keys
+    are values, which you can save as they are. The number of calls of ``Generator.spawn`` is not
+    part of a generator's state, and is not restored.
 
-    CuPy does not tell its state. Its stream is therefore begun anew with a number drawn from it,
-    now and again by ``restore_rng``. So a resumed run draws what this one goes on to draw, but that
-    is something else than if nothing had been captured.
+    CuPy does not reveal its state. Its stream is therefore seeded with a number drawn from it, now
+    and again by ``restore_rng``. So a resumed run draws the same numbers as this one goes on to
+    draw, but not those that would have been drawn if nothing had been captured.
 
     Args:
-        **generators: NumPy generators, each under the name that ``restore_rng`` will know it by.
+        **generators: NumPy generators, under the names that ``restore_rng`` will use for them.
 
     Returns:
         JSON values and NumPy arrays, a few kilobytes.
 
     Raises:
-        CheckpointError: One is no generator of NumPy's; nothing has changed then.
+        CheckpointError: A generator is not one of NumPy's; nothing has changed then.
     """
     for name in ("states", "comm"):
         rule, got = "have names other than restore_rng's arguments", repr(name)
@@ -65,11 +67,11 @@ def capture_rng(**generators: np.random.Generator) -> dict[str, Any]:
         "numpy": dict(np.random.get_state(legacy=False)),
         "generators": {name: dict(given.bit_generator.state) for name, given in generators.items()},
         "torch": _capture_torch(),
-        "cupy": _capture_cupy(),  # the last, as it alone changes something
+        "cupy": _capture_cupy(),  # last, as it changes something
     }
 
 
-@deadline(ShardPolicy().timeout_s, "restore_rng()")
+@deadline(ShardPolicy().timeout_s, "restore_rng()", Abort())
 def restore_rng(
     states: Sequence[Mapping[str, Any]],
     comm: MPI.Intracomm | None = None,
@@ -77,23 +79,23 @@ def restore_rng(
 ) -> None:
     """Continue the random streams that ``capture_rng`` copied.
 
-    On as many ranks as saved them every rank goes on where its predecessor was: all draws are
-    equal. On any other number there is nothing to continue. Then every stream of this rank is
-    seeded anew, from all that was saved, the number of ranks and this one: differently on every
-    rank, and alike whenever it is repeated.
+    On as many ranks as saved them, each rank goes on where its predecessor was: all draws are
+    equal. On any other number of ranks nothing can be continued. Then every stream is seeded from
+    all saved states, the number of ranks and this rank: differently on every rank, and in the same
+    way whenever that is repeated.
 
-    A stream of torch or CuPy that was saved is ignored where the framework has not been imported
-    or the device is not there; import what is to be continued. One that was not saved stays as it
-    is, unless all are seeded anew.
+    A saved stream of torch or CuPy is ignored if the framework has not been imported or the device
+    is missing, so import what you want to continue. A stream that was not saved stays as it is,
+    unless all are seeded.
 
-    Collective: every rank, within ``ShardPolicy``'s usual ``timeout_s``, or the job ends. What one
-    rank finds wrong, all raise, and nothing has changed then; only a device that fails while it is
-    being seeded leaves some streams changed.
+    Collective: every rank, within the default ``timeout_s`` of ``ShardPolicy``; otherwise the job
+    ends. If one rank finds an error, all raise it, and nothing has changed; only a device that
+    fails while it is being seeded leaves some streams changed.
 
     Args:
-        states: What ``capture_rng`` gave on every rank of the job that saved, in rank order; the
-            same list on every rank.
-        comm: The ranks; None is all of them.
+        states: What ``capture_rng`` returned on every rank of the job that saved, in rank order;
+            the same list on every rank.
+        comm: The ranks; None means all of them.
         **generators: Those given to ``capture_rng``, by the same names; changed in place.
 
     Raises:
@@ -101,23 +103,27 @@ def restore_rng(
         RankMismatchError: Ranks have different numbers of states.
 
     Warns:
-        RandomStreamWarning: All streams are seeded anew; seen on rank 0.
+        RandomStreamWarning: All streams have been seeded; shown on rank 0.
     """
     comm = MPI.COMM_WORLD if comm is None else comm
-    setters, error = attempt(partial(_plan, states, comm.rank, comm.size, generators))
-    raise_first(comm.allgather(error), error)
+    setters, error = attempt(_plan, states, comm.rank, comm.size, generators)
+    raise_first(comm.allgather(portable(error)), error)
     assert setters is not None
     mismatch = first_difference(comm.allgather({"the number of states": len(states)}))
     if mismatch is not None:
         raise RankMismatchError(mismatch)
     if len(states) != comm.size:
-        text = (
-            f"random streams must be continued on as many ranks as saved them, {len(states)}; got "
-            f"{comm.size}. They are seeded anew, differently on every rank."
-        )
-        tell(RandomStreamWarning(text), aloud=comm.rank == 0)
+        _warn_of_new_seeds(len(states), comm)
     _, error = attempt(lambda: [setter() for setter in setters])  # a device may fail even now
-    raise_first(comm.allgather(error), error)
+    raise_first(comm.allgather(portable(error)), error)
+
+
+def _warn_of_new_seeds(num_states: int, comm: MPI.Intracomm) -> None:
+    text = (
+        f"random streams cannot be continued: {num_states} ranks have saved them, but this job has "
+        f"{comm.size}. They are seeded, differently on every rank."
+    )
+    tell(RandomStreamWarning(text), aloud=comm.rank == 0)
 
 
 def _capture_python() -> dict[str, Any]:
@@ -157,10 +163,10 @@ def _seed_cupy(cupy: Any, seed: int) -> None:
 def _plan(
     states: Any, rank: int, size: int, generators: Mapping[str, np.random.Generator]
 ) -> list[_Setter]:
-    """Check everything, and give what changes the streams once it is called."""
+    """Check everything, and return functions that will change the streams."""
     is_list = isinstance(states, Sequence) and len(states) > 0
     rule = "be a list with an entry for every rank that saved"
-    require(is_list, "states", rule, brief(states), "Pass what the checkpoint gave for per_rank")
+    require(is_list, "states", rule, brief(states), "Pass the per_rank of the checkpoint")
     _require_supported(generators)
     if len(states) == size:
         name = f"states[{rank}]"
@@ -213,7 +219,7 @@ def _continue_torch(name: str, state: Mapping[str, Any] | None) -> Iterator[_Set
     for index, array in enumerate(state["cuda"][:num_devices]):
         setters[f"cuda:{index}"] = array, partial(torch.cuda.set_rng_state, device=index)
     for device, (array, setter) in setters.items():
-        saved = torch.from_numpy(array.copy())  # as torch warns of arrays that are read-only
+        saved = torch.from_numpy(array.copy())  # torch warns of arrays that are read-only
         try:
             torch.Generator(device).set_state(saved)
         except RuntimeError as error:
@@ -225,7 +231,7 @@ def _continue_torch(name: str, state: Mapping[str, Any] | None) -> Iterator[_Set
 def _begin_streams(
     entropy: Sequence[int], generators: Mapping[str, np.random.Generator]
 ) -> Iterator[_Setter]:
-    """Seed every stream that is here now, whether it was saved or not."""
+    """Seed every stream of this process, whether it was saved or not."""
 
     def sequence(stream: str) -> np.random.SeedSequence:
         return np.random.SeedSequence([*entropy, *stream.encode()])
@@ -248,7 +254,7 @@ def _begin_streams(
 
 
 def _printable(value: Any) -> object:
-    """Make equal values print alike, and others not: NumPy abridges long arrays."""
+    """Return something that prints alike for equal values only: NumPy abridges long arrays."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.tobytes()
     if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""``shardopt ckpt``: looks into checkpoints, and after them. Needs no MPI."""
+"""``shardopt ckpt``: inspect and maintain checkpoints, without MPI."""
 
 from shardopt.cli.base import Group
 from shardopt.cli.ckpt import diff, ls, merge, prune, show, verify
 
 GROUP = Group(
     "ckpt",
-    "look into checkpoints, check, compare, merge and remove them",
+    "inspect, verify, compare, merge and remove checkpoints",
     [command.COMMAND for command in (ls, show, verify, diff, merge, prune)],
 )

@@ -1,4 +1,4 @@
-"""How far tensors of two checkpoints are apart."""
+"""Comparison of the tensors of two checkpoints."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,23 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardopt.checkpoint.format.manifest import Manifest, itemsize
-from shardopt.checkpoint.format.reader import Reader, Wanted
+from shardopt.checkpoint.format.reader import Reader
+from shardopt.checkpoint.format.requests import Wanted
 from shardopt.cli.ckpt.contents import StoredArray
 from shardopt.cli.ckpt.pieces import BATCH_NBYTES, Tensor, batches, read_batch
 from shardopt.cli.progress import progress
+from shardopt.layout.span import Span
 
-_BLOCK = 1 << 18  # elements that are compared at once, in float64
+_BLOCK_NUMEL = 1 << 18  # elements that are compared at once, in float64
 
 
 @dataclass(slots=True)
 class Distance:
-    """How far two tensors are apart. NaN is equal to NaN, and 0 to -0.
+    """The distance between two tensors. NaN equals NaN, and 0 equals -0.
 
     Attributes:
-        different: Elements that differ.
-        nan_in_one: Those of them that are NaN in one of the two only.
-        max_abs: The largest absolute difference of all others.
-        max_rel: The largest difference relative to the larger of the two numbers.
+        different: Number of elements that differ.
+        nan_in_one: Number of elements that are NaN in only one of the two.
+        max_abs: Largest absolute difference of all other elements.
+        max_rel: Largest difference relative to the larger of the two numbers.
     """
 
     different: int = 0
@@ -36,11 +38,8 @@ class Distance:
         """Take further elements into account."""
         if a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)):
             return
-        for start in range(0, a.size, _BLOCK):
-            self._add_block(
-                a[start : start + _BLOCK].astype(np.float64),
-                b[start : start + _BLOCK].astype(np.float64),
-            )
+        for span in Span(0, a.size).chunks(_BLOCK_NUMEL):
+            self._add_block(a[span.slice].astype(np.float64), b[span.slice].astype(np.float64))
 
     def _add_block(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
         nan_a, nan_b = np.isnan(a), np.isnan(b)
@@ -62,15 +61,15 @@ class Distance:
 def compare(a: Reader, b: Reader, pairs: Mapping[Tensor, Tensor]) -> dict[Tensor, Distance]:
     """Compare tensors of equal shapes.
 
-    Those that lie alike in files of equal digests are equal: they need not be read.
+    Tensors at the same places of files with equal digests are equal, and are not read.
 
     Args:
         a: One checkpoint.
-        b: Another.
-        pairs: Tensors of ``a``, and those of ``b`` that they are compared with.
+        b: Another checkpoint.
+        pairs: The tensors of ``a``, each with the tensor of ``b`` to compare it with.
 
     Raises:
-        DamagedCheckpointError: Something that was read is not what was written.
+        DamagedCheckpointError: A chunk does not have its digest.
     """
     distances = {tensor: Distance() for tensor in pairs}
     unequal = list(_not_known_equal(a.manifest, b.manifest, pairs))
@@ -98,15 +97,16 @@ def _not_known_equal(a: Manifest, b: Manifest, pairs: Mapping[Tensor, Tensor]) -
 
 
 def array_bytes_equal(a: Reader, ours: StoredArray, b: Reader, theirs: StoredArray) -> bool:
-    """Whether arrays of ``extra``, of equal dtypes and shapes, are equal bit by bit."""
+    """Return whether two arrays of ``extra`` of equal dtype and shape are bitwise equal."""
     pieces = zip(_bytes_of(a, ours), _bytes_of(b, theirs), strict=True)
     return all(np.array_equal(x, y) for x, y in pieces)
 
 
 def _bytes_of(reader: Reader, array: StoredArray) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, array.entry.nbytes, BATCH_NBYTES):
-        target = np.empty(min(BATCH_NBYTES, array.entry.nbytes - start), np.uint8)
-        reader.read([Wanted(array.file, array.entry.offset + start, target.size, target)])
+    for span in Span(0, array.entry.nbytes).chunks(BATCH_NBYTES):
+        target = np.empty(span.numel, np.uint8)
+        place = span.shift(array.entry.offset)
+        reader.read([Wanted(place.start, place.stop, array.file, target)])
         yield target
 
 

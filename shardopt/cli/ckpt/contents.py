@@ -1,4 +1,4 @@
-"""What ``extra`` and the param groups hold, as text: arrays by dtype and shape, unread."""
+"""The values of ``extra`` and the param groups, with arrays shown by dtype and shape only."""
 
 import reprlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from shardopt.checkpoint.format.values import decode
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Stands for an array that lies in a file."""
+    """A placeholder for an array in a file."""
 
     file: int
     index: int
@@ -27,7 +27,7 @@ def decode_values(manifest: Manifest, value: Any) -> Any:
     """Decode a value of a manifest without reading its arrays.
 
     Raises:
-        DamagedCheckpointError: It is none.
+        DamagedCheckpointError: It is not a value that was saved.
     """
 
     def stand_in(file: int, index: int) -> StoredArray:
@@ -42,7 +42,7 @@ def decode_groups(manifest: Manifest) -> list[Any]:
 
 
 def decode_extra(manifest: Manifest) -> dict[str, Any]:
-    """Decode ``extra``: ``per_rank`` in it is a list; empty if there is none."""
+    """Decode ``extra``, with the ranks' values as a list ``per_rank``; empty if there is none."""
     extra = decode_values(manifest, manifest.extra["replicated"])
     per_rank = decode_values(manifest, manifest.extra["per_rank"])
     content = extra if isinstance(extra, dict) else {} if extra is None else {"extra": extra}
@@ -50,7 +50,7 @@ def decode_extra(manifest: Manifest) -> dict[str, Any]:
 
 
 def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Give each value within a value: ``extra['rng'][0]``, 5. Lists of plain values stay whole."""
+    """Yield nested values with their paths: ``extra['rng'][0]``, 5. Flat lists stay whole."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from flatten(item, f"{name}[{key!r}]")
@@ -62,7 +62,7 @@ def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def abbreviate(value: Any) -> str:
-    """Write a value in one line that is not too long."""
+    """Format a value in one short line."""
     return _SHORT.repr(value)
 
 

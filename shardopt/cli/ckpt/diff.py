@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.format.manifest import Manifest
+from shardopt.checkpoint.format.names import tensor_name
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.compare import array_bytes_equal, compare
 from shardopt.cli.ckpt.contents import StoredArray, abbreviate, decode_extra, decode_groups, flatten
 from shardopt.cli.ckpt.find import require_one
-from shardopt.cli.ckpt.layout import tensor_name
 from shardopt.cli.ckpt.pieces import Tensor
 
 _ABSENT = object()
@@ -24,8 +24,10 @@ _FIELDS = ("dtype", "shape", "group", "step", "mu_product")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("a", type=Path, metavar="A", help="checkpoint")
-    parser.add_argument("b", type=Path, metavar="B", help="another, of any number of ranks")
-    parser.add_argument("--json", action="store_true", help="print an object")
+    parser.add_argument(
+        "b", type=Path, metavar="B", help="another checkpoint, saved by any number of ranks"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,12 +53,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _open(path: Path) -> Reader:
     reader = Reader(path, read_manifest(require_one(path)))
-    reader.require_files()  # opens none
+    reader.require_files()  # opens no file
     return reader
 
 
 def _pairs(a: Manifest, b: Manifest) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find what both have in equal shapes."""
+    """Yield the tensors that both checkpoints have, in equal shapes."""
     indices = {param.name: index for index, param in enumerate(b.params)}
     for index, param in enumerate(a.params):
         other = indices.get(param.name)
@@ -67,11 +69,11 @@ def _pairs(a: Manifest, b: Manifest) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _differing_values(a: Reader, b: Reader) -> Iterator[dict[str, Any]]:
-    """Find what differs of everything but the parameters, None where one has no such thing."""
+    """Yield the differing values outside of parameters, as None where one has no such value."""
     ours, theirs = _values(a.manifest), _values(b.manifest)
     for name in ours | theirs:
         x, y = ours.get(name, _ABSENT), theirs.get(name, _ABSENT)
-        same = repr(x) == repr(y)  # tells 1 from 1.0, and NaN is NaN
+        same = repr(x) == repr(y)  # tells 1 from 1.0, and makes NaN equal to NaN
         if same and isinstance(x, StoredArray) and isinstance(y, StoredArray):
             if not array_bytes_equal(a, x, b, y):
                 yield {"name": name, "a": str(x), "b": "other numbers"}
@@ -80,7 +82,7 @@ def _differing_values(a: Reader, b: Reader) -> Iterator[dict[str, Any]]:
 
 
 def _differing_params(a: Manifest, b: Manifest) -> Iterator[dict[str, Any]]:
-    """Find what differs of parameters but their numbers; many differ in the same."""
+    """Yield the differing fields of parameters; those with the same difference share an entry."""
     ours, theirs = ({param.name: param for param in m.params} for m in (a, b))
     found: dict[tuple[str, str | None, str | None], list[str]] = {}
     for name in ours | theirs:
@@ -141,9 +143,9 @@ COMMAND = Command(
     name="diff",
     summary="compare two checkpoints",
     details=(
-        "Compares steps, hyperparameters, extra, and every parameter and array of state, whatever\n"
-        "the numbers of ranks that saved them. NaN is equal to NaN. 'max rel' is relative to the\n"
-        "larger of the two numbers. Files with equal digests are not read: 'verify' does that."
+        "Compares steps, hyperparameters, extra, and every parameter and state array, no matter\n"
+        "how many ranks saved them. NaN equals NaN. 'max rel' is relative to the larger of the\n"
+        "two numbers. Files with equal digests are not read: 'verify' does that."
     ),
     example="shardopt ckpt diff runs/a/step-000000012000 runs/b/step-000000012000",
     exit_codes=("they are equal", "they differ, or one is damaged"),

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and how they are, as far as that is seen without reading data."""
+"""The checkpoints at a path and their state, as far as it shows without reading data."""
 
 import os
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ _FILE_PREFIX = "rank-"
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint, whole or not.
+    """A checkpoint, whether it is whole or not.
 
     Attributes:
         path: Its folder.
-        state: COMPLETE, DAMAGED, UNFINISHED (never committed) or REMOVED (in part).
-        problems: What is wrong with a damaged one.
-        step: As the manifest or else the folder's name has it.
-        nbytes: Of the files that are there.
-        created: When, as the manifest has it.
-        world_size: Ranks that saved it.
-        num_params: Its parameters.
-        numel: Elements of all of them.
+        state: COMPLETE, DAMAGED, UNFINISHED (never committed) or REMOVED (partly).
+        problems: Descriptions of the damage.
+        step: Its step by the manifest, or else by the folder's name.
+        nbytes: Size of the files that exist, in bytes.
+        created: The time it was saved, by the manifest.
+        world_size: Number of ranks that saved it.
+        num_params: Number of parameters.
+        numel: Elements of all parameters.
     """
 
     path: Path
@@ -45,18 +45,18 @@ class Summary:
 
     @property
     def age(self) -> tuple[int, str, str]:
-        """Sorts the newest last."""
+        """A sort key that puts the newest last."""
         return (-1 if self.step is None else self.step, self.created, self.path.name)
 
 
 def find(path: Path) -> list[Path]:
-    """Find the checkpoints at a path: itself, if it is one, or those that the directory holds.
+    """Find the checkpoints at a path: the path itself, or those in the directory.
 
     Raises:
-        CheckpointError: It is no folder.
+        CheckpointError: The path is not a folder.
     """
     if not path.is_dir():
-        got = "is no folder" if path.exists() else "does not exist"
+        got = "is not a folder" if path.exists() else "does not exist"
         raise CheckpointError(
             f"path must be a checkpoint or a directory of them; got {str(path)!r}, which {got}. "
             "Pass the directory that checkpoints were saved to."
@@ -71,10 +71,10 @@ def find_all(paths: Sequence[Path], leftovers: bool = True) -> list[Path]:
 
     Args:
         paths: Checkpoints, or directories of them.
-        leftovers: Whether a directory's unfinished and removed ones count, too.
+        leftovers: Include a directory's unfinished and partly removed checkpoints.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no checkpoint.
     """
     found = [
         folder
@@ -84,34 +84,34 @@ def find_all(paths: Sequence[Path], leftovers: bool = True) -> list[Path]:
     ]
     if not found:
         raise CheckpointError(
-            f"path must hold a checkpoint; got {', '.join(map(repr, map(str, paths)))}, without "
+            f"path must hold a checkpoint; got {', '.join(map(repr, map(str, paths)))} without "
             "any. Pass the directory that checkpoints were saved to."
         )
     return found
 
 
 def require_one(path: Path) -> Path:
-    """See that a path is one checkpoint.
+    """Return a path after checking that it is a single checkpoint.
 
     Raises:
-        CheckpointError: It is something else.
+        CheckpointError: It is not.
     """
     found = find_all([path])
     if found != [path]:
         raise CheckpointError(
-            f"path must be one checkpoint; got {str(path)!r}, a directory of {len(found)}. Name "
-            f"one of them: {found[-1]}."
+            f"path must be one checkpoint; got {str(path)!r}, a directory of {len(found)}. Choose "
+            f"one of them, for example {found[-1]}."
         )
     return path
 
 
 def is_leftover(folder: Path) -> bool:
-    """Whether a folder's name says that it is no checkpoint yet, or no longer."""
+    """Return whether a folder's name marks it as unfinished or partly removed."""
     return folder.absolute().name.startswith((UNFINISHED_PREFIX, REMOVED_PREFIX))
 
 
 def summarize(folder: Path) -> Summary:
-    """Look at a checkpoint, but not at its data."""
+    """Summarize a checkpoint without reading its data."""
     step, nbytes = _named_step(folder), folder_nbytes(folder)
     if is_leftover(folder):
         removed = folder.absolute().name.startswith(REMOVED_PREFIX)
@@ -135,13 +135,13 @@ def summarize(folder: Path) -> Summary:
 
 
 def file_problems(folder: Path, manifest: Manifest) -> tuple[str, ...]:
-    """Say which files are missing, of another size, or surplus."""
+    """Describe the files that are missing, of the wrong size, or surplus."""
     with Reader(folder, manifest) as reader:
         return tuple(map(str, reader.file_problems()))
 
 
 def folder_nbytes(folder: Path) -> int:
-    """Size of all files below a folder, as far as they can be seen."""
+    """Return the size of all files below a folder in bytes, as far as they are accessible."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", type=Path, nargs="+", metavar="DIR", help="directory of checkpoints"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,11 +52,11 @@ COMMAND = Command(
     name="ls",
     summary="list checkpoints, the newest last",
     details=(
-        "Looks at sizes, not at data: 'complete' means that all files are there. What a killed\n"
-        "job left is 'unfinished', or 'removed' in part; 'prune' clears it away."
+        "Checks sizes, not data: 'complete' means that all files are there. What a killed job\n"
+        "left behind is 'unfinished' or partly 'removed'; 'prune' deletes it."
     ),
     example="shardopt ckpt ls runs/7b",
-    exit_codes=("none is damaged", "one is damaged: 'state' says how"),
+    exit_codes=("none is damaged", "at least one is damaged; see 'state'"),
     add_arguments=add_arguments,
     run=run,
 )

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint piece by piece, verified, in memory that does not grow with them.
+"""Tensors of a checkpoint read piece by piece, verified, in bounded memory.
 
-Pieces come in the order of the files, so that each file is read once from its beginning to its end,
-however many ranks have saved it.
+The pieces come in the order of the files, so that each file is read once from beginning to end, no
+matter how many ranks saved it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardopt.checkpoint.format.manifest import Manifest, itemsize
-from shardopt.checkpoint.format.reader import Reader, Wanted, wanted_slices
+from shardopt.checkpoint.format.reader import Reader
+from shardopt.checkpoint.format.requests import Wanted, wanted_slices
+from shardopt.layout.span import Span
 from shardopt.measure.cores import count_cores
 
 BATCH_NBYTES = 8 << 20
@@ -19,39 +21,38 @@ _BATCH_PIECES = 4096
 
 
 class Tensor(NamedTuple):
-    """A parameter, by its index in the manifest, or an array of its state."""
+    """A parameter, by its index in the manifest, or one of its state arrays."""
 
     param: int
     key: str
 
 
 class Piece(NamedTuple):
-    """The elements [start, stop) of a flattened tensor."""
+    """A span of a flattened tensor."""
 
     tensor: Tensor
-    start: int
-    stop: int
+    span: Span
 
 
 def batches(manifest: Manifest, tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
-    """Divide tensors into pieces, and pieces into batches of at most ``BATCH_NBYTES``."""
+    """Cut tensors into pieces, and yield them in batches of at most ``BATCH_NBYTES``."""
     slices = sorted(
-        (part.file, part.offset, part.start, part.stop, tensor)
+        (part.file, part.offset, Span(part.start, part.stop), tensor)
         for tensor in tensors
         for part in manifest.slices[tensor.param][tensor.key]
     )
     batch: list[Piece] = []
     room = BATCH_NBYTES
-    for _, _, start, end, tensor in slices:
+    for _, _, span, tensor in slices:
         size = itemsize(manifest.params[tensor.param].dtype_of(tensor.key))
-        while start < end:
+        while span:
             if batch and (room < size or len(batch) == _BATCH_PIECES):
                 yield batch
                 batch, room = [], BATCH_NBYTES
-            stop = min(end, start + room // size)
-            batch.append(Piece(tensor, start, stop))
-            room -= (stop - start) * size
-            start = stop
+            head = span.intersect(Span(span.start, span.start + room // size))
+            batch.append(Piece(tensor, head))
+            room -= head.numel * size
+            span = Span(head.stop, span.stop)
     if batch:
         yield batch
 
@@ -62,24 +63,25 @@ def read_batch(
     advance: Callable[[int], None],
     tensor_of: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[NDArray[Any]]:
-    """Read pieces.
+    """Read the pieces of a batch.
 
     Args:
-        reader: Of the checkpoint.
+        reader: The checkpoint.
         batch: The pieces.
-        advance: Called with the number of bytes that they have.
-        tensor_of: Where the tensor is in this checkpoint, if the batch was made for another.
+        advance: Called with the number of bytes read.
+        tensor_of: Maps the tensors of the batch to those of this checkpoint, if the batch was made
+            for another one.
 
     Raises:
-        DamagedCheckpointError: What they lie in is not what was written.
+        DamagedCheckpointError: A chunk does not have its digest.
     """
     arrays, wanted = [], list[Wanted]()
     for piece in batch:
-        tensor = tensor_of(piece.tensor)
+        tensor, span = tensor_of(piece.tensor), piece.span
         dtype = reader.manifest.params[tensor.param].dtype_of(tensor.key)
-        array = np.empty(piece.stop - piece.start, dtype)
+        array = np.empty(span.numel, dtype)
         slices = reader.manifest.slices[tensor.param][tensor.key]
-        wanted.extend(wanted_slices(slices, piece.start, piece.stop, array))
+        wanted.extend(wanted_slices(slices, span, array))
         arrays.append(array)
     reader.read(wanted, count_cores())
     advance(sum(array.nbytes for array in arrays))

@@ -16,7 +16,7 @@ from shardopt.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Removal:
-    """What is to go, and why."""
+    """A folder to remove, and the reason."""
 
     path: Path
     nbytes: int
@@ -27,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="directory of a Checkpointer")
-    add("--keep-last", type=int, metavar="N", help="keep the last N that are intact")
-    add("--after", type=int, metavar="STEP", help="remove those of later steps, to go back to STEP")
-    add("--quick", action="store_true", help="tell by sizes, without reading, what is intact")
-    add("--dry-run", action="store_true", help="only say what would go")
-    add("--json", action="store_true", help="print an object")
+    add("--keep-last", type=int, metavar="N", help="keep the last N intact checkpoints")
+    add(
+        "--after",
+        type=int,
+        metavar="STEP",
+        help="remove checkpoints of later steps, to go back to STEP",
+    )
+    add("--quick", action="store_true", help="judge by file sizes, without reading data")
+    add("--dry-run", action="store_true", help="only print what would be removed")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
     directory: Path = options.directory
     _check(options)
     folders = [f for f in list_checkpoints(directory) if not f.path.is_symlink()]
-    abandoned = disk.leftovers(directory)
+    abandoned = disk.stale_folders(directory)
     if not folders and not abandoned:
         raise CheckpointError(
-            f"DIR must hold checkpoints named step-...; got {str(directory)!r}, without any. Pass "
+            f"DIR must hold checkpoints named step-...; got {str(directory)!r} without any. Pass "
             "the directory of a Checkpointer."
         )
     removals = _choose(options, folders)
@@ -61,23 +66,22 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     if not options.directory.is_dir():
         raise CheckpointError(
-            f"DIR must be a directory of checkpoints; got {str(options.directory)!r}. Look for it "
+            f"DIR must be a directory of checkpoints; got {str(options.directory)!r}. Find one "
             "with: shardopt ckpt ls."
         )
     if options.keep_last is None and options.after is None:
         raise CheckpointError(
-            "what to keep must be said; got neither --keep-last nor --after. Add --keep-last 3, "
-            "say."
+            "--keep-last or --after must be given; got neither. Add, for example, --keep-last 3."
         )
     if options.keep_last is not None and options.keep_last < 1:
         raise CheckpointError(
-            f"--keep-last must be at least 1; got {options.keep_last}. Remove the directory itself "
-            "if nothing is wanted."
+            f"--keep-last must be at least 1; got {options.keep_last}. To keep none, remove the "
+            "directory itself."
         )
 
 
 def _choose(options: argparse.Namespace, folders: Sequence[StepFolder]) -> list[Removal]:
-    """Say which checkpoints are to go, given the oldest first."""
+    """Choose the checkpoints to remove, given the oldest first."""
     keep_last, after = options.keep_last, options.after
     stay = [folder for folder in folders if after is None or folder.step <= after]
     removals = [_removal(folder, f"after step {after}") for folder in folders[len(stay) :]]
@@ -89,11 +93,11 @@ def _choose(options: argparse.Namespace, folders: Sequence[StepFolder]) -> list[
         intact += not check(stay[kept].path, options.quick)[1]
     if removals and not intact:
         raise CheckpointError(
-            f"--after must leave a checkpoint that is intact; got {after}, which leaves none. "
-            "Choose a later step: shardopt ckpt verify."
+            f"--after must leave an intact checkpoint; got {after}, which leaves none. Choose a "
+            "later step with: shardopt ckpt verify."
         )
     if intact == keep_last:
-        # What is older than those kept goes, damaged or not.
+        # Everything older than those is removed, damaged or not.
         removals += [_removal(folder, "superseded") for folder in stay[:kept]]
     return removals
 
@@ -115,15 +119,15 @@ def _report(options: argparse.Namespace, removals: Sequence[Removal], num_folder
 
 COMMAND = Command(
     name="prune",
-    summary="remove older checkpoints, and what dead jobs have left",
+    summary="remove old checkpoints and what dead jobs left behind",
     details=(
-        "Asks nothing: look at what --dry-run says first. What is to be kept is read and verified\n"
-        "before anything goes: --keep-last counts intact checkpoints only, so that the newest of\n"
-        "them always stays. --after removes newer ones, to let a run go back on purpose. Both go\n"
-        "by the names step-000000012000, and leave folders with other names, and links, alone."
+        "Removes without asking, so try --dry-run first. Checkpoints to keep are read and\n"
+        "verified before anything is removed: --keep-last counts only intact ones, so the newest\n"
+        "intact one always stays. --after removes newer ones, to take a run back to an earlier\n"
+        "step. Both go by names like step-000000012000, and never touch other folders or links."
     ),
     example="shardopt ckpt prune runs/7b --keep-last 3 --dry-run",
-    exit_codes=("removed, or nothing to remove", "never"),
+    exit_codes=("removed, or nothing to remove", "never used"),
     add_arguments=add_arguments,
     run=run,
 )

@@ -17,13 +17,13 @@ from shardopt.errors import DamagedCheckpointError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
-    path_help = "checkpoint, also a damaged or unfinished one"
+    path_help = "checkpoint; it may be damaged or unfinished"
     parser.add_argument("path", type=Path, metavar="PATH", help=path_help)
-    parser.add_argument("--json", action="store_true", help="print an object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show what is in a checkpoint."""
+    """Show the contents of a checkpoint."""
     path = require_one(options.path)
     try:
         manifest = read_manifest(path)
@@ -69,7 +69,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _describe_files(path: Path, problem: str) -> dict[str, Any]:
-    """Say what the files say of themselves, where no manifest speaks for them."""
+    """Describe the files by their own headers, in the absence of a valid manifest."""
     problems, files, tensors = [problem], [], []
     if not (path / MANIFEST_NAME).exists():
         problems = [_never_committed(path)]
@@ -79,21 +79,21 @@ def _describe_files(path: Path, problem: str) -> dict[str, Any]:
         nbytes = file.lstat().st_size
         files.append({"name": file.name, "nbytes": nbytes})
         try:
-            header_nbytes, regions = read_header(file)
+            header_nbytes, arrays = read_header(file)
         except (DamagedCheckpointError, OSError) as error:
             problems.append(str(error))
             continue
-        stop = max((region.stop for region in regions), default=header_nbytes)
+        stop = max((array.stop for array in arrays), default=header_nbytes)
         if stop != nbytes:
             problems.append(f"file {file.name} must have {stop} bytes; got {nbytes}.")
-        for region in regions:
-            tensor = {"name": region.name, "dtype": region.dtype, "file": file.name}
-            tensors.append({**tensor, "nbytes": region.stop - region.start})
+        for array in arrays:
+            tensor = {"name": array.name, "dtype": array.dtype, "file": file.name}
+            tensors.append({**tensor, "nbytes": array.numel})
     return {"path": str(path), "problems": problems, "files": files, "tensors": tensors}
 
 
 def _never_committed(path: Path) -> str:
-    return f"{path.name} was never committed, or is removed in part: it is no checkpoint."
+    return f"{path.name} was never committed or is partly removed: it is not a checkpoint."
 
 
 def _paragraphs(content: dict[str, Any]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _overview(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _with_one_rank(extra: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what all ranks but the first have: it is of the same kind."""
+    """Keep only the first rank's values, since all ranks have the same kind."""
     per_rank = extra.get("per_rank")
     if not isinstance(per_rank, list) or len(per_rank) < 2:
         return extra
@@ -145,13 +145,13 @@ def _with_one_rank(extra: dict[str, Any]) -> dict[str, Any]:
 
 COMMAND = Command(
     name="show",
-    summary="show what is in a checkpoint",
+    summary="show the contents of a checkpoint",
     details=(
-        "Reads the manifest, and no data. Of a checkpoint that is torn or was never committed it\n"
-        "shows what its files say of themselves."
+        "Reads the manifest, but no data. For a checkpoint that is torn or was never committed it\n"
+        "shows the headers of its files."
     ),
     example="shardopt ckpt show runs/7b/step-000000012000",
-    exit_codes=("it is complete", "it is damaged, or no checkpoint yet"),
+    exit_codes=("it is complete", "it is damaged or unfinished"),
     add_arguments=add_arguments,
     run=run,
 )

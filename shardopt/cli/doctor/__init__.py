@@ -1,7 +1,7 @@
-"""``shardopt doctor``: what this job is, how fast its parts are, and what that means for training.
+"""``shardopt doctor``: examine an MPI job, measure its parts, and judge what that means.
 
-``library`` and ``job`` find out what there is, ``measure`` how fast it is; both give the values of
-``facts``. ``job_findings`` and ``speed_findings`` judge them, and ``render`` writes them down.
+``library`` and ``job`` collect the facts and ``measure`` the speeds, as the values of ``facts``.
+``job_findings`` and ``speed_findings`` judge them, and ``render`` writes the report.
 """
 
 import argparse
@@ -12,15 +12,15 @@ from shardopt.cli.base import Command, Exit
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("--quick", action="store_true", help="measure for a shorter time")
-    parser.add_argument("--json", action="store_true", help="print an object")
-    timeout_help = "longest wait for another rank, in seconds (default: 30)"
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    timeout_help = "longest time to wait for another rank, in seconds (default: 30)"
     parser.add_argument(
         "--timeout", type=_positive, default=30.0, metavar="SECONDS", help=timeout_help
     )
 
 
 def run(options: argparse.Namespace) -> Exit:
-    """Examine the job that this process is a rank of. Collective."""
+    """Examine the job that this process is a rank of. Collective: every rank."""
     from shardopt.cli.doctor.examine import examine  # loads MPI, which no other command needs
 
     return examine(quick=options.quick, as_json=options.json, timeout_s=options.timeout)
@@ -39,11 +39,11 @@ COMMAND = Command(
     name="doctor",
     summary="examine an MPI job: launcher, ranks, cores, memory, links between nodes",
     details=(
-        "Start it as the training job is started. It says what the job is, measures memory,\n"
+        "Start it the way you start the training job. It describes the job, measures memory,\n"
         "barriers and links for a few seconds, and judges each: ok, note or problem."
     ),
     example="mpirun -n 4 shardopt doctor",
-    exit_codes=("no problem", "a problem, or a rank did not come in time"),
+    exit_codes=("no problem", "a problem, or a rank that did not respond in time"),
     add_arguments=add_arguments,
     run=run,
 )

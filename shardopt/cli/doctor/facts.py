@@ -1,4 +1,4 @@
-"""What a job is and how fast its parts are: plain values, all of them on rank 0."""
+"""The facts about a job and the speeds of its parts: plain values, gathered on rank 0."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ class Library:
 
     Attributes:
         name: For example ``Open MPI``.
-        version: Its own.
-        standard: The version of the MPI standard.
-        path: Its file, or None where the system does not tell.
+        version: Its own version.
+        standard: The version of the MPI standard that it implements.
+        path: Its file, or None if the system does not report it.
         mpirun: The launcher that is installed with it, or None.
         mpi4py: The version of mpi4py.
-        thread_level: What MPI was started with, or None where it was not started.
-        cuda_aware: Whether it takes pointers to a GPU's memory; None where it does not say.
+        thread_level: The level that MPI was initialized with, or None if it was not.
+        cuda_aware: Whether it accepts pointers to GPU memory; None if it does not report that.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Library:
 
     @property
     def family(self) -> str:
-        """The library whose launchers start it."""
+        """The library family whose launchers can start it."""
         if self.name in ("Open MPI", "IBM Spectrum MPI"):
             return "Open MPI"
         mpich = ("MPICH", "MVAPICH", "Intel", "CRAY")
@@ -38,13 +38,13 @@ class Library:
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """What started this process, as its environment tells.
+    """The launcher that started this process, according to the environment.
 
     Attributes:
-        name: For messages.
-        family: The libraries that it starts; None means any.
-        num_processes: How many it started.
-        rank: This one's number among them.
+        name: Its name, for messages.
+        family: The library family that it can start; None means any.
+        num_processes: Number of processes that it started.
+        rank: The number of this process among them.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Launcher:
 
 @dataclass(frozen=True, slots=True)
 class Mpirun:
-    """The ``mpirun`` that the shell would find.
+    """The ``mpirun`` that a shell finds on the PATH.
 
     Attributes:
         path: Its file.
-        family: The libraries that it starts, or None where it does not say.
+        family: The library family that it can start, or None if its version does not show it.
     """
 
     path: str
@@ -68,15 +68,15 @@ class Mpirun:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What one rank has.
+    """The resources of one rank.
 
     Attributes:
         rank: Its number.
         node: The number of its node.
-        cores: The cores it is bound to.
-        num_cores: Its share of those, and of its container's quota, in whole cores.
-        omp_num_threads: OMP_NUM_THREADS, or None where it is not set.
-        cuda_visible_devices: CUDA_VISIBLE_DEVICES, likewise.
+        cores: The cores that it is bound to.
+        num_cores: Its share of those and of its container's quota, in whole cores.
+        omp_num_threads: OMP_NUM_THREADS, or None if it is not set.
+        cuda_visible_devices: CUDA_VISIBLE_DEVICES, or None if it is not set.
     """
 
     rank: int
@@ -89,17 +89,17 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Ranks that share memory, and what they share.
+    """A node: ranks that share memory, and the resources that they share.
 
     Attributes:
-        host: Its name.
-        ranks: Those on it.
-        num_cores: Cores that a job may use here, whatever its ranks are bound to.
-        free_nbytes: Memory that is free.
-        shm_nbytes: Size of the file system for shared memory, or None where there is none.
-        shm_free_nbytes: What is free of it, likewise.
-        num_gpus: NVIDIA GPUs that this node shows.
-        window_problem: Why its ranks cannot share a window, or None where they can.
+        host: The name of its host.
+        ranks: Its ranks.
+        num_cores: Number of cores that a job may use here, whatever its ranks are bound to.
+        free_nbytes: Free memory in bytes.
+        shm_nbytes: Size of the file system for shared memory in bytes, or None if there is none.
+        shm_free_nbytes: Free space in that file system in bytes, or None if there is none.
+        num_gpus: Number of NVIDIA GPUs that this node shows.
+        window_problem: Why its ranks cannot share a window, or None if they can.
     """
 
     host: str
@@ -114,15 +114,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What was started.
+    """A job as it was started.
 
     Attributes:
         library: The MPI library.
-        launcher: What started it, or None.
-        mpirun: What the shell would find; asked for only where there was no launcher.
-        world_size: Ranks that the library sees.
-        ranks: All of them, or none where launcher and library do not fit.
-        nodes: Likewise.
+        launcher: The launcher that started it, or None.
+        mpirun: The mpirun that a shell finds; looked for only if there was no launcher.
+        world_size: Number of ranks that the library sees.
+        ranks: All ranks, or none if launcher and library do not fit.
+        nodes: All nodes, or none if launcher and library do not fit.
     """
 
     library: Library
@@ -134,51 +134,46 @@ class Job:
 
     @property
     def launcher_fits(self) -> bool:
-        """Whether launcher and library belong together."""
+        """True if launcher and library fit together."""
         if self.launcher is None:
             return True
         return starts(self.launcher, self.library) and self.launched in (1, self.world_size)
 
     @property
     def launched(self) -> int:
-        """Processes that the launcher started."""
+        """Number of processes that the launcher started."""
         return self.launcher.num_processes if self.launcher else 1
 
     @property
     def is_even(self) -> bool:
-        """Whether all nodes have as many ranks, so that shardopt shares memory within them."""
+        """True if all nodes have the same number of ranks, so that shardopt shares their memory."""
         return len({len(node.ranks) for node in self.nodes}) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What two nodes were measured to send each other, while no other nodes used their ports.
+    """The measured speed of the link between two nodes while no other node used their ports.
 
     Attributes:
-        nodes: Their numbers.
-        latency_s: Of a message of 8 bytes, one way.
-        nbytes_per_s: Each way, in both directions at once.
+        nodes: The numbers of the two nodes.
+        latency_s: Seconds for a message of 8 bytes, one way.
+        nbytes_per_s: Bytes/s each way, in both directions at once.
     """
 
     nodes: tuple[int, int]
     latency_s: float
     nbytes_per_s: float
 
-    def better_of(self, other: "Link") -> "Link":
-        """The shorter latency and the higher rate of two measurements."""
-        rate = max(self.nbytes_per_s, other.nbytes_per_s)
-        return Link(self.nodes, min(self.latency_s, other.latency_s), rate)
-
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """How fast a job's parts are.
+    """The speeds of a job's parts.
 
     Attributes:
-        memory: For each node, bytes/s of ``a += b``, all ranks at once.
-        barrier_s: For each node, a barrier of its ranks; None where there is one rank.
-        links: Of neighbouring nodes, the last and the first included; none with one node.
-        exchange: For each node, bytes/s it sends while all send to all.
+        memory: For each node, bytes/s of ``a += b`` on all its ranks at once.
+        barrier_s: For each node, seconds of a barrier of its ranks; None for a single rank.
+        links: The links between neighbouring nodes, the last and the first node included.
+        exchange: For each node, bytes/s that it sends while all nodes send to all; empty for one.
     """
 
     memory: tuple[float, ...]
@@ -188,9 +183,9 @@ class Speeds:
 
 
 def starts(launcher: Launcher, library: Library) -> bool:
-    """Whether processes of this launcher may initialise this library at all.
+    """Return whether processes of this launcher can initialize this library at all.
 
-    Other libraries than Open MPI's own abort under its mpirun. The reverse is a job of one for
-    each process, or even works, with Slurm's PMI-2; numbers of ranks tell.
+    Any library but Open MPI aborts under Open MPI's mpirun. The other way round every process
+    becomes a job of one rank, or it even works (Slurm's PMI-2); the number of ranks shows which.
     """
     return launcher.family != "Open MPI" or library.family == "Open MPI"

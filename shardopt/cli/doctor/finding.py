@@ -1,25 +1,25 @@
-"""What a finding is."""
+"""The findings of an examination."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """The severity of a finding."""
 
     OK = "ok"
-    NOTE = "note"  # training works, but could do better
+    NOTE = "note"  # training works, but could be faster
     PROBLEM = "problem"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What some facts mean.
+    """A conclusion from the facts about a job.
 
     Attributes:
-        level: How bad it is.
-        topic: What it is about.
-        text: A sentence, and a remedy where one is needed.
+        level: Its severity.
+        topic: The part of the job that it is about.
+        text: A sentence, followed by a remedy if one is needed.
     """
 
     level: Level

@@ -1,4 +1,4 @@
-"""What the ranks of a job have, and which of them share memory."""
+"""The resources of a job's ranks and nodes, and the ranks that share memory."""
 
 import os
 import platform
@@ -11,27 +11,27 @@ from mpi4py import MPI
 
 from shardopt.cli.doctor.facts import Node, Rank
 from shardopt.cli.doctor.watch import Watch
-from shardopt.comm.shared_memory import SHARED_MEMORY_FOLDER, Window
-from shardopt.comm.topology import Topology, arrange, cores_per_rank
-from shardopt.measure.cores import QUOTA, bound_to, read_quota
+from shardopt.comm.flags import NodeFlags
+from shardopt.comm.shared_memory import SHARED_MEMORY_FOLDER
+from shardopt.comm.topology import Topology, arrange
+from shardopt.measure.cores import QUOTA, bound_to, cores_per_rank, read_quota
 
 _CPUSET = QUOTA.with_name("cpuset.cpus.effective")
 _MEMORY_LIMIT = QUOTA.with_name("memory.max")
-_LINE_NUMEL = 8  # a cache line of int64 for each rank
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What a rank tells rank 0: of itself, and of its node."""
+    """One rank's report to rank 0, about itself and its node."""
 
     rank: Rank
     node: Node
 
 
 def split(comm: MPI.Intracomm, watch: Watch) -> Topology:
-    """Find the nodes as they are: other than those of training they may be of unequal sizes.
+    """Find the nodes as they are, which may be of unequal size, unlike those of training.
 
-    Collective.
+    Collective: every rank.
     """
     with watch.together("the search for nodes", comm):
         comm = comm.Dup()
@@ -40,11 +40,14 @@ def split(comm: MPI.Intracomm, watch: Watch) -> Topology:
 
 
 def describe_job(topology: Topology, watch: Watch) -> tuple[tuple[Rank, ...], tuple[Node, ...]]:
-    """Gather what ranks and nodes have on rank 0; others get nothing. Collective."""
+    """Gather a description of all ranks and nodes on rank 0; other ranks get nothing.
+
+    Collective: every rank.
+    """
     comm, node_comm = topology.comm, topology.node_comm
     with watch.together("a test of the nodes' shared memory", comm):
         window_problem = next(filter(None, node_comm.allgather(try_window(topology))), None)
-    with watch.together("the gathering of what the ranks have", comm):
+    with watch.together("the description of the ranks", comm):
         view = _View(_describe_rank(topology), _describe_node(topology, window_problem))
         views = comm.gather(view) or []
     nodes = {view.rank.node: view.node for view in views}
@@ -52,25 +55,26 @@ def describe_job(topology: Topology, watch: Watch) -> tuple[tuple[Rank, ...], tu
 
 
 def try_window(topology: Topology) -> str | None:
-    """Share a window within the node, and say what is wrong with it, if anything. Collective."""
+    """Share memory within the node, and describe the problem if there is one.
+
+    Collective: every rank of the node.
+    """
     comm = topology.node_comm
     try:
-        window = Window(comm, 8 * _LINE_NUMEL)
+        flags = NodeFlags(comm, 1)
     except MPI.Exception as error:
         return f"got {error.error_string}"
-    lines = window.memory.view(np.int64).reshape(-1, _LINE_NUMEL)
     numbers = np.array(comm.allgather(topology.rank))
-    lines[topology.node_rank] = 1 + topology.rank
-    window.sync()
+    flags.mine[0] = 1 + topology.rank
+    flags.publish()
     comm.Barrier()
-    window.sync()
-    unseen = numbers[lines[:, 0] != 1 + numbers]
+    flags.acquire()
+    unseen = numbers[flags.all[:, 0] != 1 + numbers].tolist()
     comm.Barrier()
-    del lines
-    window.free()
-    if not unseen.size:
+    flags.free()
+    if not unseen:
         return None
-    return f"got a window in which rank {topology.rank} does not see what rank {unseen[0]} stores"
+    return f"got memory in which rank {topology.rank} does not see what rank {unseen[0]} stores"
 
 
 def _describe_rank(topology: Topology) -> Rank:
@@ -99,7 +103,7 @@ def _describe_node(topology: Topology, window_problem: str | None) -> Node:
 
 
 def _measure_folder(path: str) -> tuple[int, int] | tuple[None, None]:
-    """Bytes of a file system, all and free; None where there is none."""
+    """Return the size and the free space of a file system in bytes, or None if there is none."""
     try:
         status = os.statvfs(path)
     except OSError:
@@ -108,7 +112,7 @@ def _measure_folder(path: str) -> tuple[int, int] | tuple[None, None]:
 
 
 def _count_node_cores(cpuset: Path) -> int:
-    """Count the cores that a container leaves to its processes: ``0-3,8`` are five."""
+    """Count the cores in a container's cpuset: ``0-3,8`` are five."""
     try:
         ends = [part.split("-") for part in cpuset.read_text().strip().split(",")]
         return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
@@ -117,7 +121,7 @@ def _count_node_cores(cpuset: Path) -> int:
 
 
 def _free_nbytes() -> int:
-    """Memory that this node, or this container, can still hand out; 0 where it is not known."""
+    """Return the free memory of this node or container in bytes; 0 if it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free_kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))

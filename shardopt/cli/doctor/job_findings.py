@@ -1,16 +1,16 @@
-"""What it means what a job is: pure functions from facts to findings."""
+"""Judgements about how a job was started: pure functions from facts to findings."""
 
 from shardopt.cli import text
 from shardopt.cli.doctor.facts import Job, Node, starts
 from shardopt.cli.doctor.finding import Finding, Level
 
 _ITEMSIZE = 4  # float32
-_MOMENTS_NBYTES = 8  # of a parameter
-_SMALL_SHM = 0.1  # of the parameters that memory has room for
+_MOMENTS_NBYTES = 8  # per parameter
+_SMALL_SHM = 0.1  # of the parameters that fit in memory
 
 
 def judge_job(job: Job) -> list[Finding]:
-    """Judge what was started; where launcher and library do not fit, there is no more to say."""
+    """Judge the job; if launcher and library do not fit, that is the only finding."""
     if not job.launcher_fits:
         return [_judge_launcher(job)]
     return [
@@ -31,18 +31,18 @@ def _judge_launcher(job: Job) -> Finding:
     if job.launcher and not job.launcher_fits:
         sees = "which cannot start under it"
         if starts(job.launcher, job.library):
-            sees = f"which sees {job.world_size} of them: every process would train alone"
+            sees = f"which sees {job.world_size} of them: every process would train on its own"
         return Finding(
             Level.PROBLEM,
             topic,
-            f"launcher and MPI library must belong together; got {job.launcher.name} with "
+            f"launcher and MPI library must fit together; got {job.launcher.name} with "
             f"{_count(job.launched, 'process', 'es')} and the library {library}, {sees}. {remedy}",
         )
     if job.launcher:
-        told = f"{job.launcher.name} and {library} belong together."
+        told = f"{job.launcher.name} and {library} fit together."
         return Finding(Level.OK, topic, told)
     if job.mpirun is None:
-        told = f"mpirun should be on the PATH; got none, and one rank without it. {remedy}"
+        told = f"mpirun should be on the PATH; got none, so that there is one rank. {remedy}"
         return Finding(Level.NOTE, topic, told)
     if job.mpirun.family not in (None, job.library.family):
         return Finding(
@@ -51,7 +51,7 @@ def _judge_launcher(job: Job) -> Finding:
             f"mpirun on the PATH must belong to the MPI library; got {job.mpirun.path} of "
             f"{job.mpirun.family} and the library {library}. {remedy}",
         )
-    told = f"no launcher: one rank. {job.mpirun.path} starts more."
+    told = f"no launcher, hence one rank. {job.mpirun.path} starts more."
     return Finding(Level.OK, topic, told)
 
 
@@ -68,16 +68,16 @@ def _judge_nodes(job: Job) -> Finding:
         return Finding(
             Level.PROBLEM,
             "nodes",
-            f"ranks of a host must share its memory; got {hosts.count(twice)} groups of ranks on "
-            f"{twice}. Start them in one container, or let the containers share /dev/shm and "
-            "process ids (docker run --ipc=host --pid=host).",
+            f"ranks on one host must share its memory; got {hosts.count(twice)} groups of ranks on "
+            f"{twice} that do not. Start them in one container, or let the containers share "
+            "/dev/shm and process IDs (docker run --ipc=host --pid=host).",
         )
     if not job.is_even:
         return Finding(
             Level.PROBLEM,
             "nodes",
-            f"nodes must have equal numbers of ranks; got {shown}. Otherwise each rank counts as a "
-            "node of its own, with parameters and messages of its own. Start as many on each: "
+            f"nodes must have equal numbers of ranks; got {shown}. Otherwise every rank counts as "
+            "a node, with its own parameters and messages. Start the same number on each node: "
             "mpirun -ppn N (MPICH), --map-by ppr:N:node (Open MPI), srun --ntasks-per-node=N.",
         )
     ranks, nodes = _count(sizes[0], "rank"), _count(len(sizes), "node")
@@ -93,8 +93,8 @@ def _judge_cores(job: Job) -> Finding:
             Level.NOTE,
             "cores",
             f"a node should have a core for each rank; got {_count(len(busiest.ranks), 'rank')} on "
-            f"{_count(busiest.num_cores, 'core')} of {busiest.host}. Ranks wait for each other's "
-            "turn: start fewer.",
+            f"{_count(busiest.num_cores, 'core')} of {busiest.host}. Ranks take turns on a core: "
+            "start fewer.",
         )
     for node in job.nodes:
         crowd, cores = find_crowd(job, node)
@@ -104,7 +104,8 @@ def _judge_cores(job: Job) -> Finding:
                 "cores",
                 f"ranks must have cores of their own; got ranks {text.ranges(crowd)} bound to "
                 f"{_count(len(cores), 'core')} of {node.host}, {text.ranges(cores)}, while it has "
-                f"{node.num_cores}. Bind them apart, or not at all: mpirun --bind-to none.",
+                f"{node.num_cores}. Bind them to different cores, or not at all: mpirun --bind-to "
+                "none.",
             )
     least = min(job.ranks, key=lambda rank: rank.num_cores)
     node = job.nodes[least.node]
@@ -114,20 +115,20 @@ def _judge_cores(job: Job) -> Finding:
             Level.NOTE,
             "cores",
             f"ranks should use all cores; got {_count(least.num_cores, 'core')} for rank "
-            f"{least.rank}, whose share of {node.host} is {share}. Let it have them: mpirun "
+            f"{least.rank}, whose share of {node.host} is {share}. Give it more: mpirun "
             f"--bind-to none, or --map-by slot:PE={share} (Open MPI).",
         )
     most = max(rank.num_cores for rank in job.ranks)
     more = " or more" if most > least.num_cores else ""
-    told = f"{_count(least.num_cores, 'core')}{more} for the updates of each rank."
+    told = f"{_count(least.num_cores, 'core')}{more} per rank for updates."
     return Finding(Level.OK, "cores", told)
 
 
 def find_crowd(job: Job, node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Find ranks of a node that are bound to fewer cores than they are (Hall's theorem).
+    """Find ranks of a node that outnumber the cores they are bound to (Hall's theorem).
 
     Returns:
-        The ranks, and the cores; both empty where there are none.
+        The ranks and their cores; both empty if there are no such ranks.
     """
     ranks = [job.ranks[rank] for rank in node.ranks]
     for cores in sorted({rank.cores for rank in ranks}, key=len):
@@ -146,16 +147,16 @@ def _judge_threads(job: Job) -> Finding:
         return Finding(
             Level.NOTE,
             "threads",
-            "OMP_NUM_THREADS should be set where ranks share cores; got none: in every rank BLAS "
-            f"and torch start a thread on each of {most} cores. {advice}",
+            "OMP_NUM_THREADS should be set when ranks share cores; got none: BLAS and torch start "
+            f"a thread on each of {most} cores in every rank. {advice}",
         )
     numbers = [int(word) for word in wanted if word and word.isdecimal()]
     if max(numbers, default=1) > max(rank.num_cores for rank in job.ranks):
         return Finding(
             Level.NOTE,
             "threads",
-            f"OMP_NUM_THREADS should be a rank's share of the cores; got {max(numbers)} where that "
-            f"is {rank.num_cores}. {advice}",
+            f"OMP_NUM_THREADS should be a rank's share of the cores; got {max(numbers)}, while the "
+            f"share is {rank.num_cores}. {advice}",
         )
     other = next((rank for rank, word in enumerate(wanted) if word != wanted[0]), None)
     if other is not None:
@@ -176,18 +177,18 @@ def _judge_windows(job: Job) -> Finding:
                 Level.PROBLEM,
                 "windows",
                 f"ranks of {node.host} must be able to share memory; {node.window_problem}. Start "
-                "them in one container, see that /dev/shm can be written, or pass "
+                "them in one container, make sure that /dev/shm is writable, or pass "
                 "ShardPolicy(share_node=False).",
             )
-    told = "shared memory can be allocated, and every rank of a node sees what the others store."
+    told = "shared memory can be allocated, and ranks of a node see each other's stores."
     return Finding(Level.OK, "windows", told)
 
 
 def room_for(job: Job, node: Node) -> int:
-    """Count the float32 parameters for which a node's shared memory has room.
+    """Return the number of float32 parameters that a node's shared memory has room for.
 
-    It holds the parameters once and every rank's gradients; where nodes are uneven, each rank has
-    parameters of its own.
+    It holds the parameters once and the gradients of every rank. If nodes are uneven, each rank has
+    its own parameters.
     """
     size = len(node.ranks)
     copies = 1 + size if job.is_even else 2 * size
@@ -206,9 +207,9 @@ def _judge_shared_memory(job: Job) -> Finding:
             "shared memory",
             f"/dev/shm must hold parameters and gradients; got {free} free on {node.host}: enough "
             f"for {shown}, while its memory has room for {text.number(memory_room)}. Enlarge it: "
-            "mount -o remount,size=..., or docker run --shm-size=...",
+            "mount -o remount,size=... or docker run --shm-size=...",
         )
-    told = f"{free} free in /dev/shm of {node.host}: models of up to {shown}."
+    told = f"{free} free in /dev/shm on {node.host}: enough for models of up to {shown}."
     return Finding(Level.OK, "shared memory", told)
 
 
@@ -216,12 +217,12 @@ def _judge_thread_level(job: Job) -> Finding:
     level = job.library.thread_level
     if level != "multiple":
         told = (
-            f"MPI should be started for several threads; got level {level}. Gradients will not "
-            "travel while backward runs: leave mpi4py.rc.thread_level as it is, or use a library "
-            "that was built with threads."
+            f"MPI should support calls from several threads; got thread level {level}. Gradients "
+            "will not be sent while backward runs: leave mpi4py.rc.thread_level at its default, or "
+            "use a library that was built with threads."
         )
         return Finding(Level.NOTE, "MPI threads", told)
-    told = "level multiple: gradients can travel while backward runs."
+    told = "thread level multiple: gradients can be sent while backward runs."
     return Finding(Level.OK, "MPI threads", told)
 
 
@@ -229,12 +230,16 @@ def _judge_gpus(job: Job) -> Finding:
     num_gpus = sum(node.num_gpus for node in job.nodes)
     if not num_gpus:
         return Finding(Level.OK, "GPUs", "none; shardopt needs none.")
-    aware = {True: "takes", False: "does not take", None: "does not say whether it takes"}
+    aware = {
+        True: "accepts",
+        False: "does not accept",
+        None: "does not report whether it accepts",
+    }
     visible = job.ranks[0].cuda_visible_devices
     seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES of rank 0 is {visible!r}"
     told = (
-        f"{_count(num_gpus, 'GPU')}{seen}; updates run on cores, with parameters in the node's "
-        f"memory. {job.library.name} {aware[job.library.cuda_aware]} pointers to a GPU's memory."
+        f"{_count(num_gpus, 'GPU')}{seen}; updates run on the CPU, with parameters in the node's "
+        f"memory. {job.library.name} {aware[job.library.cuda_aware]} pointers to GPU memory."
     )
     return Finding(Level.NOTE, "GPUs", told)
 

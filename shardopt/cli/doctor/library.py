@@ -1,4 +1,4 @@
-"""Which MPI library this is, and what started this process; neither needs MPI to be started."""
+"""The MPI library and the launcher of this process, found without initializing MPI."""
 
 import ctypes
 import re
@@ -12,7 +12,7 @@ import mpi4py
 from shardopt.cli.doctor.facts import Launcher, Library, Mpirun
 
 # The launchers' names, the libraries they start, and their variables for the number of processes
-# and for the rank. Within a Slurm job all may be set: what started the process last comes first.
+# and for the rank. All may be set within a Slurm job: the innermost launcher comes first.
 _LAUNCHERS = (
     ("Open MPI's mpirun", "Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MPICH's mpirun", "MPICH", "PMI_SIZE", "PMI_RANK"),
@@ -24,7 +24,7 @@ _ANSWER_S = 10
 
 
 def find_launcher(environ: Mapping[str, str]) -> Launcher | None:
-    """Say what started this process, or None where no launcher did."""
+    """Return the launcher that started this process, or None if there was none."""
     for name, family, size, rank in _LAUNCHERS:
         found = environ.get(size, ""), environ.get(rank, "")
         if all(text.isdecimal() for text in found):
@@ -35,7 +35,7 @@ def find_launcher(environ: Mapping[str, str]) -> Launcher | None:
 
 
 def find_mpirun() -> Mpirun | None:
-    """Say which mpirun the shell would find; it starts a process."""
+    """Return the mpirun that a shell finds, or None; runs ``mpirun --version``."""
     path = shutil.which("mpirun")
     if path is None:
         return None
@@ -51,7 +51,7 @@ def find_mpirun() -> Mpirun | None:
 
 def describe_library() -> Library:
     """Describe the library that mpi4py has loaded."""
-    from mpi4py import MPI  # here: the caller sees to it that this does not start MPI
+    from mpi4py import MPI  # here: the caller has kept mpi4py from initializing MPI
 
     first_line = MPI.Get_library_version().strip("\0\n ").split("\n")[0]
     name, version = parse_name(first_line)
@@ -76,7 +76,7 @@ def describe_library() -> Library:
 
 
 def parse_name(first_line: str) -> tuple[str, str]:
-    """Split what a library says of itself into name and version."""
+    """Split a library's description of itself into name and version."""
     match = _NAME.match(first_line)
     return (match["name"], match["version"]) if match else (first_line[:40], "")
 
@@ -90,7 +90,7 @@ def _find_file() -> str | None:
 
 
 def _ask_for_cuda(path: str | None) -> bool | None:
-    """Ask with an extension of Open MPI's, which MPICH has, too; None where there is none."""
+    """Ask by an extension of Open MPI's, which MPICH has too; None if it is missing."""
     try:
         return bool(ctypes.CDLL(path).MPIX_Query_cuda_support())
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""The report for people, in 100 columns."""
+"""The report of an examination as text, 100 columns wide."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from shardopt.cli.doctor.facts import Job, Speeds
 from shardopt.cli.doctor.finding import Finding, Level
 
 _WIDTH = 100
-_MAX_ROWS = 32  # of a table; findings name the slowest of all
+_MAX_ROWS = 32  # of a table; the findings name the slowest of all
 _NODE_HEADS = (
     *("node", "host", "ranks", ">cores", "binding", ">/dev/shm free"),
     *(">memory", ">barrier", ">network"),
@@ -17,7 +17,7 @@ _LINK_HEADS = ("link", ">latency", ">both ways at once, each")
 
 
 def render(job: Job, speeds: Speeds | None, findings: Sequence[Finding]) -> str:
-    """Write down what was found."""
+    """Return the whole report."""
     paragraphs = [text.fields(_overview(job))]
     if speeds:
         paragraphs.append(_shortened(_NODE_HEADS, _node_rows(job, speeds)))

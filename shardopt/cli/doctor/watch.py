@@ -1,4 +1,4 @@
-"""No step waits for ever: whoever waits too long says for what and for whom, and ends the job."""
+"""Deadlines for the steps of an examination: a rank that waits too long reports why and aborts."""
 
 import os
 import sys
@@ -16,18 +16,18 @@ from shardopt.comm.waiting import overdue
 
 _GRACE_S = 2.0
 _NAP_S = 0.0005
-_SIGN = 1  # the tag of a rank's sign of life
+_ARRIVAL = 1  # the tag of a rank's message that it has arrived
 
 
 class Watch:
-    """Times the steps that ranks take together.
+    """A deadline for every step that the ranks take together.
 
     Args:
-        timeout_s: Longest time for a step.
-        rank: This rank; rank 0, which knows who is missing, is the first to give up.
+        timeout_s: Longest time for a step, in seconds.
+        rank: This rank. Rank 0 is the first to give up, since it knows which ranks are missing.
 
     Attributes:
-        hosts: Names of the ranks' hosts, as far as they are known, for messages.
+        hosts: The ranks' host names for messages, as far as they are known.
     """
 
     def __init__(self, timeout_s: float, rank: int) -> None:
@@ -38,73 +38,78 @@ class Watch:
 
     @contextmanager
     def over(self, step: str) -> Iterator[None]:
-        """Watch over a step."""
+        """Set a deadline for a step."""
         with overdue(self._patience_s, lambda: self._give_up(step)):
             yield
 
     @contextmanager
     def from_outside(self, step: str) -> Iterator[None]:
-        """Watch over a step that keeps the interpreter to itself, as the start of MPI does.
+        """Set a deadline for a step that does not release the interpreter, such as MPI's start.
 
-        A process of its own watches, and kills this one; so it cannot end the job in good form.
+        A child process keeps the time and kills this one, so the job ends without MPI's abort.
         """
-        end, mine = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            os.close(mine)
-            if not select([end], [], [], self._patience_s)[0]:
-                self._tell(step)
+            os.close(writer)
+            is_over = select([reader], [], [], self._patience_s)[0]  # once the parent closes it
+            if not is_over:
+                self._report(step)
                 os.kill(os.getppid(), SIGKILL)
             os._exit(0)
-        os.close(end)
+        os.close(reader)
         try:
             yield
         finally:
-            os.close(mine)
+            os.close(writer)
             os.waitpid(child, 0)
 
     @contextmanager
     def together(self, step: str, comm: MPI.Intracomm) -> Iterator[None]:
-        """Wait for all ranks, and watch over the step that begins then. Collective."""
+        """Wait for all ranks and then begin a step, with one deadline for both. Collective."""
         with self.over(step):
             self.meet(comm)
             yield
 
     def meet(self, comm: MPI.Intracomm) -> None:
-        """Wait for all ranks, leave the cores to those who still work, and note who they are."""
-        signs = np.zeros((comm.size, 1), np.int8)
+        """Wait for all ranks, asleep, while rank 0 keeps track of those that are missing.
+
+        Collective: every rank of ``comm``.
+        """
+        messages = np.zeros((comm.size, 1), np.int8)
         if comm.rank:
-            arrivals = {0: comm.Isend(signs[0], 0, _SIGN)}
+            arrivals = {0: comm.Isend(messages[0], 0, _ARRIVAL)}
         else:
             others = range(1, comm.size)
-            arrivals = {rank: comm.Irecv(signs[rank], rank, _SIGN) for rank in others}
+            arrivals = {rank: comm.Irecv(messages[rank], rank, _ARRIVAL) for rank in others}
         barrier = comm.Ibarrier()
         while not barrier.Test():
             if comm.rank == 0:
                 self._missing = [rank for rank, request in arrivals.items() if not request.Test()]
-            time.sleep(_NAP_S)
+            time.sleep(_NAP_S)  # leaves the cores to ranks that still work
         MPI.Request.Waitall(list(arrivals.values()))
         self._missing = []
 
     def _give_up(self, step: str) -> None:
-        self._tell(step)
+        self._report(step)
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             end_job(1)
         os._exit(1)
 
-    def _tell(self, step: str) -> None:
+    def _report(self, step: str) -> None:
+        limit = f"within {self._timeout_s:g} s"
         if self._missing:
             names = ", ".join(
-                f"{rank} on {self.hosts[rank]}" if rank in self.hosts else str(rank)
+                f"rank {rank} on {self.hosts[rank]}" if rank in self.hosts else f"rank {rank}"
                 for rank in self._missing
             )
             text = (
-                f"every rank must come to {step} within {self._timeout_s:g} s; got no sign of rank "
-                f"{names}. See what holds it up there, or raise --timeout."
+                f"{names} did not reach {step} {limit}. Check what blocks it there, or raise "
+                "--timeout."
             )
         else:
             text = (
-                f"{step} must end within {self._timeout_s:g} s; got no end of it. See whether all "
-                "nodes reach each other by the network, or raise --timeout."
+                f"{step} did not end {limit}. Check whether all nodes can reach each other over "
+                "the network, or raise --timeout."
             )
         print(f"shardopt doctor: {text}", file=sys.stderr, flush=True)

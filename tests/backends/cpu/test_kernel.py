@@ -1,4 +1,4 @@
-"""The CPU kernel keeps the promises, on one thread and on several, and its loops are vectorised."""
+"""The CPU kernel passes the suites on one thread and on several, and its loops are vectorised."""
 
 import platform
 import re
@@ -7,33 +7,48 @@ import numba
 import numpy as np
 import pytest
 
-from shardopt.backends.base import UpdatePlan
+from shardopt.backends.base import Rows, UpdatePlan
 from shardopt.backends.cpu import kernel as cpu
 from shardopt.backends.cpu import loops
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
-from tests.support.kernel_suite import (
+from shardopt.layout.span import Span
+from shardopt.layout.state_spec import state_specs
+from tests.support.kernel_arrays import (
     SIXTEEN_BITS,
-    BitSuite,
-    KernelSuite,
-    MasterSuite,
+    HostKernel,
     assert_same_bits,
     cast,
     coefficient_rows,
     every_pattern,
     hard_to_round,
 )
+from tests.support.kernel_suite import (
+    BitSuite,
+    MasterSuite,
+    ReduceSuite,
+    UpdateSuite,
+    WideSumSuite,
+)
 
 
 @pytest.fixture(scope="module", params=[1, 3])
 def kernel(request):
     kernel = cpu.CpuKernel(threads=request.param)
-    yield kernel
+    yield HostKernel(kernel)
     kernel.close()
 
 
-class TestCpuKernel(KernelSuite):
+class TestCpuKernelUpdate(UpdateSuite):
+    pass
+
+
+class TestCpuKernelReduce(ReduceSuite):
+    pass
+
+
+class TestCpuKernelWideSums(WideSumSuite):
     pass
 
 
@@ -48,21 +63,25 @@ class TestCpuKernelMasters(MasterSuite):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype):
     numel = 5 * cpu.MIN_PIECE_NUMEL + CHUNK_NUMEL
-    rng = np.random.default_rng(0)
-    grads = rng.standard_normal((2, numel)).astype(dtype)
+    span = Span(0, numel)
+    sources = Rows.of(*np.random.default_rng(0).standard_normal((2, numel)).astype(dtype))
     segments = np.array([[0, 999, 0], [1024, numel, 0]])
-    plan = UpdatePlan(0, numel, segments, coefficient_rows(dtype, (1, 0.5)))
+    plan = UpdatePlan(span, segments, coefficient_rows(dtype, (1, 0.5)))
     results = []
     for threads in (1, 2, 5):
         kernel = cpu.CpuKernel(threads)
-        param, square_sums = np.ones(numel, dtype), np.empty(numel // CHUNK_NUMEL)
-        moments, values = np.zeros((2, numel), compute_dtype(dtype)), np.zeros(numel, dtype)
-        master = np.ones(numel, np.float32) if has_master(dtype) else None
-        out = None if has_master(dtype) else values
-        kernel.update(grads, param, master, *moments, plan)
-        kernel.reduce(grads, out, 0, numel, square_sums)
+        params, square_sums = np.ones((2, numel), dtype), np.empty(numel // CHUNK_NUMEL)
+        state = {
+            key: np.zeros(numel, compute_dtype(dtype))
+            for key in (each.key for each in state_specs(dtype))
+        }
+        if has_master(dtype):
+            state["master"][:] = 1
+        values = np.zeros(numel, dtype)
+        kernel.update(sources, Rows.of(*params), state, plan)
+        kernel.reduce(sources, None if has_master(dtype) else values, span, square_sums)
         kernel.close()
-        results.append([param, moments, square_sums, values if master is None else master])
+        results.append([*params, *state.values(), square_sums, values])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, two)

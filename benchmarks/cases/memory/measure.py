@@ -1,0 +1,65 @@
+"""Measure the memory of a node; see ``benchmarks.cases.memory``."""
+
+import gc
+from collections.abc import Callable, Iterator
+
+from mpi4py import MPI
+
+from benchmarks.cases.memory import CASE, Options, bytes_per_parameter
+from benchmarks.contenders.faces import FACES
+from benchmarks.contenders.internals import share_of_cores
+from benchmarks.contenders.names import NEED_TORCH, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16
+from benchmarks.contenders.peers import CONTENDERS
+from benchmarks.contenders.problem import DTYPE, Contender, Problem
+from benchmarks.contenders.torch_env import gloo, load_torch
+from benchmarks.harness.meter import proportional_set_nbytes, return_freed_memory
+from benchmarks.harness.result import Result
+
+STEPS = 2
+
+
+def measure(options: Options) -> Iterator[Result]:
+    """Measure one contender after the other."""
+    return_freed_memory()  # before the next contender is measured
+    comm = MPI.COMM_WORLD
+    threads = share_of_cores(comm)
+    has_torch = load_torch(threads) is not None
+    left_out = {*options.skip, *(() if has_torch else NEED_TORCH)}
+    problem = Problem(comm, options.numel, options.tensors, threads)
+    with gloo(comm, has_torch):
+        makers = {name: make for name, make in CONTENDERS.items() if name not in left_out}
+        if has_torch:
+            makers |= {name: FACES[name][1] for name in (THROUGH_TORCH, THROUGH_TORCH_BFLOAT16)}
+        figures = {
+            bytes_per_parameter(name): growth(make, problem) for name, make in makers.items()
+        }
+    if comm.rank == 0:
+        yield Result(
+            case=CASE.name,
+            title=f"Memory of the node after {STEPS} steps: growth of the summed Pss",
+            ranks=comm.size,
+            threads=threads,
+            dtype=DTYPE,
+            numel=options.numel,
+            figures=figures,
+        )
+
+
+def growth(make: Callable[[Problem], Contender], problem: Problem) -> float:
+    """Return the bytes that all ranks together need for each parameter beyond the first."""
+    before = stepping_nbytes(make, Problem(problem.comm, 1, 1, problem.threads))
+    return (stepping_nbytes(make, problem) - before) / problem.numel
+
+
+def stepping_nbytes(make: Callable[[Problem], Contender], problem: Problem) -> int:
+    """Sum the ranks' proportional set sizes while a contender trains. Collective: every rank."""
+    contender = make(problem)
+    for _ in range(STEPS):
+        contender.step()
+    gc.collect()
+    problem.comm.Barrier()
+    nbytes: int = problem.comm.allreduce(proportional_set_nbytes())
+    contender.close()
+    del contender
+    gc.collect()  # optimizers of torch are in cycles
+    return nbytes

@@ -1,0 +1,1 @@
+"""The contenders: shardopt, and what its users would run otherwise."""

@@ -1,0 +1,173 @@
+"""The internals of shardopt that benchmarks use. No other module here imports any.
+
+They are its kernel by itself, the places of its arrays, its view of nodes and cores, and the parts
+of a checkpoint that a rank owns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from benchmarks.harness.placing import Bytes, FloatArray, page_aligned
+from shardopt import ShardPolicy
+from shardopt.backends.base import Rows, UpdatePlan
+from shardopt.backends.cpu.kernel import CpuKernel
+from shardopt.backends.cpu.memory import padded_zeros
+from shardopt.checkpoint.format.disk import sync_folder
+from shardopt.checkpoint.format.reader import read_manifest
+from shardopt.checkpoint.format.requests import wanted_slices
+from shardopt.comm.topology import Topology, make_topology
+from shardopt.core.sharded import sharded_of
+from shardopt.layout.dtypes import compute_dtype, has_master
+from shardopt.layout.padding import row_numel
+from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.layout.span import Span
+from shardopt.layout.state_spec import state_specs
+from shardopt.layout.traffic import default_bucket_nbytes
+from shardopt.measure.cores import cores_per_rank
+from shardopt.numpy import NAdam
+from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+
+__all__ = [
+    "CHUNK_NUMEL",
+    "Topology",
+    "compute_dtype",
+    "has_master",
+    "padded_zeros",
+    "sync_folder",
+]
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelArrays:
+    """The arrays of one shard.
+
+    Attributes:
+        grads: [num_sources, at least numel], C-contiguous.
+        param: [numel].
+        state: ``exp_avg``, ``exp_avg_sq`` and, for 16-bit parameters, ``master``; [numel] each.
+    """
+
+    grads: FloatArray
+    param: FloatArray
+    state: Mapping[str, FloatArray]
+
+
+def make_arrays(numel: int, dtype: str, num_sources: int) -> KernelArrays:
+    """Make arrays of zeros that lie to each other as in ``shardopt.store.buffers``."""
+    row = row_numel(numel, dtype)
+    rows = page_aligned((1 + num_sources) * row, dtype).reshape(-1, row)
+    state = {
+        spec.key: padded_zeros(numel, spec.dtype, len(rows) + i, rows[0])
+        for i, spec in enumerate(state_specs(dtype))
+    }
+    return KernelArrays(rows[1:], rows[0, :numel], state)
+
+
+class BareKernel:
+    """The CPU kernel on one shard, without an optimizer around it.
+
+    Args:
+        arrays: The shard, for the kernel to update in place.
+        num_ranks: Ranks that the gradients are averaged over.
+        threads: Cores to use.
+    """
+
+    def __init__(self, arrays: KernelArrays, num_ranks: int, threads: int) -> None:
+        self._arrays, self._num_ranks = arrays, num_ranks
+        self._kernel = CpuKernel(threads)
+        self._kernel.prepare(arrays.param.dtype.name)
+        self._sources = Rows.of(*(row[: arrays.param.size] for row in arrays.grads))
+        self._targets = Rows.of(arrays.param)
+        self._span = Span(0, arrays.param.size)
+        self._segments = np.array([[0, arrays.param.size, 0]])
+        self._step_count, self._hyperparams = StepCount(), Hyperparams()
+
+    def update(self) -> None:
+        """Take one step."""
+        self._step_count = self._step_count.after_step(self._hyperparams)
+        row = step_coefficients(self._hyperparams, self._step_count, 1 / self._num_ranks)
+        coefficients = np.array([row], self._arrays.state["exp_avg"].dtype)
+        plan = UpdatePlan(self._span, self._segments, coefficients)
+        self._kernel.update(self._sources, self._targets, self._arrays.state, plan)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._kernel.close()
+
+
+# -- nodes and cores -------------------------------------------------------------------------------
+
+
+@contextmanager
+def topology_of(comm: MPI.Intracomm) -> Iterator[Topology]:
+    """Yield the nodes and lanes of some ranks. Collective: every rank, on its way in and out."""
+    topology = make_topology(comm, share_node=True, timeout_s=60)
+    yield topology
+    topology.free()
+
+
+def share_of_cores(comm: MPI.Intracomm) -> int:
+    """Return the cores of each rank, as the optimizer counts them. Collective: every rank."""
+    with topology_of(comm) as topology:
+        return cores_per_rank(topology)
+
+
+def bucket_nbytes(policy: ShardPolicy, num_nodes: int, world_size: int) -> int:
+    """Return the bytes of parameters in a bucket."""
+    return policy.bucket_nbytes or default_bucket_nbytes(num_nodes, world_size)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A run of bytes in a file of a checkpoint, and where it belongs in memory.
+
+    Attributes:
+        path: The file.
+        offset: Of its first byte in it.
+        target: The memory.
+    """
+
+    path: Path
+    offset: int
+    target: Bytes
+
+
+def num_cores(opt: NAdam) -> int:
+    """Return the cores that this rank's optimizer uses."""
+    return opt.core.num_cores
+
+
+def saves_in_flight(opt: NAdam) -> bool:
+    """Return whether something is being saved beside the steps of an optimizer."""
+    return bool(opt.core.listeners)
+
+
+def owned_arrays(opt: NAdam) -> list[FloatArray]:
+    """Return all that this rank saves, where it lives."""
+    sharded = sharded_of(opt)
+    return sharded.arrays(sharded.tensors())
+
+
+def places_in_checkpoint(path: Path, opt: NAdam) -> Sequence[Place]:
+    """Return where in a checkpoint everything lies that this rank's optimizer owns."""
+    sharded, manifest = sharded_of(opt), read_manifest(path)
+    tensors = sharded.tensors()
+    found: list[Place] = []
+    for shard, array in zip(tensors, sharded.arrays(tensors), strict=True):
+        slices: Any = manifest.slices[shard.param][shard.key]
+        found += [
+            Place(path / manifest.files[run.file].name, run.start, run.target)
+            for run in wanted_slices(slices, shard.span, array)
+            if run.target is not None
+        ]
+    return found

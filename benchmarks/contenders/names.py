@@ -1,0 +1,29 @@
+"""The names of contenders, in results and on the command line."""
+
+# A whole step.
+SHARDOPT = "shardopt"
+REDUCE_SCATTER = "MPI reduce-scatter + kernel + allgather"
+ZERO_REDUNDANCY = "all_reduce + ZeroRedundancyOptimizer"
+REPLICATED = "all_reduce + NAdam on every rank"
+FOREACH = "torch.optim.NAdam(foreach=True)"
+STEP_PEERS = (REDUCE_SCATTER, ZERO_REDUNDANCY, REPLICATED)
+
+# The same through a framework.
+THROUGH_TORCH = "shardopt.torch"
+THROUGH_TORCH_BFLOAT16 = "shardopt.torch, bfloat16"
+THROUGH_JAX = "shardopt.jax"
+THROUGH_LUCID = "shardopt.lucid"
+NEED_TORCH = (ZERO_REDUNDANCY, REPLICATED, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16)
+
+# Bare loops over memory.
+TRIAD = "triad"
+AXPY = "axpy"
+
+# Checkpoints.
+SYNCHRONOUS = "shardopt, asynchronous=False"
+DCP = "torch DCP async_save"
+DCP_KEPT = "torch DCP async_save, stager kept"
+TORCH_SAVE = "torch.save + fsync"
+MEMCPY = "memcpy"
+DIRECT_WRITE = "direct write + fsync"
+BARE_READ = "preadv, nothing verified"

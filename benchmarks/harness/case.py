@@ -1,0 +1,213 @@
+"""Cases: what a benchmark measures, the ratios it comes down to, and the targets they must meet.
+
+[Note: a case says it once]
+A target is written in the ``Case`` that measures it and nowhere else. The tables that a run prints,
+the verdict in the JSON line, ``python -m benchmarks`` and the table in README.md all read it there.
+So that they can, a case is declared in the ``__init__`` of its package, which loads neither MPI nor
+Numba; what measures it is in the ``measure`` module beside it.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness.result import Result
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound for a ratio: exactly one of ``at_least`` and ``at_most``.
+
+    Attributes:
+        at_least: The lowest value that meets it.
+        at_most: The highest value that meets it.
+        with_mpi: Bounds that hold instead with some MPI libraries, by the beginning of their name.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    with_mpi: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(
+                "a target must have one bound; got "
+                f"at_least={self.at_least}, at_most={self.at_most}. Give one of them."
+            )
+
+    @property
+    def more_is_better(self) -> bool:
+        """True if the bound is a lower one."""
+        return self.at_least is not None
+
+    def bound(self, mpi: str = "") -> float:
+        """Return the bound that holds with an MPI library."""
+        usual = self.at_least if self.at_most is None else self.at_most
+        assert usual is not None
+        matching = (bound for name, bound in self.with_mpi.items() if mpi.startswith(name))
+        return next(matching, usual)
+
+    def is_met(self, value: float, mpi: str = "") -> bool:
+        """Return whether ``value`` meets the target."""
+        bound = self.bound(mpi)
+        return value >= bound if self.more_is_better else value <= bound
+
+    def __str__(self) -> str:
+        """Return the bound in words."""
+        words = f"at {'least' if self.more_is_better else 'most'} {self.bound():.6g}"
+        rest = ", ".join(f"{name}: {bound:g}" for name, bound in self.with_mpi.items())
+        return f"{words} ({rest})" if rest else words
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One number that a case comes down to, and its target.
+
+    Attributes:
+        name: Its key in results; ``{ranks}`` in it stands for their number.
+        reads: Keys of samples and figures that it is made of: it is left out where one is missing.
+        compute: Computes it from a result that has them; None leaves it out.
+        target: The bound it must meet, or None if it is only reported.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    compute: Callable[[Result], float | None]
+    target: Target | None = None
+
+    def of(self, result: Result) -> float | None:
+        """Return its value in a result, or None if that does not have it."""
+        return self.compute(result) if all(map(result.has, self.reads)) else None
+
+
+def quotient(
+    over: str, under: str, target: Target | None = None, *, name: str | None = None
+) -> Ratio:
+    """Make the ratio of two samples' medians, or of two figures.
+
+    Args:
+        over: Key of the dividend.
+        under: Key of the divisor.
+        target: The bound it must meet.
+        name: Its name, unless it is called ``over / under``.
+    """
+
+    def compute(result: Result) -> float | None:
+        divisor = result.value(under)
+        return result.value(over) / divisor if divisor else None
+
+    return Ratio(name or f"{over} / {under}", (over, under), compute, target)
+
+
+def figure(name: str, target: Target | None = None) -> Ratio:
+    """Make a ratio of a measured figure that has a target by itself."""
+    return Ratio(name, (name,), lambda result: result.value(name), target)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The setting that targets are for; runs with other settings are only reported.
+
+    Attributes:
+        numel: Parameters in the model; None allows any number.
+        dtype: Of the parameters.
+        min_ranks: MPI ranks at least.
+        settings: Further settings; results recorded without one of them had it as it is here.
+    """
+
+    numel: int | None
+    dtype: str = "float32"
+    min_ranks: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def covers(self, result: Result) -> bool:
+        """Return whether a result was measured with these settings."""
+        return (
+            self.numel in (None, result.numel)
+            and self.dtype == result.dtype
+            and self.min_ranks <= result.ranks
+            and all(
+                result.settings.get(key, value) == value for key, value in self.settings.items()
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The value of a ratio in one result, beside its target.
+
+    Attributes:
+        name: Of the ratio.
+        value: As measured.
+        target: What it must meet; None where nothing is claimed.
+        bound: The target's bound for the MPI library in use.
+        met: Whether it meets the target; None where nothing is claimed.
+        more_is_better: Whether the ratio's target, claimed or not, is a lower bound.
+    """
+
+    name: str
+    value: float
+    target: Target | None
+    bound: float | None
+    met: bool | None
+    more_is_better: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of an entry of ``ratios`` in a line of a results file."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "target": self.bound,
+            "at_least": self.more_is_better,
+            "met": self.met,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One benchmark; see [Note: a case says it once].
+
+    Attributes:
+        name: On the command line, and of its file of results.
+        package: Its package, in which the module ``measure`` measures it.
+        measures: What it measures, in a sentence.
+        start: How it is started, for example ``mpirun -n 2 python -m benchmarks step``.
+        options: A dataclass of its options; see ``benchmarks.harness.options``.
+        claim: The setting that the targets are for.
+        ratios: What results come down to, with the targets.
+    """
+
+    name: str
+    package: str
+    measures: str
+    start: str
+    options: type[Any]
+    claim: Claim
+    ratios: tuple[Ratio, ...]
+
+    def measure(self, options: Any) -> Iterator[Result]:
+        """Measure, and yield the results on rank 0. Collective: every rank exhausts it."""
+        module = importlib.import_module(f"{self.package}.measure")
+        results: Iterator[Result] = module.measure(options)
+        return results
+
+    def judge(self, result: Result) -> list[Verdict]:
+        """Compute the ratios of a result and compare them with their targets."""
+        values = [(ratio, ratio.of(result)) for ratio in self.ratios]
+        claimed = self.claim.covers(result)
+        return [
+            _verdict(ratio, value, result, claimed) for ratio, value in values if value is not None
+        ]
+
+
+def _verdict(ratio: Ratio, value: float, result: Result, claimed: bool) -> Verdict:
+    target, mpi = ratio.target if claimed else None, result.origin.mpi
+    return Verdict(
+        name=ratio.name.replace("{ranks}", str(result.ranks)),
+        value=value,
+        target=target,
+        bound=None if target is None else target.bound(mpi),
+        met=None if target is None else target.is_met(value, mpi),
+        more_is_better=ratio.target is None or ratio.target.more_is_better,
+    )

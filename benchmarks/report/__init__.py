@@ -1,0 +1,1 @@
+"""Verdicts, tables and the plot, made from results."""

@@ -1,0 +1,147 @@
+"""The transformer in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardopt.torch import NAdam
+from train_lm.models import base
+from train_lm.models.base import (
+    MLP_RATIO,
+    NORM_EPS,
+    NUM_BYTES,
+    Array,
+    Shape,
+    Weights,
+    out_by_in,
+    rotary_angles,
+)
+
+
+class Learner(base.Learner):
+    """The model in PyTorch; see ``base.Learner``."""
+
+    framework = f"PyTorch {torch.__version__.split('+')[0]}"  # without +cpu
+
+    def __init__(
+        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+    ) -> None:
+        self.shape = shape
+        self.model = Transformer(shape)
+        self.model.load_state_dict({n: torch.from_numpy(w) for n, w in out_by_in(weights).items()})
+        self.model.to(getattr(torch, dtype))
+        self.opt = NAdam(self.model.named_parameters(), **settings)
+
+    @staticmethod
+    def limit_threads(count: int) -> None:
+        """Limit PyTorch's own threads as well."""
+        base.Learner.limit_threads(count)
+        torch.set_num_threads(count)
+
+    @torch.no_grad()
+    def logits(self, inputs: Array) -> Array:
+        """Run the model forward."""
+        logits: Array = self.model(as_tensor(inputs)).flatten(0, 1).numpy()
+        return logits
+
+    @torch.no_grad()
+    def loss(self, inputs: Array, targets: Array) -> float:
+        """Run the model forward."""
+        return self._loss(inputs, targets).item()
+
+    def loss_and_grads(self, inputs: Array, targets: Array, weight: float = 1.0) -> float:
+        """Run forward and backward; the gradients are in ``p.grad``."""
+        self.opt.zero_grad()
+        loss = self._loss(inputs, targets)
+        (weight * loss).backward()
+        return loss.item()
+
+    def _loss(self, inputs: Array, targets: Array) -> Tensor:
+        logits = self.model(as_tensor(inputs))
+        return F.cross_entropy(logits.flatten(0, 1), as_tensor(targets).flatten())
+
+
+class Transformer(nn.Module):
+    """Tokens [batch, time] in, float32 logits [batch, time, 256] out."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        angles = torch.from_numpy(rotary_angles(shape.context, shape.head_width)).float()
+        # Not a buffer: ``model.to(torch.bfloat16)`` would round the angles of distant positions.
+        self.rotations = torch.polar(torch.ones_like(angles), angles)
+        self.embedding = nn.Embedding(NUM_BYTES, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.head = nn.Linear(shape.width, NUM_BYTES, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Score the byte after each of ``tokens``."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rotations[: tokens.shape[1]])
+        return self.head(norm(x)).float()
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to its input."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention = Attention(shape)
+        self.mlp = Mlp(shape)
+
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Transform ``x`` [batch, time, width]."""
+        x = x + self.attention(norm(x), rotations)
+        return x + self.mlp(norm(x))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.out = nn.Linear(shape.width, shape.width, bias=False)
+
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Mix each position of ``x`` [batch, time, width] with the positions before it."""
+        split = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, head_width]
+        q, k = rotate(q, rotations), rotate(k, rotations)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two projections around ``relu(x)**2``."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.up = nn.Linear(shape.width, MLP_RATIO * shape.width, bias=False)
+        self.down = nn.Linear(MLP_RATIO * shape.width, shape.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position by itself."""
+        return self.down(F.relu(self.up(x)).square())
+
+
+def norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square of the last axis."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate each pair of ``x`` [batch, heads, time, head_width], as a complex number."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
+
+
+def as_tensor(tokens: Array) -> Tensor:
+    """Convert bytes to int64, as indexing requires."""
+    return torch.from_numpy(tokens.astype(np.int64))

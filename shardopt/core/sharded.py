@@ -1,0 +1,269 @@
+"""The door between an optimizer and its checkpoints: they use ``Sharded`` and nothing else."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from shardopt._typing import FloatArray
+from shardopt.comm.consensus import Description
+from shardopt.core.listeners import StepListener
+from shardopt.core.optimizer import Optimizer
+from shardopt.errors import CheckpointError
+from shardopt.layout.partition import ParamSpec
+from shardopt.layout.span import Span
+from shardopt.layout.state_spec import PARAM_KEY, state_specs
+from shardopt.params.groups import Group, group_values
+from shardopt.params.inputs import mask_of
+from shardopt.report import StepReport
+from shardopt.rule.nadam import StepCount
+from shardopt.store.buffers import ShardBuffers
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShard:
+    """The part of one tensor that this rank owns: of a parameter, or of an array of its state.
+
+    It holds no array, so that keeping it does not keep the memory of a closed optimizer alive; see
+    ``Sharded.arrays``.
+
+    Attributes:
+        param: Index of the parameter.
+        spec: The parameter.
+        key: ``PARAM_KEY``, or the name of the array in state dicts, such as ``exp_avg``.
+        dtype: NumPy's name for the type of the elements.
+        span: The elements owned, counted within the flattened parameter.
+        bucket_span: The elements of the parameter in the same bucket, which include the span.
+        region: Index of the memory that the elements live in.
+        local: Their place in that memory.
+    """
+
+    param: int
+    spec: ParamSpec
+    key: str
+    dtype: str
+    span: Span
+    bucket_span: Span
+    region: int
+    local: Span
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Everything that is saved besides tensors; the same on every rank.
+
+    Attributes:
+        params: The parameters, in the order of the param groups.
+        step_counts: One for each of them.
+        groups: The values of each param group, without its parameters.
+        num_steps: Calls of ``step()`` so far.
+        loss_scale: The loss scale of the last of them.
+    """
+
+    params: Sequence[ParamSpec]
+    step_counts: Sequence[StepCount]
+    groups: Sequence[Group]
+    num_steps: int
+    loss_scale: float
+
+
+class Sharded(Protocol):
+    """A training state that is sharded over ranks, as checkpoints see it."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    @property
+    def num_cores(self) -> int:
+        """Number of threads that this rank should use."""
+        ...
+
+    @property
+    def listeners(self) -> list[StepListener]:
+        """The listeners polled after every step; the same on every rank."""
+        ...
+
+    @property
+    def layout(self) -> object:
+        """A token: as long as it is the same object, ``tensors`` returns the same."""
+        ...
+
+    def tensors(self) -> list[TensorShard]:
+        """Return everything that this rank owns."""
+        ...
+
+    def arrays(self, tensors: Sequence[TensorShard]) -> list[FloatArray]:
+        """Return the elements of each of ``tensors``, flat, where they live."""
+        ...
+
+    def scalars(self) -> Scalars:
+        """Return what is saved besides tensors."""
+        ...
+
+    def restore(self, scalars: Scalars) -> None:
+        """Go on from a state whose elements have been written into ``arrays``. Collective."""
+        ...
+
+    def find_writes(self) -> Mapping[int, Any]:
+        """Find what users have put in the place of parameters since the last step.
+
+        Raises:
+            PartitionError: It does not fit.
+        """
+        ...
+
+    def adopt_writes(self, writes: Mapping[int, Any]) -> None:
+        """Take over what ``find_writes`` found, rather than in the next step. Collective."""
+        ...
+
+    def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
+        """Raise on every rank if one has an error or if ranks make different calls. Collective.
+
+        Args:
+            call: The name of the call, as users know it.
+            description: What must be equal on all ranks.
+            error: What went wrong on this rank, or None.
+        """
+        ...
+
+    def allgather(self, value: T, call: str) -> list[T]:
+        """Return the values of all ranks, in rank order. Collective."""
+        ...
+
+
+class HasCore(Protocol):
+    """An optimizer as users have it, of any framework."""
+
+    @property
+    def core(self) -> Any:
+        """The optimizer inside, which is the same for all frameworks."""
+        ...
+
+
+def sharded_of(opt: HasCore) -> Sharded:
+    """Return what checkpoints see of an optimizer.
+
+    Raises:
+        CheckpointError: ``opt`` is something else.
+    """
+    core = getattr(opt, "core", None)
+    if not isinstance(core, Optimizer):
+        raise CheckpointError(
+            f"opt must be an optimizer of shardopt; got a {type(opt).__name__}. Pass the optimizer "
+            "itself, not its state."
+        )
+    return ShardedOptimizer(core)
+
+
+class ShardedOptimizer:
+    """An optimizer behind the door of checkpoints; see ``Sharded``.
+
+    Args:
+        core: The optimizer.
+    """
+
+    def __init__(self, core: Optimizer[Any]) -> None:
+        self._core = core
+        self.rank: int = core.parts.topology.rank
+        self.world_size: int = core.parts.topology.world_size
+        self.num_cores: int = core.parts.num_cores
+
+    @property
+    def listeners(self) -> list[StepListener]:
+        """See ``Sharded``."""
+        return self._core.listeners
+
+    @property
+    def layout(self) -> object:
+        """See ``Sharded``: the partition, which is replaced when parameters are added."""
+        return self._core.partition
+
+    def tensors(self) -> list[TensorShard]:
+        """See ``Sharded``; one array of a region after another."""
+        tensors: list[TensorShard] = []
+        for buffers in self._core.parts.memory.buffers:
+            runs = list(self._runs(buffers))
+            tensors += [shard for shard, _ in runs]
+            for spec in state_specs(buffers.region.dtype):
+                tensors += [
+                    replace(shard, key=spec.key, dtype=spec.dtype, local=in_state)
+                    for shard, in_state in runs
+                ]
+        return tensors
+
+    def arrays(self, tensors: Sequence[TensorShard]) -> list[FloatArray]:
+        """See ``Sharded``."""
+        memory = self._core.parts.memory
+        wholes = [
+            {PARAM_KEY: buffers.params, **memory.state.arrays(index)}
+            for index, buffers in enumerate(memory.buffers)
+        ]
+        return [wholes[shard.region][shard.key][shard.local.slice] for shard in tensors]
+
+    def scalars(self) -> Scalars:
+        """See ``Sharded``."""
+        core = self._core
+        return Scalars(
+            params=[param.spec for param in core.partition.params],
+            step_counts=core.step_counts,
+            groups=[group_values(group) for group in core.param_groups],
+            num_steps=core.last_step.step,
+            loss_scale=core.last_step.loss_scale,
+        )
+
+    def restore(self, scalars: Scalars) -> None:
+        """See ``Sharded``."""
+        report = StepReport(step=scalars.num_steps, loss_scale=scalars.loss_scale)
+        groups = [group_values(group) for group in scalars.groups]
+        self._core.restore(groups, scalars.step_counts, report)
+        self._core.params.publish_all(report.step)
+
+    def find_writes(self) -> Mapping[int, Any]:
+        """See ``Sharded``."""
+        return self._core.parts.registry.find_replaced()
+
+    def adopt_writes(self, writes: Mapping[int, Any]) -> None:
+        """See ``Sharded``."""
+        core, step = self._core, self._core.last_step.step
+        masks = core.parts.collectives.allgather(mask_of(writes), step, "adopt")
+        if any(masks):
+            core.params.adopt_writes(writes, masks)
+            core.parts.meet(step, "adopt")
+            core.last_step = core.last_step.without_poison()
+
+    def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
+        """See ``Sharded``."""
+        self._core.enter_call(call, description, error)
+
+    def allgather(self, value: T, call: str) -> list[T]:
+        """See ``Sharded``."""
+        return self._core.parts.collectives.allgather(value, self._core.last_step.step, call)
+
+    def _runs(self, buffers: ShardBuffers) -> Iterator[tuple[TensorShard, Span]]:
+        """Yield the parts of parameters of one region, and where their state is in its arrays."""
+        partition, region = self._core.partition, buffers.region
+        for shard in buffers.shards:
+            bucket = partition.bucket_of(shard)
+            for index, span, in_state in partition.owned_params([shard]):
+                param = partition.params[index]
+                yield (
+                    TensorShard(
+                        param=index,
+                        spec=param.spec,
+                        key=PARAM_KEY,
+                        dtype=region.dtype,
+                        span=span,
+                        bucket_span=bucket.intersect(param).within(param),
+                        region=shard.region,
+                        local=span.shift(param.start - region.start),
+                    ),
+                    in_state,
+                )

@@ -1,0 +1,210 @@
+"""One step of all ranks, from gradients to updated parameters."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from shardopt.backends.base import ALL_FINITE, UpdatePlan
+from shardopt.comm.consensus import attempt
+from shardopt.core.consensus import StepConsensus
+from shardopt.core.parts import Parts
+from shardopt.core.shared_params import SharedParams
+from shardopt.errors import HyperparamsError
+from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.span import Span
+from shardopt.params.inputs import AgreedInputs, LocalInputs
+from shardopt.report import StepReport, Stopwatch
+from shardopt.rule.nadam import as_real
+from shardopt.transport.sync import ReducedShard
+
+_NO_PARAM = 1 << 62
+"""An index larger than that of any parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """The arguments of ``step()``.
+
+    Attributes:
+        loss_scale: See ``Optimizer.step``.
+        overflowed: Likewise.
+        error: An error that the front end has met with, to be raised on every rank, or None.
+    """
+
+    loss_scale: float = 1.0
+    overflowed: bool = False
+    error: Exception | None = None
+
+
+class Step:
+    """Runs steps; see ``run``.
+
+    Args:
+        parts: The optimizer's.
+        params: The parameters in shared memory.
+
+    Attributes:
+        consensus: The meetings of all ranks around a step.
+    """
+
+    def __init__(self, parts: Parts, params: SharedParams) -> None:
+        self.consensus = StepConsensus(parts.consensus)
+        self._parts = parts
+        self._params = params
+
+    def run(self, call: StepCall, before: StepReport) -> tuple[StepReport, list[int]]:
+        """Average the gradients of all ranks and update the parameters.
+
+        Collective: every rank.
+
+        Args:
+            call: The arguments of this rank.
+            before: The report of the step before.
+
+        Returns:
+            The report of this step, and the lowest vote for each listener.
+        """
+        number, watch = before.step + 1, Stopwatch()
+        parts, kernel = self._parts, self._parts.backend.kernel
+        found = attempt(self._inspect, call)
+        parts.memory.publish()
+        agreed = self.consensus.enter(found, number)  # every rank raises, or none does
+        copied_nbytes = self._adopt(found.value or LocalInputs(), agreed, number)
+        parts.memory.acquire()
+        watch.lap("agree")
+        norm = self._global_norm(agreed, number)
+        factor = None if agreed.overflowed else parts.clipping.factor(norm)  # None: skip the step
+        watch.lap("reduce")
+        poisoned = _NO_PARAM
+        if factor is not None:
+            parts.rule.plan(agreed.present, agreed.hypers, self._grad_scale(agreed) * factor)
+            for shard in parts.sync.reduced():  # reduce-scatter; on one node: where they lie
+                plan = self._plan(shard)
+                with parts.memory.state.open(shard.shard) as state:
+                    position = kernel.update(shard.sources, shard.targets, state, plan)
+                if position != ALL_FINITE:
+                    poisoned = min(poisoned, self._first_poisoned(shard, position))
+                parts.sync.publish(shard)  # all-gather, while the next shard is updated
+            parts.sync.drain()
+            parts.rule.commit()  # the commit point: step counts advance here
+            parts.registry.bump_version(agreed.present)
+        watch.lap("update")
+        parts.memory.publish()
+        poisoned, votes = self.consensus.leave(poisoned, number)
+        parts.memory.acquire()
+        watch.lap("finish")
+        report = self._report(number, agreed, norm, factor, copied_nbytes, watch.seconds)
+        parts.start_step(number + 1, was_changed=agreed.changed != 0)
+        known = before.without_poison() if agreed.replaced else before
+        return report.with_poison(self._name_of(poisoned), known), votes
+
+    # -- before the update -------------------------------------------------------------------------
+
+    def _inspect(self, call: StepCall) -> LocalInputs:
+        """Find this rank's inputs of a step.
+
+        Raises:
+            Exception: Something is wrong with them.
+        """
+        if call.error is not None:
+            raise call.error
+        loss_scale = as_real("loss_scale", call.loss_scale)
+        if not 0.0 < loss_scale < math.inf:
+            raise HyperparamsError(
+                f"loss_scale must be a finite number > 0; got {call.loss_scale}. "
+                "Leave it out for 1."
+            )
+        overlap = self._parts.overlap
+        changed = overlap.hold()  # before other gradients are copied in
+        inputs = LocalInputs(
+            loss_scale=loss_scale,
+            overflowed=bool(call.overflowed),
+            changed=changed,
+            copied_nbytes=overlap.copied_nbytes,
+        )
+        return self._parts.registry.inspect(inputs)
+
+    def _adopt(self, inputs: LocalInputs, agreed: AgreedInputs, step: int) -> int:
+        """Adopt parameters that users have replaced, and make all ranks' gradients alike.
+
+        Returns:
+            Bytes that this rank has copied for the step so far.
+        """
+        parts, copied_nbytes, changed = self._parts, inputs.copied_nbytes, agreed.changed
+        if agreed.replaced:
+            copied_nbytes += self._params.adopt_writes(inputs.replaced, agreed.replaced)
+        if inputs.loss_scale != agreed.loss_scale:
+            parts.memory.scale_grads(agreed.loss_scale / inputs.loss_scale)
+        if agreed.replaced or agreed.rescaled:
+            parts.meet(step, "adopt")
+        if agreed.rescaled:  # everything sent so far had the old scale
+            changed = parts.overlap.sent_by_any(step)
+        parts.sync.reduction.resend(changed)
+        return copied_nbytes
+
+    def _global_norm(self, agreed: AgreedInputs, step: int) -> float | None:
+        """Compute the norm of the averaged gradient, if anything needs it before the update."""
+        parts = self._parts
+        if agreed.overflowed:
+            parts.overlap.settle(step)
+            return None
+        if not parts.clipping.needs_norm:
+            return None
+        if not parts.registry.partition.numel:
+            return 0.0
+        # Each chunk has one owner, so that the allreduce only adds zeros to its sum; chunks are
+        # added up in flat order. So the bits do not depend on how they are shared out.
+        square_sums = parts.collectives.allreduce(parts.sync.square_sums(), MPI.SUM, step, "reduce")
+        return math.sqrt(np.cumsum(square_sums)[-1]) * self._grad_scale(agreed)
+
+    def _grad_scale(self, agreed: AgreedInputs) -> float:
+        """Return the factor on the sum of gradients that makes it the average."""
+        return 1.0 / self._parts.topology.world_size / agreed.loss_scale
+
+    # -- the update and after ----------------------------------------------------------------------
+
+    def _plan(self, shard: ReducedShard) -> UpdatePlan:
+        """Return the segments and coefficients of a shard in this step."""
+        rule, dtype = self._parts.rule, compute_dtype(shard.plan.buffers.region.dtype)
+        return UpdatePlan(shard.span, rule.segments(shard.shard), rule.coefficients(dtype))
+
+    def _first_poisoned(self, shard: ReducedShard, position: int) -> int:
+        """Return the first parameter with inf or NaN from a position of a shard on."""
+        parts, buffers = self._parts, shard.plan.buffers
+        params = parts.backend.host(buffers.params)
+        rest = Span(shard.shard.start + position, shard.shard.stop)
+        for index, span in parts.registry.partition.params_in(shard.shard.region, rest):
+            if not np.isfinite(params[buffers.local(span).slice]).all():
+                return index
+        return _NO_PARAM
+
+    def _name_of(self, index: int) -> str | None:
+        return None if index == _NO_PARAM else self._parts.registry.bindings[index].name
+
+    def _report(
+        self,
+        number: int,
+        agreed: AgreedInputs,
+        norm: float | None,
+        factor: float | None,
+        copied_nbytes: int,
+        seconds: Mapping[str, float],
+    ) -> StepReport:
+        parts = self._parts
+        none = factor is None or not parts.registry.bindings
+        return StepReport(
+            step=number,
+            grad_norm=norm,
+            clip_factor=1.0 if factor is None else factor,
+            skipped=factor is None,
+            loss_scale=agreed.loss_scale,
+            num_updated=None if none else agreed.present.bit_count(),
+            seconds=seconds,
+            waited_s=parts.sync.waited_s,
+            copied_nbytes=copied_nbytes,
+            sent_nbytes=parts.sync.traffic.nbytes,
+            sent_messages=parts.sync.traffic.messages,
+        )

@@ -1,0 +1,6 @@
+"""NAdam for JAX: ``from shardopt.jax import NAdam, nadam``."""
+
+from shardopt.jax.optimizer import NAdam
+from shardopt.jax.transformation import nadam
+
+__all__ = ["NAdam", "nadam"]

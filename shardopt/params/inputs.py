@@ -1,0 +1,108 @@
+"""The inputs of a step: those of one rank, and those that all ranks have agreed on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from typing import NamedTuple
+
+from shardopt._typing import FloatArray
+from shardopt.rule.nadam import Hyperparams
+
+
+class Shares(NamedTuple):
+    """The inputs of one rank that may differ between ranks, so that others must know them.
+
+    Attributes:
+        present: Bit mask of the parameters that have a gradient.
+        replaced: Bit mask of the parameters whose value was replaced.
+        loss_scale: Factor on the loss before backward.
+        overflowed: Whether a gradient is known not to be finite.
+        changed: Bit mask of the buckets that must be sent again; see [Note: gradients sent during
+            backward].
+    """
+
+    present: int
+    replaced: int
+    loss_scale: float
+    overflowed: bool
+    changed: int = 0
+
+    def fingerprint(self) -> list[str]:
+        """Return strings for a digest, in hex because decimal digits of long masks are slow."""
+        masks = map(hex, (self.present, self.replaced, self.changed))
+        return [*masks, str(self.loss_scale), str(self.overflowed)]
+
+
+@dataclass(frozen=True)
+class LocalInputs:
+    """The inputs of one rank before a step.
+
+    Attributes:
+        hypers: The hyperparameters of each param group.
+        replaced: Arrays that users assigned in place of a parameter's view, by parameter index.
+        present: See ``Shares``.
+        loss_scale: See ``Shares``.
+        overflowed: See ``Shares``.
+        changed: See ``Shares``.
+        copied_nbytes: Bytes of gradients that had to be copied into shared memory.
+    """
+
+    hypers: Sequence[Hyperparams] = ()
+    replaced: Mapping[int, FloatArray] = field(default_factory=dict)
+    present: int = 0
+    loss_scale: float = 1.0
+    overflowed: bool = False
+    changed: int = 0
+    copied_nbytes: int = 0
+
+    @property
+    def shares(self) -> Shares:
+        """The part that other ranks must know."""
+        replaced = mask_of(self.replaced)
+        return Shares(self.present, replaced, self.loss_scale, self.overflowed, self.changed)
+
+
+@dataclass(frozen=True)
+class AgreedInputs:
+    """The inputs that all ranks use in a step; the same on every rank.
+
+    Attributes:
+        hypers: The hyperparameters of each param group.
+        present: Bit mask of the parameters that have a gradient on some rank.
+        replaced: For each rank, a bit mask of the parameters that it has replaced; empty if no rank
+            has replaced any.
+        loss_scale: The lowest of all ranks, so that no gradient grows.
+        overflowed: Whether a gradient on some rank is known not to be finite.
+        changed: Bit mask of the buckets that some rank must send again.
+        rescaled: Whether loss scales differ between ranks.
+    """
+
+    hypers: Sequence[Hyperparams]
+    present: int
+    replaced: Sequence[int]
+    loss_scale: float
+    overflowed: bool
+    changed: int
+    rescaled: bool
+
+    @classmethod
+    def merge(cls, hypers: Sequence[Hyperparams], everyone: Sequence[Shares]) -> "AgreedInputs":
+        """Merge the inputs of all ranks, in rank order; if all are equal, one entry is enough."""
+        masks = [each.replaced for each in everyone]
+        scales = {each.loss_scale for each in everyone}
+        return cls(
+            hypers=hypers,
+            present=reduce(or_, (each.present for each in everyone), 0),
+            replaced=masks if any(masks) else (),
+            loss_scale=min(scales, default=math.inf),
+            overflowed=any(each.overflowed for each in everyone),
+            changed=reduce(or_, (each.changed for each in everyone), 0),
+            rescaled=len(scales) > 1,
+        )
+
+
+def mask_of(indices: Mapping[int, object]) -> int:
+    """Return the bit mask of some parameter indices."""
+    return sum(1 << index for index in indices)

@@ -1,0 +1,112 @@
+"""Buckets as the ranks of one lane see them, and the memory for those in transit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardopt._typing import FloatArray
+from shardopt.backends.base import Rows
+from shardopt.layout.partition import CHUNK_NUMEL, Partition, Shard
+from shardopt.layout.span import Span
+from shardopt.layout.traffic import lane_parts, partial_row_numel, sends_grads
+from shardopt.store.buffers import ShardBuffers
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPlan:
+    """One bucket, as the ranks of this lane see it.
+
+    Attributes:
+        bucket: Its number in the partition.
+        buffers: The memory of its region.
+        shard: The shard of this rank.
+        node_shards: The spans that the ranks of the lane own, by node, in the flat index space.
+        wire_dtype: In which sums of gradients are sent.
+        grads: The gradients of all ranks of the node for this rank's shard.
+        targets: The copies of the parameters in this rank's shard.
+    """
+
+    bucket: int
+    buffers: ShardBuffers
+    shard: Shard
+    node_shards: tuple[Span, ...]
+    wire_dtype: str
+    grads: Rows
+    targets: Rows
+
+    @property
+    def lane_part(self) -> Span:
+        """The part of the bucket that the lane owns."""
+        return Span(self.node_shards[0].start, self.node_shards[-1].stop)
+
+    @property
+    def sends_grads(self) -> bool:
+        """See ``layout.traffic.sends_grads``."""
+        return sends_grads(self.buffers.region.dtype, len(self.buffers.all_grads), self.wire_dtype)
+
+    @property
+    def chunks(self) -> slice:
+        """The chunks of this rank's shard, among all of the flat index space."""
+        return slice(self.shard.start // CHUNK_NUMEL, self.shard.stop // CHUNK_NUMEL)
+
+    def params(self, node: int) -> FloatArray:
+        """Return the parameters that a node's rank of the lane owns."""
+        return self.buffers.params[self.buffers.local(self.node_shards[node]).slice]
+
+
+def plan_buckets(
+    partition: Partition,
+    buffers: Sequence[ShardBuffers],
+    node_rank: int,
+    wire_dtype: str | None,
+) -> list[BucketPlan]:
+    """Lay out all buckets in flat order.
+
+    Args:
+        partition: The layout.
+        buffers: Of each region.
+        node_rank: The lane.
+        wire_dtype: As in ``ShardPolicy``.
+    """
+    shards: list[Iterator[Shard]] = [iter(each.shards) for each in buffers]
+    parts = lane_parts(partition, node_rank, wire_dtype)
+    plans = []
+    for number, (bucket, part) in enumerate(zip(partition.buckets, parts, strict=True)):
+        memory, shard = buffers[bucket.region], next(shards[bucket.region])
+        rows = memory.sources(shard), memory.targets(shard)
+        plans.append(BucketPlan(number, memory, shard, part.shards, part.wire_dtype, *rows))
+    return plans
+
+
+class StagingBuffer:
+    """Memory for one bucket of gradients in transit; the bucket that took it last owns it.
+
+    Args:
+        send_nbytes: See ``layout.traffic.plan_staging_buffer``.
+        receive_nbytes: Likewise.
+    """
+
+    def __init__(self, send_nbytes: int, receive_nbytes: int) -> None:
+        self._send = np.empty(send_nbytes, np.uint8)
+        self._receive = np.empty(receive_nbytes, np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self._send.nbytes + self._receive.nbytes
+
+    def sums(self, plan: BucketPlan, node: int) -> FloatArray:
+        """Return the place for this node's sum of the shard that another node owns."""
+        itemsize = np.dtype(plan.wire_dtype).itemsize
+        span = plan.node_shards[node].shift(-plan.lane_part.start)
+        return self._send[span.start * itemsize : span.stop * itemsize].view(plan.wire_dtype)
+
+    def partials(self, plan: BucketPlan) -> list[FloatArray]:
+        """Return the places for all nodes' sums of this rank's shard, by node."""
+        itemsize, numel = np.dtype(plan.wire_dtype).itemsize, plan.shard.numel
+        row = partial_row_numel(numel, itemsize) * itemsize
+        return [
+            self._receive[node * row : node * row + numel * itemsize].view(plan.wire_dtype)
+            for node in range(len(plan.node_shards))
+        ]

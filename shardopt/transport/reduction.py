@@ -1,0 +1,160 @@
+"""The gradients of a bucket become sums over all ranks: the protocol, and the way on one node."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardopt.backends.base import Kernel, Rows
+from shardopt.layout.partition import CHUNK_NUMEL, Partition
+from shardopt.store.buffers import ShardBuffers
+from shardopt.transport.buckets import BucketPlan, plan_buckets
+
+
+class Reduction(Protocol):
+    """Sums the gradients of each bucket over all ranks, for the owners of its shards.
+
+    Attributes:
+        plans: All buckets in the order in which they are reduced.
+        num_started: Entries of the queue that have been started; the queue holds every plan once,
+            and those that ``resend`` named once more.
+        num_reduced: Entries of the queue that have been reduced.
+    """
+
+    plans: list[BucketPlan]
+    num_started: int
+    num_reduced: int
+
+    def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
+        """Prepare for the buckets of a larger partition; nothing may be in transit."""
+        ...
+
+    def reset(self) -> None:
+        """Start over with all buckets; nothing may be in transit."""
+        ...
+
+    def resend(self, changed: int) -> None:
+        """Reduce the plans of a bit mask once more, after all others."""
+        ...
+
+    def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
+        """Return each plan with its last place in the queue, in the order of places."""
+        ...
+
+    def advance(self, limit: int | None = None) -> int:
+        """Make progress without waiting.
+
+        Args:
+            limit: Start no more than this many entries of the queue; None is all.
+
+        Returns:
+            How many entries of the queue have been reduced.
+        """
+        ...
+
+    def sources(self, plan: BucketPlan) -> Rows:
+        """Return what the update has to add up for this rank's shard of a reduced bucket."""
+        ...
+
+    def square_sums(self) -> NDArray[np.float64]:
+        """Return the sum of squares of each chunk that this rank owns, all buckets being reduced.
+
+        Returns:
+            [numel / CHUNK_NUMEL], zero for the chunks of other ranks. The squares of a chunk are
+            added up by its owner, in an order that depends on nothing else.
+        """
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in transit."""
+        ...
+
+    def is_quiet(self) -> bool:
+        """Whether all messages have arrived, summed or not; makes progress."""
+        ...
+
+    def free(self) -> None:
+        """Release all memory; nothing may be in transit."""
+        ...
+
+    @property
+    def awaited(self) -> tuple[int, list[int]]:
+        """The bucket that is reduced next, and the nodes it waits for."""
+        ...
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of memory for buckets in transit."""
+        ...
+
+
+class InPlaceReduction:
+    """The reduction on one node, where nothing is sent; see ``Reduction``.
+
+    The update itself adds up the gradients of all ranks where they lie. Only what must be known
+    before, the norm of the gradient, takes a pass of its own. That pass leaves the sums in this
+    rank's own gradients, unless those have 16 bits, which cannot hold them.
+
+    Args:
+        kernel: Adds up.
+        node_rank: This rank on the node.
+    """
+
+    def __init__(self, kernel: Kernel, node_rank: int) -> None:
+        self.plans: list[BucketPlan] = []
+        self.num_started = self.num_reduced = 0
+        self.is_idle = True
+        self.awaited: tuple[int, list[int]] = (0, [])
+        self.staging_nbytes = 0
+        self._kernel = kernel
+        self._own = slice(node_rank, node_rank + 1)
+        self._num_chunks = 0
+        self._has_sums = False
+
+    def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
+        """See ``Reduction.extend``."""
+        plans = plan_buckets(partition, buffers, self._own.start, None)
+        self.plans = [plan for plan in plans if plan.shard]
+        self._num_chunks = partition.numel // CHUNK_NUMEL
+        self.reset()
+
+    def reset(self) -> None:
+        """See ``Reduction.reset``."""
+        self._has_sums = False
+
+    def resend(self, changed: int) -> None:
+        """See ``Reduction.resend``; gradients are read as they are when the step reads them."""
+
+    def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
+        """See ``Reduction.final_places``."""
+        return list(enumerate(self.plans))
+
+    def advance(self, limit: int | None = None) -> int:
+        """See ``Reduction.advance``; everything is there."""
+        return len(self.plans)
+
+    def is_quiet(self) -> bool:
+        """See ``Reduction.is_quiet``."""
+        return True
+
+    def free(self) -> None:
+        """See ``Reduction.free``."""
+        self.plans.clear()
+
+    def sources(self, plan: BucketPlan) -> Rows:
+        """See ``Reduction.sources``."""
+        one_source = self._has_sums and plan.buffers.holds_sums
+        return plan.grads[self._own] if one_source else plan.grads
+
+    def square_sums(self) -> NDArray[np.float64]:
+        """See ``Reduction.square_sums``."""
+        square_sums = np.zeros(self._num_chunks)
+        for plan in self.plans:
+            buffers, span = plan.buffers, plan.buffers.local(plan.shard)
+            keeps_sums = buffers.holds_sums and len(buffers.all_grads) > 1
+            out = buffers.grads[span.slice] if keeps_sums else None
+            self._kernel.reduce(buffers.all_grads, out, span, square_sums[plan.chunks])
+        self._has_sums = True
+        return square_sums

@@ -1,0 +1,150 @@
+"""``shardopt doctor`` as it is called: its report, its deadlines, its help."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardopt.cli import main
+from tests.conftest import read_job_env
+
+ROOT = Path(__file__).parents[3]
+DOCTOR = ["-m", "shardopt.cli", "doctor"]
+
+
+@pytest.fixture
+def run(mpirun):
+    def run(num_ranks, *args, **settings):
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return mpirun(num_ranks, *args, env={"PYTHONPATH": path}, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_job_of_this_machine(run, num_ranks):
+    job = run(num_ranks, *DOCTOR, "--quick", "--json")
+    content = json.loads(job.stdout)  # one object, though all ranks ran
+    problems = [f for f in content["findings"] if f["level"] == "problem"]
+    assert job.returncode == bool(problems), job.output
+    found, speeds = content["job"], content["speeds"]
+    assert found["world_size"] == found["launcher"]["num_processes"] == num_ranks
+    assert found["library"]["name"] in found["launcher"]["name"]
+    assert found["library"]["thread_level"] == "multiple"
+    assert Path(found["library"]["path"]).exists()
+    (node,) = found["nodes"]
+    assert node["host"] == os.uname().nodename
+    assert node["ranks"] == list(range(num_ranks))
+    assert node["window_problem"] is None
+    shm = os.statvfs("/dev/shm")
+    assert node["shm_nbytes"] == shm.f_blocks * shm.f_frsize
+    assert 0 < node["shm_free_nbytes"] <= node["shm_nbytes"]
+    assert [rank["rank"] for rank in found["ranks"]] == list(range(num_ranks))
+    assert {rank["omp_num_threads"] for rank in found["ranks"]} == {"1"}
+    assert {tuple(rank["cores"]) for rank in found["ranks"]} == {
+        tuple(sorted(os.sched_getaffinity(0)))
+    }
+    assert speeds["memory"][0] > 0
+    assert bool(speeds["barrier_s"][0]) == (num_ranks > 1)
+    assert speeds["links"] == speeds["exchange"] == []
+    assert {"launcher", "nodes", "windows", "network", "step"} <= {
+        finding["topic"] for finding in content["findings"]
+    }
+
+
+def alone(*words, **environ):
+    """Run the command without mpirun."""
+    return subprocess.run(
+        [sys.executable, *DOCTOR, "--quick", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        # The last for Open MPI, which leaves 16 MiB in /dev/shm where mpirun did not start it.
+        env={
+            **os.environ,
+            **read_job_env(),
+            "PYTHONPATH": str(ROOT),
+            **environ,
+            "OMPI_MCA_btl": "self",
+        },
+    )
+
+
+@pytest.mark.mpirun
+def test_without_mpirun():
+    done = alone()
+    assert "launcher     none\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert ("problem " in done.stdout) == bool(done.returncode)
+
+
+@pytest.mark.mpirun
+def test_the_wrong_mpirun_is_told_once_and_by_name():
+    from mpi4py import MPI
+
+    ours = MPI.Get_library_version().startswith("MPICH")
+    others = "OMPI_COMM_WORLD" if ours else "PMI"  # what the other's mpirun sets
+    first, second = (alone(**{f"{others}_SIZE": "2", f"{others}_RANK": rank}) for rank in "01")
+    told = "launcher and MPI library must fit together; got"
+    assert first.returncode == 1
+    assert told in " ".join(first.stdout.split()), first.stdout + first.stderr
+    assert "Traceback" not in first.stderr
+    assert (second.returncode, second.stdout) == (0, "")
+
+
+ABSENT = """
+import os, signal, sys
+from shardopt.cli import main
+absent = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "1"
+if sys.argv[1] == "after the start":
+    import shardopt.cli.doctor.measure  # slow imports take nothing off the time allowed
+    from mpi4py import MPI
+    MPI.COMM_WORLD.Barrier()
+if absent:
+    signal.pause()
+sys.exit(main(["doctor", "--quick", "--timeout", "1"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "told"),
+    [
+        ("before the start", "the start of MPI did not end within 1 s. Check "),
+        ("after the start", "rank 1 did not reach the search for nodes within 1 s. Check "),
+    ],
+)
+def test_a_rank_that_does_not_respond_ends_the_job(run, when, told):
+    job = run(3, when, source=ABSENT)
+    assert job.returncode != 0
+    assert job.stderr.count(f"shardopt doctor: {told}") == 1, job.output
+    assert "MPI library" not in job.stdout
+
+
+@pytest.mark.parametrize("words", [["--timeout", "0"], ["--timeout", "soon"], ["--what"]])
+def test_wrong_arguments(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *words])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("shardopt doctor: arguments must match --help; got: ")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["doctor", "--help"]])
+def test_the_help_names_it(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    assert "xamine an MPI job" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    told = capsys.readouterr().out
+    assert "example:\n  mpirun -n 4 shardopt doctor" in told
+    assert "exit code:\n  0  no problem\n  1  " in told
+    assert max(map(len, told.splitlines())) <= 100

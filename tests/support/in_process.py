@@ -1,0 +1,233 @@
+"""Several nodes within one process: their memory, and a network whose messages obey the test."""
+
+import random
+import threading
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shardopt.backends.cpu.backend import CpuBackend
+from shardopt.layout.partition import ParamSpec, plan_partition
+from shardopt.layout.traffic import Traffic
+from shardopt.store.buffers import ShardBuffers
+from shardopt.transport.reduce_scatter import ReduceScatter
+
+
+class Broken(Exception):
+    """A connection broke."""
+
+
+class Network:
+    """Delivers the messages of one lane; safe to use from several threads.
+
+    Messages from one node to another with one tag arrive in order, as MPI promises; all others in
+    any order, each after a few looks at it.
+
+    Args:
+        seed: Of the order and the delays.
+    """
+
+    def __init__(self, seed=0):
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._mail = defaultdict(deque)  # arrays in transit by (source, target, tag)
+        self._waiting = defaultdict(deque)  # receives by the same
+        self._held = set()
+        self._broken = set()
+
+    def hold(self, source, target):
+        """Deliver nothing from one node to another until ``release``."""
+        self._held.add((source, target))
+
+    def release(self):
+        """Deliver everything again."""
+        self._held.clear()
+
+    def cut(self, node):
+        """Let every look at a message of ``node``, or to it, fail from now on."""
+        self._broken.add(node)
+
+    def post(self, key, array):
+        with self._lock:
+            self._mail[key].append(array.tobytes())
+
+    def expect(self, key, message):
+        with self._lock:
+            self._waiting[key].append(message)
+
+    def look(self, message):
+        """Make progress with a message; whether it is done."""
+        with self._lock:
+            if self._broken.intersection(message.key[:2]):
+                raise Broken(f"node {message.key}")
+            if message.done or message.key[:2] in self._held or self._random.random() < 0.5:
+                return message.done
+            if message.array is None:  # a send: its array was copied
+                message.done = True
+                return True
+            waiting, mail = self._waiting[message.key], self._mail[message.key]
+            while waiting and mail:
+                first = waiting.popleft()
+                first.array.view(np.uint8)[:] = np.frombuffer(mail.popleft(), np.uint8)
+                first.done = True
+            return message.done
+
+
+@dataclass
+class InProcessMessage:
+    """See ``transport.base.Message``."""
+
+    network: Network
+    key: tuple
+    array: np.ndarray | None
+    done: bool = False
+
+    def is_done(self):
+        return self.network.look(self)
+
+
+@dataclass
+class InProcessTransport:
+    """See ``transport.base.Transport``."""
+
+    network: Network
+    node: int
+    num_nodes: int
+    sent: Traffic = field(default_factory=lambda: Traffic(0, 0))
+
+    @property
+    def ranks(self):
+        return list(range(self.num_nodes))
+
+    @property
+    def others(self):
+        return [(self.node + i) % self.num_nodes for i in range(1, self.num_nodes)]
+
+    def reset(self):
+        self.sent = Traffic(0, 0)
+
+    def post_send(self, array, node, tag):
+        assert array.size
+        self.sent = Traffic(self.sent.nbytes + array.nbytes, self.sent.messages + 1)
+        key = self.node, node, tag
+        self.network.post(key, array)
+        return InProcessMessage(self.network, key, None)
+
+    def post_receive(self, array, node, tag):
+        assert array.size
+        message = InProcessMessage(self.network, (node, self.node, tag), array)
+        self.network.expect(message.key, message)
+        return message
+
+    def close(self):
+        pass
+
+
+class Lagging:
+    """An event that is done at the third look, as of a processor that computes on its own."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def is_done(self):
+        self.looks += 1
+        return self.looks > 2
+
+
+class InProcessBackend(CpuBackend):
+    """Shares memory between the ranks of a node that live in one process.
+
+    Args:
+        lags: Whether its events are done later than asked for.
+    """
+
+    def __init__(self, lags):
+        super().__init__(1)
+        self.lags = lags
+
+    def share(self, node, nbytes):
+        return node
+
+    def event(self):
+        return Lagging() if self.lags else super().event()
+
+
+@dataclass
+class Node:
+    """A node's memory for one region, as ``backend.share`` hands it out."""
+
+    memory: np.ndarray
+
+    def publish(self):
+        pass
+
+    acquire = free = publish
+
+
+@dataclass
+class Place:
+    """The place of one rank among nodes, as ``comm.topology.Topology`` has it."""
+
+    node: int
+    node_rank: int
+    num_nodes: int
+    node_size: int
+    node_comm: Node
+
+
+@dataclass
+class Rank:
+    """One rank: its memory, and its reduce-scatter."""
+
+    place: Place
+    buffers: list
+    transport: InProcessTransport
+    reduction: ReduceScatter
+
+
+@dataclass
+class Cluster:
+    """Ranks on several nodes in one process, that hold ``numels`` parameters of one dtype."""
+
+    num_nodes: int
+    node_size: int
+    numels: list
+    dtype: str = "float32"
+    wire_dtype: str | None = None
+    bucket_nbytes: int = 1
+    seed: int = 0
+    lags: bool = False
+    networks: list = field(init=False)
+    ranks: list = field(init=False)
+
+    def __post_init__(self):
+        specs = [ParamSpec(f"w{i}", (n,), self.dtype, 0) for i, n in enumerate(self.numels)]
+        world = self.num_nodes, self.node_size, self.bucket_nbytes
+        self.partition = plan_partition(specs, *world)
+        self.networks = [Network(self.seed + lane) for lane in range(self.node_size)]
+        self.backend = InProcessBackend(self.lags)
+        row = ShardBuffers.row_nbytes(self.partition.regions[0])
+        self.ranks = []
+        for node in range(self.num_nodes):
+            memory = Node(np.zeros((1 + self.node_size) * row, np.uint8))
+            for node_rank in range(self.node_size):
+                self.ranks.append(self._make_rank(Place(node, node_rank, *world[:2], memory)))
+
+    def _make_rank(self, place):
+        buffers = [ShardBuffers(self.partition, 0, place, self.backend)]
+        transport = InProcessTransport(self.networks[place.node_rank], place.node, self.num_nodes)
+        where = place.node, place.node_rank
+        reduction = ReduceScatter(transport, self.backend, where, self.wire_dtype)
+        reduction.extend(self.partition, buffers)
+        return Rank(place, buffers, transport, reduction)
+
+    def fill_grads(self, seed=0):
+        """Draw gradients; the padding stays zero. Returns them by rank, [region_numel] each."""
+        rng = np.random.default_rng(seed)
+        for rank in self.ranks:
+            grads = rank.buffers[0].grads
+            for param in self.partition.params:
+                part = rank.buffers[0].local(param).slice
+                grads[part] = rng.standard_normal(param.numel).astype(grads.dtype)
+        return [rank.buffers[0].grads.copy() for rank in self.ranks]
