@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from shardopt.numpy import NAdam
 
 TESTS = Path(__file__).parent
-FRONT_ENDS = {"torch", "jax", "test_lucid.py"}
+NO_MPI_CHANGES = (
+    "torch",  # tests/nodes runs every front end with every MPI
+    "jax",
+    "test_lucid.py",
+    "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree with every MPI
+    "core/test_bad_state.py",
+    "checkpoint/test_damage.py",  # files
+    "checkpoint/test_disk_faults.py",
+)
 
 pytest_plugins = ["tests.support.in_step", "tests.support.cluster"]
 
@@ -80,8 +88,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the tests that start mpirun themselves, and those that no MPI library changes."""
     if "mpirun" in getattr(item, "fixturenames", ()):
         item.add_marker("mpirun")
-    elif item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).parts[0] in FRONT_ENDS:
-        item.add_marker("any_mpi")  # tests/nodes runs every front end with every MPI
+    elif any(item.path.is_relative_to(TESTS / name) for name in NO_MPI_CHANGES):
+        item.add_marker("any_mpi")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

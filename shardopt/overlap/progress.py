@@ -63,7 +63,7 @@ class ProgressThread:
         )
 
     def announce(self, num_buckets: int) -> None:
-        """Let the node know that the first ``num_buckets`` buckets are ready on this rank.
+        """Announce to the node that the first ``num_buckets`` buckets are ready on this rank.
 
         Publish the gradients in them first; see [Note: when stores become visible].
         """
