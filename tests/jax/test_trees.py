@@ -201,3 +201,14 @@ def test_misuse_of_the_rest(comm):
     with pytest.raises(ClosedError):
         opt.step(small())
     np.testing.assert_array_equal(opt.params["w"], 1)
+
+
+def test_the_common_calls_of_an_optimizer_are_there(comm):
+    with NAdam(small(), lr=0.1, comm=comm, policy=POLICY) as opt:
+        assert opt.defaults["lr"] == opt.param_groups[0]["lr"] == 0.1
+        opt.zero_grad()  # gradients are arguments of step: nothing to forget
+        before = opt.params
+        after = opt.step(jax.tree_util.tree_map(jnp.ones_like, before))
+        leaves = zip(*map(jax.tree_util.tree_leaves, (before, after)), strict=True)
+        assert all((new < old).all() for old, new in leaves)
+        np.testing.assert_array_equal(opt.sum_over_ranks([1]), [comm.size])
