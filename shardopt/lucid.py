@@ -120,6 +120,9 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
     def data(self, param: Parameter, name: str) -> FloatArray:
         return _dense_array("data", name, param.data)
 
+    def value(self, value: Any, name: str) -> FloatArray:
+        return _dense_array("data", name, value)
+
     def grad(self, param: Parameter, name: str) -> FloatArray | None:
         if param.grad is None:
             return None

@@ -26,10 +26,10 @@ __all__ = ["NAdam", "Parameter"]
 class Parameter:
     """An array to be trained.
 
-    Once an optimizer has it, ``data`` and ``grad`` are views of memory that the ranks of the node
-    share. Never write into ``data``, because all ranks would write to the same bytes. Write
-    gradients into ``grad`` (``p.grad += ...``), which is this rank's own. If you assign another
-    array to either attribute, the next step copies it in.
+    Once an optimizer has it, ``data`` is this rank's view of a value of which the node has one
+    copy. Write into it, alike on all ranks, and the next step adopts it. Write gradients into
+    ``grad`` (``p.grad += ...``), which is this rank's own. If you assign another array to either
+    attribute, the next step copies it in.
 
     Args:
         array: Initial value, [any shape], floating point.
@@ -121,6 +121,9 @@ class _NumpyAdapter(ArrayAdapter[Parameter]):
 
     def data(self, param: Parameter, name: str) -> FloatArray:
         return _dense_array("data", name, param.data)
+
+    def value(self, value: Any, name: str) -> FloatArray:
+        return _dense_array("data", name, value)
 
     def grad(self, param: Parameter, name: str) -> FloatArray | None:
         return None if param.grad is None else _dense_array("grad", name, param.grad)

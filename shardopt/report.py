@@ -3,10 +3,10 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardopt.errors import NoGradientWarning, NonFiniteWarning
+from shardopt.errors import DivergedWarning, NoGradientWarning, NonFiniteWarning
 
 _INSIDE = ("shardopt.", "torch.")  # torch wraps step()
 
@@ -35,6 +35,8 @@ class StepReport:
         poisoned_param: The first parameter found with inf or NaN after an update, or None. It is
             kept until parameters are replaced or a state is loaded.
         poisoned_since: The step that left it so, or None.
+        diverged: What ranks had written different values to before the step; each part of it has
+            the value of the rank that owns it.
     """
 
     step: int = 0
@@ -50,6 +52,7 @@ class StepReport:
     sent_messages: int = 0
     poisoned_param: str | None = None
     poisoned_since: int | None = None
+    diverged: Sequence[str] = ()
 
     def with_poison(self, poisoned_param: str | None, before: "StepReport") -> "StepReport":
         """Return the report with the poisoned parameter, if there is one.
@@ -78,6 +81,8 @@ class StepReport:
                 f"parameter {self.poisoned_param!r} holds inf or NaN since step {self.step}. Load "
                 "an earlier state, and pass ShardPolicy(check_finite=True) to skip such steps."
             )
+        if self.diverged:
+            yield diverged_warning(self.diverged)
         if self.num_updated == 0 and before.num_updated != 0:
             yield NoGradientWarning(
                 f"step {self.step} updated nothing: some parameter must have a gradient on some "
@@ -88,6 +93,20 @@ class StepReport:
     def without_poison(self) -> "StepReport":
         """Return the report without its poisoned parameter, as its values have been replaced."""
         return replace(self, poisoned_param=None, poisoned_since=None)
+
+
+def diverged_warning(diverged: Sequence[str]) -> DivergedWarning:
+    """Return the warning that ranks have written different values.
+
+    Args:
+        diverged: What they have written to, as text.
+    """
+    more = f" and {len(diverged) - 3} more" if len(diverged) > 3 else ""
+    return DivergedWarning(
+        f"ranks have written different values to {', '.join(diverged[:3])}{more}: each part now "
+        "has the value of the rank that owns it. Write the same on all ranks (seed them alike), or "
+        "call opt.adopt(rank=0)."
+    )
 
 
 def tell(warning: Warning, *, aloud: bool) -> None:

@@ -273,6 +273,26 @@ def test_mu_product_is_rebuilt_from_the_step(comm, variant):
         assert [entry["mu_product"] for entry in state.values()] == products
 
 
+@pytest.mark.mpi
+def test_the_state_has_lucids_entries(comm):
+    reference, model = Net(), Net()
+    theirs = optim.NAdam(reference.parameters(), lr=0.01)
+    train(reference, theirs, range(3))
+    with NAdam(model.parameters(), lr=0.01, variant="lucid", comm=comm) as opt:
+        train(model, opt, range(3), split(comm))
+        for ours, param in zip(model.parameters(), reference.parameters(), strict=True):
+            entry, expected = opt.state[ours], theirs.state.get(param)
+            if not expected:
+                assert entry["step"] == 0
+                continue
+            assert entry["step"] == expected["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                np.testing.assert_allclose(entry[key], expected[key], rtol=1e-4, atol=1e-7)
+        opt.reset_state()
+        train(model, opt, range(3, 4), split(comm))
+        assert {int(entry["step"]) for entry in opt.state.values()} == {0, 1}
+
+
 def test_a_long_trained_state_is_read_at_once():
     reference, model = Net(), Net()
     theirs = optim.NAdam(reference.parameters())

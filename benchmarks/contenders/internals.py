@@ -4,7 +4,7 @@ They are its kernel by itself, the places of its arrays, its view of nodes and c
 of a checkpoint that a rank owns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from shardopt.backends.cpu.memory import padded_zeros
 from shardopt.checkpoint.format.disk import sync_folder
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.checkpoint.format.requests import wanted_slices
+from shardopt.comm.failure import Abort
 from shardopt.comm.topology import Topology, make_topology
 from shardopt.core.sharded import sharded_of
 from shardopt.layout.dtypes import compute_dtype, has_master
@@ -109,7 +110,7 @@ class BareKernel:
 @contextmanager
 def topology_of(comm: MPI.Intracomm) -> Iterator[Topology]:
     """Yield the nodes and lanes of some ranks. Collective: every rank, on its way in and out."""
-    topology = make_topology(comm, share_node=True, timeout_s=60)
+    topology = make_topology(comm, share_node=True, timeout_s=60, failure=Abort())
     yield topology
     topology.free()
 
@@ -123,6 +124,20 @@ def share_of_cores(comm: MPI.Intracomm) -> int:
 def bucket_nbytes(policy: ShardPolicy, num_nodes: int, world_size: int) -> int:
     """Return the bytes of parameters in a bucket."""
     return policy.bucket_nbytes or default_bucket_nbytes(num_nodes, world_size)
+
+
+# -- writes ----------------------------------------------------------------------------------------
+
+
+def scan_of(opt: Any) -> Callable[[], None]:
+    """Return what an optimizer does in each step to find out that no weight has been written."""
+    params = opt.core.params
+
+    def scan() -> None:
+        params.find_changes()
+        params.refresh()
+
+    return scan
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -13,7 +13,16 @@ THROUGH_TORCH = "shardopt.torch"
 THROUGH_TORCH_BFLOAT16 = "shardopt.torch, bfloat16"
 THROUGH_JAX = "shardopt.jax"
 THROUGH_LUCID = "shardopt.lucid"
-NEED_TORCH = (ZERO_REDUNDANCY, REPLICATED, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16)
+CLAMPED = "shardopt.torch, weights clamped"
+CLAMPED_REPLICA = "NAdam on every rank, weights clamped"
+NEED_TORCH = (
+    ZERO_REDUNDANCY,
+    REPLICATED,
+    THROUGH_TORCH,
+    THROUGH_TORCH_BFLOAT16,
+    CLAMPED,
+    CLAMPED_REPLICA,
+)
 
 # Bare loops over memory.
 TRIAD = "triad"

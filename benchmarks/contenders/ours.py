@@ -30,6 +30,11 @@ class Shardopt:
         for tensor, param in enumerate(self._params):
             param.grad[...] = problem.grad(tensor)
 
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer."""
+        return self._optimizer
+
     def step(self) -> None:
         """See ``Contender``."""
         self._optimizer.step()

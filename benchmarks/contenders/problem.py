@@ -77,16 +77,23 @@ class Contender(Protocol):
         ...
 
 
-def require_alike(contenders: Mapping[str, Contender], num_tensors: int) -> None:
+def require_alike(
+    contenders: Mapping[str, Contender], num_tensors: int, ours: str = SHARDOPT
+) -> None:
     """Make sure that all contenders have done the same work.
+
+    Args:
+        contenders: By name.
+        num_tensors: Arrays to compare.
+        ours: The one that the others are compared with.
 
     Raises:
         RuntimeError: One of them holds other parameters.
     """
     for tensor in range(num_tensors):
-        ours = contenders[SHARDOPT].tensor(tensor)
+        expected = contenders[ours].tensor(tensor)
         for name, contender in contenders.items():
-            difference = float(np.abs(contender.tensor(tensor) - ours).mean(dtype=np.float64))
+            difference = float(np.abs(contender.tensor(tensor) - expected).mean(dtype=np.float64))
             if not difference <= LARGEST_MEAN_DIFFERENCE:
                 raise RuntimeError(
                     f"{name} must compute what shardopt computes; got parameters of tensor "

@@ -11,7 +11,7 @@ from shardopt._typing import FloatArray, IntArray
 from shardopt.layout.span import Span
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from shardopt.comm.node_memory.arena import Arena, NodeMemory
 
 ALL_FINITE = -1
 
@@ -162,28 +162,6 @@ class Kernel(Protocol):
         ...
 
 
-class SharedMemory(Protocol):
-    """Memory that the ranks of a node address; see [Note: when stores become visible].
-
-    Attributes:
-        memory: [sum of all ranks' nbytes] in rank order.
-    """
-
-    memory: NDArray[np.uint8]
-
-    def publish(self) -> None:
-        """Make this rank's stores visible to ranks that ``acquire`` later."""
-        ...
-
-    def acquire(self) -> None:
-        """See the stores that other ranks have published before."""
-        ...
-
-    def free(self) -> None:
-        """Release the memory. Collective over the node."""
-        ...
-
-
 class Event(Protocol):
     """A point in the work of a backend."""
 
@@ -215,12 +193,13 @@ class Backend(Protocol):
         """
         ...
 
-    def share(self, node_comm: "MPI.Intracomm", nbytes: int) -> SharedMemory:
-        """Allocate memory that the ranks of a node share. Collective over the node.
+    def share(self, arena: "Arena", nbytes: int, *, private: bool) -> "NodeMemory":
+        """Allocate zeros that the ranks of a node share. Collective over the node.
 
         Args:
-            node_comm: The ranks.
-            nbytes: What this rank contributes.
+            arena: The memory of the node.
+            nbytes: Length; the same on every rank.
+            private: Whether each rank gets a view of its own to write to as well.
         """
         ...
 

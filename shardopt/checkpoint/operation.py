@@ -97,7 +97,7 @@ class _Start(NamedTuple):
     """The preparations of a rank, made before the ranks agree to save."""
 
     encoded: Encoded
-    writes: Mapping[int, Any]
+    changes: Any  # what users have done; see Sharded.find_changes
     name: str  # of the unfinished folder; empty except on rank 0
 
 
@@ -131,7 +131,7 @@ class SaveOperation:
         with self._abort_on_error():
             self._agree(error)
             assert start is not None
-            sharded.adopt_writes(start.writes)
+            sharded.settle(start.changes)
             self._folder = plan.folder / self._allgather(start.name)[0]
             self._snapshot, self._error = attempt(
                 lambda: take_snapshot(sharded, plan.layouts, start.encoded, plan.staged)
@@ -230,9 +230,9 @@ class SaveOperation:
         remedy = "Count the steps of the run"
         require(is_count, "step", "be a whole number >= 0", repr(step), remedy)
         encoded = encode_extra(extra, sharded.scalars(), sharded.rank)
-        writes = sharded.find_writes()
+        changes = sharded.find_changes()
         if sharded.rank != 0:
-            return _Start(encoded, writes, "")
+            return _Start(encoded, changes, "")
         with _os_errors(plan.folder):
             free = (name for name in plan.names if not os.path.lexists(plan.folder / name))
             first = next(free, None)
@@ -241,11 +241,12 @@ class SaveOperation:
             name = f"{disk.UNFINISHED_PREFIX}{first}-{secrets.token_hex(4)}"
             disk.make_unfinished(plan.folder / name)
             self._made = plan.folder / name
-        return _Start(encoded, writes, name)
+        return _Start(encoded, changes, name)
 
     def _outcome(self) -> Any:
         """Return the result of this rank's job, once the jobs of all ranks have ended well."""
         result, error = attempt(self._job.result)
+        self._sharded.trim()
         if error is not None and not isinstance(error, ShardoptError):
             failure = CheckpointError(
                 f"could not write the checkpoint in {str(self._plan.folder)!r}: "

@@ -1,7 +1,7 @@
 """Small collectives with a deadline, and waits for anything else that other ranks do."""
 
+import os
 import pickle
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,11 +10,12 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from shardopt.comm.exit_hook import ExitHook, mpi_is_usable
 from shardopt.comm.failure import FailurePolicy
-from shardopt.comm.liveness import Arrivals, FailureDetector, Where
-from shardopt.comm.topology import Topology
+from shardopt.comm.group import RankGroup
+from shardopt.comm.liveness import Where
 from shardopt.comm.waiting import wait_until
-from shardopt.errors import RankFailureError
+from shardopt.errors import ClosedError, RankFailureError, ThreadError
 
 _T = TypeVar("_T")
 _N = TypeVar("_N", np.int64, np.float64)
@@ -33,21 +34,29 @@ class Collectives:
     Collective: construction, ``allreduce``, ``allgather``, ``bcast`` and ``free``.
 
     Args:
-        topology: The ranks.
+        group: The ranks, with communicators that several optimizers share.
         timeout_s: Longest wait for one of them.
         failure: What to do when ranks are missing or lost.
+        number: That of the optimizer; see [Note: optimizers share communicators].
 
     Attributes:
-        topology: As given.
+        topology: The ranks.
+        number: As given.
     """
 
-    def __init__(self, topology: Topology, timeout_s: float, failure: FailurePolicy) -> None:
-        self.topology = topology
-        self._comm = topology.comm
+    def __init__(
+        self, group: RankGroup, timeout_s: float, failure: FailurePolicy, number: int
+    ) -> None:
+        self.topology = group.topology
+        self.number = number
+        self._comm = group.topology.comm
+        self._timeout_s = timeout_s
         self._failure = failure
-        self._detector = FailureDetector(topology, timeout_s)
+        self._group = group
+        self._detector = group.detector
         self._pending: object = None
-        self._exit = weakref.finalize(self, _leave, self._detector.arrivals, failure)
+        self._pid = os.getpid()
+        self._exit = ExitHook(self, failure.leave)
 
     def allreduce(self, values: NDArray[_N], op: MPI.Op, step: int, phase: str) -> NDArray[_N]:
         """Reduce a few numbers over all ranks; also a barrier, as each result needs every rank.
@@ -100,12 +109,12 @@ class Collectives:
     def send(self, array: _Floats, rank: int, step: int, phase: str) -> None:
         """Send an array, contiguous, to a rank that receives it now; raises as ``wait`` does."""
         for piece in _messages(array):
-            self._complete(Where(step, phase), [rank], self._comm.Isend, piece, rank)
+            self._exchange(Where(step, phase), rank, self._comm.Isend, piece)
 
     def receive(self, array: _Floats, rank: int, step: int, phase: str) -> None:
         """Receive an array, contiguous, that a rank sends now; raises as ``wait`` does."""
         for piece in _messages(array):
-            self._complete(Where(step, phase), [rank], self._comm.Irecv, piece, rank)
+            self._exchange(Where(step, phase), rank, self._comm.Irecv, piece)
 
     def wait(
         self,
@@ -124,16 +133,26 @@ class Collectives:
 
         Raises:
             RankFailureError: As ``allreduce`` does; or MPI reports a broken connection.
+            ThreadError: Another thread waits for these ranks.
         """
         where = Where(step, phase)
 
         def check(waited_s: float) -> None:
-            if found := self._detector.check(where, waited_s, awaited()):
+            if found := self._detector.check(where, waited_s, self._timeout_s, awaited()):
                 self._failure.on_missing(RankFailureError(found.message), found.ranks)
 
-        self._detector.begin()
-        with self.translate_mpi_errors(step, phase, awaited):
-            wait_until(test, check)
+        if not self._group.in_use.acquire(blocking=False):
+            raise ThreadError(
+                "optimizers of one communicator must be used by one thread at a time; got "
+                f"{where} while another thread waits for other ranks. Pass each optimizer a "
+                "communicator of its own: comm=comm.Dup()."
+            )
+        try:
+            with self.translate_mpi_errors(step, phase, awaited):
+                self._detector.begin()
+                wait_until(test, check)
+        finally:
+            self._group.in_use.release()
 
     @contextmanager
     def translate_mpi_errors(
@@ -158,14 +177,20 @@ class Collectives:
             self._failure.on_lost(error, found.ranks)
 
     def free(self) -> None:
-        """Release what is shared. Collective."""
-        self._exit.detach()
-        self._detector.free()
+        """Note that this rank needs the others no more; what is shared belongs to the group."""
+        self._exit.cancel()
 
     def _meet(self, where: Where, operation: Callable[..., MPI.Request], *args: object) -> None:
+        self._require_usable(where)
         self._detector.arrivals.arrive(where.step)
         self._complete(where, [], operation, *args)
         self._detector.met(where.step)
+
+    def _exchange(
+        self, where: Where, rank: int, operation: Callable[..., MPI.Request], piece: object
+    ) -> None:
+        self._require_usable(where)
+        self._complete(where, [rank], operation, piece, rank)
 
     def _complete(
         self,
@@ -180,15 +205,21 @@ class Collectives:
         self.wait(request.Test, *where, lambda: awaited)
         self._pending = None
 
+    def _require_usable(self, where: Where) -> None:
+        """Raise in a forked child and after MPI.Finalize(), rather than have MPI crash."""
+        if mpi_is_usable(self._pid):
+            return
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"{where} must be taken by the process that built the optimizer; got a call in a "
+                "child that was forked from it. Use the optimizer in the parent only."
+            )
+        raise ClosedError(
+            f"{where} must come before MPI.Finalize(); got a call after it. Call MPI.Finalize() "
+            "last, or leave it to mpi4py."
+        )
+
 
 def _messages(array: _Floats) -> Iterator[_Floats]:
     for start in range(0, array.size, _MESSAGE_NUMEL):
         yield array[start : start + _MESSAGE_NUMEL]
-
-
-def _leave(arrivals: Arrivals, failure: FailurePolicy) -> None:
-    """Leave the job; the ranks of the node see it and do not wait."""
-    if MPI.Is_finalized():  # by hand, and with it all shared memory
-        return
-    arrivals.leave()
-    failure.leave()

@@ -18,12 +18,16 @@ from mpi4py import MPI
 
 from shardopt.comm.collectives import Collectives
 from shardopt.comm.failure import FailurePolicy
-from shardopt.comm.topology import Topology
+from shardopt.comm.group import RankGroup, RankGroups, make_group
+from shardopt.comm.topology import node_limit
 from shardopt.errors import RankFailureError, RankMismatchError
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 _ERROR = -1  # in the place of a digest
+_MASK = (1 << 62) - 1
+_SPREAD = 0x9E3779B97F4A7C15  # odd, so that digests of different optimizers differ
+_CALL = "the call"
 
 Description = Mapping[str, object]
 """The values of a rank by name; names must read well in "<name> must be the same"."""
@@ -55,18 +59,24 @@ class Consensus:
     Collective: construction and every method.
 
     Args:
-        topology: The ranks.
+        group: The ranks.
         timeout_s: Longest wait for one of them.
         failure: What to do when ranks are missing or lost.
+        number: That of the optimizer; see [Note: optimizers share communicators].
 
     Attributes:
-        topology: As given.
+        group: As given.
+        topology: Likewise, with its communicators.
         collectives: Collectives of these ranks, with the deadline.
     """
 
-    def __init__(self, topology: Topology, timeout_s: float, failure: FailurePolicy) -> None:
-        self.topology = topology
-        self.collectives = Collectives(topology, timeout_s, failure)
+    def __init__(
+        self, group: RankGroup, timeout_s: float, failure: FailurePolicy, number: int
+    ) -> None:
+        self.group = group
+        self.topology = group.topology
+        self.collectives = Collectives(group, timeout_s, failure, number)
+        self._number = number
 
     def agree(self, digest: int, error: Exception | None = None, *, step: int, phase: str) -> bool:
         """Raise on every rank if one has an error; also a barrier.
@@ -78,13 +88,13 @@ class Consensus:
             phase: What is being done, for messages.
 
         Returns:
-            Whether the digests of all ranks are equal.
+            Whether the digests of all ranks are equal, and of the same optimizer.
 
         Raises:
             Exception: The error of the lowest rank that has one, in its own class, with the
                 traceback of that rank as a note.
         """
-        mine = digest if error is None else _ERROR
+        mine = digest + self._number * _SPREAD & _MASK if error is None else _ERROR
         extremes = self.collectives.allreduce(np.array([-mine, mine]), MPI.MAX, step, phase)
         lowest, highest = -extremes[0], extremes[1]
         if lowest == _ERROR:
@@ -102,7 +112,12 @@ class Consensus:
         Raises:
             RankMismatchError: Names the first thing that differs, with ranks and values.
         """
-        mismatch = first_difference(self.collectives.allgather(dict(description), step, phase))
+        mine = self._number, dict(description)
+        numbers, descriptions = zip(*self.collectives.allgather(mine, step, phase), strict=True)
+        if len(set(numbers)) > 1:
+            calls = [each.get(_CALL, phase) for each in descriptions]
+            raise RankMismatchError(_describe_optimizers(calls, numbers))
+        mismatch = first_difference(descriptions)
         if mismatch is not None:
             raise RankMismatchError(mismatch)
 
@@ -122,16 +137,54 @@ class Consensus:
             RankMismatchError: As ``require_same`` does.
         """
         if not self.agree(digest_of(call, description), error, step=step, phase=call):
-            self.require_same({"the call": call, **description}, step=step, phase=call)
+            self.require_same({_CALL: call, **description}, step=step, phase=call)
 
     def barrier(self, step: int, phase: str) -> None:
         """Wait until every rank has come here."""
         self.collectives.allreduce(np.zeros(2, np.int64), MPI.MAX, step, phase)
 
     def free(self) -> None:
-        """Release the communicators and what they share."""
+        """Leave the group to the other optimizers on it."""
         self.collectives.free()
-        self.topology.free()
+        self.group.remove_optimizer()
+
+
+def make_consensus(
+    comm: MPI.Intracomm, share_node: bool | int, timeout_s: float, failure: FailurePolicy
+) -> Consensus:
+    """Have the ranks of a new optimizer meet; see [Note: optimizers share communicators].
+
+    The first optimizer on a communicator makes the group, later ones share it.
+
+    Collective: every rank of ``comm``.
+
+    Args:
+        comm: The ranks that train together.
+        share_node: As in ``ShardPolicy``.
+        timeout_s: Longest wait for one of them.
+        failure: What to do when ranks are missing or lost.
+
+    Raises:
+        LauncherError: The ranks were started as several jobs.
+        RankFailureError: Not all ranks made this call within ``timeout_s``.
+        RankMismatchError: Some ranks make another call on the same communicator.
+    """
+    groups = RankGroups.of(comm)
+    number, first = groups.num_optimizers + 1, groups.first
+    group = first or make_group(comm, share_node, timeout_s, failure)
+    consensus = Consensus(group, timeout_s, failure, number)
+    consensus.enter_call("NAdam()", {}, step=0)
+    limits = np.array([node_limit(share_node)])
+    limit = int(consensus.collectives.allreduce(limits, MPI.MIN, 0, "NAdam()")[0])
+    if first is None:
+        groups.by_limit[limit] = group
+    elif groups.by_limit.get(limit) is not first:
+        if limit not in groups.by_limit:
+            groups.by_limit[limit] = make_group(comm, share_node, timeout_s, failure)
+        consensus = Consensus(groups.by_limit[limit], timeout_s, failure, number)
+    groups.num_optimizers = number  # an optimizer that could not be built on all ranks has none
+    consensus.group.add_optimizer()
+    return consensus
 
 
 def attempt(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Outcome[_T]:
@@ -183,7 +236,7 @@ def raise_first(errors: Sequence[RemoteError | None], own: Exception | None) -> 
     culprit, first = next(iter(failed.items()))
     text = str(first.error)
     alike = [rank for rank, error in failed.items() if str(error.error) == text]
-    prefix = "" if len(alike) == len(errors) else f"{_rank_list(alike)}: "
+    prefix = "" if len(alike) == len(errors) else f"{rank_list(alike)}: "
     raised = type(first.error)(prefix + text)
     mine = portable(own)
     if first.traceback and (mine is None or mine.traceback != first.traceback):
@@ -203,12 +256,19 @@ def first_difference(descriptions: Sequence[Description]) -> str | None:
             value = repr(description[name]) if name in description else "nothing"
             ranks_with.setdefault(value, []).append(rank)
         if len(ranks_with) > 1:
-            values = " and ".join(f"{value} on {_rank_list(r)}" for value, r in ranks_with.items())
+            values = " and ".join(f"{value} on {rank_list(r)}" for value, r in ranks_with.items())
             return f"{name} must be the same on every rank; got {values}. Give every rank the same."
     return None
 
 
-def _rank_list(ranks: Sequence[int]) -> str:
+def _describe_optimizers(calls: Sequence[object], numbers: Sequence[int]) -> str:
+    """Return a sentence about calls of different optimizers."""
+    made = [f"{call} of optimizer {n}" for call, n in zip(calls, numbers, strict=True)]
+    difference = first_difference([{_CALL: call} for call in made])
+    return f"{difference} Optimizers are numbered in the order in which they were built."
+
+
+def rank_list(ranks: Sequence[int]) -> str:
     """Write [0, 1, 2, 5] as "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -5,9 +5,10 @@ import fcntl
 import os
 import sys
 import termios
+import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from types import TracebackType
@@ -99,24 +100,40 @@ class Abort:
 def install_abort_hook() -> None:
     """Make an uncaught exception on this rank end all ranks, its traceback printed last.
 
-    Without it the other ranks would wait for this one until they time out. A job of one rank is
-    left alone, and a hook that was installed before still prints.
+    Without it the other ranks would wait for this one until they time out. That holds for every
+    thread. A job of one rank is left alone, as is a forked child, and hooks that were installed
+    before still print.
     """
-    global _installed  # the interpreter has one excepthook
+    global _installed  # the interpreter has one hook for the main thread and one for the others
     if _installed or MPI.COMM_WORLD.size == 1:
         return
     _installed = True
-    report = sys.excepthook
+    report, report_thread, pid = sys.excepthook, threading.excepthook, os.getpid()
 
     def abort_after_report(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        with redirect_stderr(StringIO()) as text:
+        if os.getpid() != pid:
             report(kind, error, traceback)
-        sys.stderr.write(text.getvalue())  # in one piece: other ranks may be writing theirs
-        end_job(_KEYBOARD_INTERRUPT_CODE if issubclass(kind, KeyboardInterrupt) else 1)
+        else:
+            _end_job_after(kind, lambda: report(kind, error, traceback))
+
+    def abort_after_thread(args: threading.ExceptHookArgs) -> None:
+        if os.getpid() != pid or issubclass(args.exc_type, SystemExit):  # which ends a thread only
+            report_thread(args)
+        else:
+            _end_job_after(args.exc_type, lambda: report_thread(args))
 
     sys.excepthook = abort_after_report
+    threading.excepthook = abort_after_thread
+
+
+def _end_job_after(kind: type[BaseException], report: Callable[[], object]) -> None:
+    """Print an exception of class ``kind`` by calling ``report``, and end the job."""
+    with redirect_stderr(StringIO()) as text:
+        report()
+    sys.stderr.write(text.getvalue())  # in one piece: other ranks may be writing theirs
+    end_job(_KEYBOARD_INTERRUPT_CODE if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def end_job(code: int) -> None:

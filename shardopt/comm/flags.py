@@ -1,9 +1,9 @@
 """A board of flags: a few integers of each rank of a node that the others can read."""
 
 import numpy as np
-from mpi4py import MPI
 
-from shardopt.comm.shared_memory import SharedMemory
+from shardopt.comm.node_memory.arena import Arena
+from shardopt.comm.node_memory.fence import full_fence
 
 _LINE_NUMEL = 8  # int64 in a cache line, so that no two ranks write to the same one
 
@@ -15,10 +15,10 @@ class NodeFlags:
     Nobody waits for anybody, so this also works while ranks hang or have died. Data that a flag
     announces must be published before the flag is set: [Note: when stores become visible].
 
-    Collective over the node: construction and ``free``.
+    Collective over the node: construction.
 
     Args:
-        node_comm: The ranks of the node.
+        arena: The memory of the node.
         num_fields: Integers of each rank.
 
     Attributes:
@@ -26,26 +26,18 @@ class NodeFlags:
         all: [node_size, num_fields] int64, those of all ranks.
     """
 
-    def __init__(self, node_comm: MPI.Intracomm, num_fields: int) -> None:
+    def __init__(self, arena: Arena, num_fields: int) -> None:
         line_numel = -(-num_fields // _LINE_NUMEL) * _LINE_NUMEL
-        self._memory = SharedMemory(node_comm, np.dtype(np.int64).itemsize * line_numel)
-        lines = self._memory.memory.view(np.int64).reshape(node_comm.size, line_numel)
+        shape = arena.comm.size, line_numel
+        memory = arena.allocate(np.dtype(np.int64).itemsize * shape[0] * shape[1]).memory
+        lines = memory.view(np.int64)[: shape[0] * shape[1]].reshape(shape)
         self.all = lines[:, :num_fields]
-        self.mine = self.all[node_comm.rank]
-        self.mine[:] = 0
-        self.publish()
-        node_comm.Barrier()
-        self.acquire()
+        self.mine = self.all[arena.comm.rank]
 
     def publish(self) -> None:
         """Show the others what this rank has written to ``mine``."""
-        self._memory.publish()
+        full_fence()
 
     def acquire(self) -> None:
         """See in ``all`` what the others have published by now."""
-        self._memory.acquire()
-
-    def free(self) -> None:
-        """Release the memory. Collective over the node."""
-        del self.all, self.mine
-        self._memory.free()
+        full_fence()

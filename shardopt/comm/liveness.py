@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from mpi4py import MPI
 
 from shardopt.comm.flags import NodeFlags
+from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology
 
 _ARRIVALS, _STEP, _LEFT, _NUM_FIELDS = 0, 1, 2, 3
@@ -44,15 +45,16 @@ class Failure:
 class Arrivals:
     """How many collectives each rank of this node has entered, readable without its help.
 
-    Collective over the node: construction and ``free``.
+    Collective over the node: construction.
 
     Args:
         topology: The ranks.
+        arena: The memory of the node.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, arena: Arena) -> None:
         self._ranks = topology.node_ranks
-        self._flags = NodeFlags(topology.node_comm, _NUM_FIELDS)
+        self._flags = NodeFlags(arena, _NUM_FIELDS)
 
     def arrive(self, step: int) -> None:
         """Note that this rank enters a collective in a step."""
@@ -76,10 +78,6 @@ class Arrivals:
         """Return the ranks of this node that have left the job."""
         self._flags.acquire()
         return [self._ranks[i] for i in self._flags.all[:, _LEFT].nonzero()[0]]
-
-    def free(self) -> None:
-        """Release the flags. Collective over the node."""
-        self._flags.free()
 
 
 class LivenessProbe:
@@ -150,16 +148,15 @@ class FailureDetector:
 
     Args:
         topology: The ranks.
-        timeout_s: Longest wait for one of them.
+        arena: The memory of the node.
 
     Attributes:
         arrivals: How far the ranks of this node have come.
     """
 
-    def __init__(self, topology: Topology, timeout_s: float) -> None:
-        self.arrivals = Arrivals(topology)
+    def __init__(self, topology: Topology, arena: Arena) -> None:
+        self.arrivals = Arrivals(topology, arena)
         self._topology = topology
-        self._timeout_s = timeout_s
         self._probe = LivenessProbe(topology.comm)
         self._met_in_step = 0  # the last step in which every rank has entered a collective
 
@@ -171,21 +168,24 @@ class FailureDetector:
         """Begin a wait."""
         self._probe.begin()
 
-    def check(self, where: Where, waited_s: float, awaited: Sequence[int]) -> Failure | None:
+    def check(
+        self, where: Where, waited_s: float, timeout_s: float, awaited: Sequence[int]
+    ) -> Failure | None:
         """Return the failure that this wait has met with, or None while there is hope.
 
         Args:
             where: What the wait belongs to.
             waited_s: How long it has lasted.
+            timeout_s: How long it may last.
             awaited: The ranks that it depends on, if they are known.
         """
-        self._probe.poll(str(where), ask=waited_s > self._timeout_s / 2)
+        self._probe.poll(str(where), ask=waited_s > timeout_s / 2)
         left = self.arrivals.left()  # before the others: these arrive nowhere any more
         behind = self.arrivals.behind()
         if missing := [rank for rank in left if rank in behind]:
             text = f"{self._last_seen(missing, behind)} left the job, but {where} needs every rank"
             return Failure(missing, f"{text}. {_IF_ENDED}")
-        if waited_s >= self._timeout_s:
+        if waited_s >= timeout_s:
             return self._describe_timeout(where, waited_s, awaited, behind)
         return None
 
@@ -206,7 +206,6 @@ class FailureDetector:
 
     def free(self) -> None:
         """Release what is shared. Collective."""
-        self.arrivals.free()
         self._probe.free()
 
     def _describe_timeout(

@@ -1,12 +1,14 @@
 """The nodes and lanes of a job, and the check that its ranks were started as one job."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 from mpi4py import MPI
 
-from shardopt.comm.waiting import wait_until
+from shardopt.comm.failure import FailurePolicy
+from shardopt.comm.waiting import deadline, wait_until
 from shardopt.errors import LauncherError, RankFailureError
 
 _LAUNCHERS = (
@@ -87,7 +89,22 @@ class Topology:
         self.comm.Free()
 
 
-def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float) -> Topology:
+def node_limit(share_node: bool | int) -> int:
+    """Return the highest number of ranks that may share a node's memory.
+
+    Args:
+        share_node: As in ``ShardPolicy``.
+    """
+    return _UNLIMITED if share_node is True else int(share_node)
+
+
+def make_topology(
+    comm: MPI.Intracomm,
+    share_node: bool | int,
+    timeout_s: float,
+    failure: FailurePolicy,
+    can_share: Callable[[MPI.Intracomm], bool] = lambda machine: True,
+) -> Topology:
     """Split ``comm`` into nodes and lanes.
 
     If nodes have unequal sizes, lanes do not exist. Then, and without ``share_node``, every rank
@@ -99,6 +116,9 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
         comm: The ranks that train together.
         share_node: As in ``ShardPolicy``.
         timeout_s: Longest wait for the other ranks.
+        failure: What to do if they have all begun, but do not complete this.
+        can_share: Called on all ranks of a machine, which become nodes of their own unless it
+            returns True on all of them.
 
     Raises:
         LauncherError: The launcher started several processes, each of which is a job of one rank
@@ -107,13 +127,14 @@ def make_topology(comm: MPI.Intracomm, share_node: bool | int, timeout_s: float)
     """
     require_one_job()
     _meet(comm, timeout_s)
-    comm = comm.Dup()
-    share_node = min(comm.allgather(_UNLIMITED if share_node is True else int(share_node)))
-    node_comm = _split_machine(comm, share_node)
-    if len(set(comm.allgather(node_comm.size))) > 1:
-        node_comm.Free()
-        node_comm = _split(comm, comm.rank)
-    return arrange(comm, node_comm)
+    with deadline(timeout_s, "NAdam()", failure):
+        comm = comm.Dup()
+        limit = min(comm.allgather(node_limit(share_node)))
+        node_comm = _split_machine(comm, limit, can_share)
+        if len(set(comm.allgather(node_comm.size))) > 1:
+            node_comm.Free()
+            node_comm = _split(comm, comm.rank)
+        return arrange(comm, node_comm)
 
 
 def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
@@ -134,9 +155,13 @@ def arrange(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Topology:
     return Topology(comm, node_comm, lane_comm, places, hosts)
 
 
-def _split_machine(comm: MPI.Intracomm, limit: int) -> MPI.Intracomm:
-    """Return the ranks that can share memory with this one, at most ``limit`` together."""
+def _split_machine(
+    comm: MPI.Intracomm, limit: int, can_share: Callable[[MPI.Intracomm], bool]
+) -> MPI.Intracomm:
+    """Return the ranks that share memory with this one, at most ``limit`` together."""
     machine = cast("MPI.Intracomm", comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank))
+    if not machine.allreduce(can_share(machine), op=MPI.LAND):
+        limit = 1
     node_comm = _split(machine, machine.rank // max(1, limit))
     machine.Free()
     return node_comm
@@ -147,7 +172,14 @@ def _split(comm: MPI.Intracomm, color: int, key: int = 0) -> MPI.Intracomm:
 
 
 def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:
-    """Wait until all ranks build their optimizer, as the calls that follow have no deadline."""
+    """Wait until all ranks build their optimizer, as the calls that follow cannot be given up.
+
+    A rank that comes when others have given up still completes the first barrier, which they have
+    entered. The second one is entered only by ranks that have completed the first.
+
+    Raises:
+        RankFailureError: Some ranks do not come, or have given up.
+    """
 
     def check(waited_s: float) -> None:
         if waited_s > timeout_s:
@@ -156,7 +188,8 @@ def _meet(comm: MPI.Intracomm, timeout_s: float) -> None:
                 "optimizer. Build it on all ranks, or pass comm=... with those that do."
             )
 
-    wait_until(comm.Ibarrier().Test, check)
+    for _ in range(2):
+        wait_until(comm.Ibarrier().Test, check)
 
 
 def require_one_job() -> None:

@@ -1,6 +1,6 @@
 """The common ground of the optimizers that users import: each has a core and hands calls on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,20 +40,32 @@ class FrontEnd:
         return self.core.partition
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``core.Optimizer.state_dict``."""
-        return self.core.state_dict()
+        """See ``StateCalls.state_dict``."""
+        return self.core.states.state_dict()
+
+    def reset_state(self, params: Iterable[Any] | None = None) -> None:
+        """See ``StateCalls.reset_state``."""
+        self.core.states.reset_state(params)
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """See ``core.Optimizer.gather_state_dict``. Collective: every rank."""
-        return self.core.gather_state_dict(root)
+        """See ``StateCalls.gather_state_dict``. Collective: every rank."""
+        return self.core.states.gather_state_dict(root)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
-        """See ``core.Optimizer.load_state_dict``. Collective: every rank."""
-        self.core.load_state_dict(state_dict)
+        """See ``StateCalls.load_state_dict``. Collective: every rank."""
+        self.core.states.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: Any) -> None:
         """See ``core.Optimizer.add_param_group``. Collective: every rank."""
         self.core.add_param_group(param_group)
+
+    def load_params(self, values: Mapping[str, Any] | None) -> list[str]:
+        """See ``core.Optimizer.load_params``. Collective: every rank."""
+        return self.core.load_params(values)
+
+    def adopt(self, rank: int = 0) -> None:
+        """See ``core.Optimizer.adopt``. Collective: every rank."""
+        self.core.adopt(rank)
 
     def memory_report(self) -> MemoryReport:
         """See ``core.Optimizer.memory_report``."""
@@ -100,6 +112,15 @@ class ArrayFrontEnd(FrontEnd):
 
 class InPlaceFrontEnd(ArrayFrontEnd):
     """The front end of a framework whose parameters a step updates in place."""
+
+    @property
+    def state(self) -> Any:
+        """The state of each parameter; see ``StateCalls.state``."""
+        return self.core.states.state
+
+    @state.setter
+    def state(self, entries: Mapping[Any, Any]) -> None:
+        self.core.states.set_state(entries)
 
     def step(
         self,

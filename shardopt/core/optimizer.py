@@ -10,23 +10,17 @@ from numpy.typing import NDArray
 from shardopt._version import __version__
 from shardopt.comm.consensus import Description, Outcome, attempt
 from shardopt.comm.failure import Abort
-from shardopt.comm.shared_memory import shortage
+from shardopt.comm.node_memory.limits import Demand, memory_shortage
 from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.listeners import StepListener
+from shardopt.core.param_values import parse_values, share_values
 from shardopt.core.parts import make_parts
-from shardopt.core.shared_params import SharedParams
-from shardopt.core.state_dict import (
-    OptimizerState,
-    gather_state,
-    load_state,
-    local_state,
-    parse_state,
-    share_state,
-)
+from shardopt.core.shared_params import SharedParams, UserChanges
+from shardopt.core.state_calls import StateCalls
+from shardopt.core.state_view import StateView
 from shardopt.core.step import Step, StepCall
 from shardopt.errors import (
-    CheckpointError,
     ClosedError,
     HyperparamsError,
     RankFailureError,
@@ -34,20 +28,22 @@ from shardopt.errors import (
     SharedMemoryError,
 )
 from shardopt.layout.dtypes import wire_dtype_of
-from shardopt.layout.footprint import MemoryReport, plan_memory, shared_nbytes
+from shardopt.layout.footprint import MemoryReport, plan_memory, plan_node_need
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.groups import Group, make_group
 from shardopt.params.registry import PlannedGroups, describe_groups
 from shardopt.policy import ShardPolicy
-from shardopt.report import StepReport, tell
+from shardopt.report import StepReport, diverged_warning, tell
 from shardopt.rule.nadam import StepCount
+
+_SMALL_NBYTES = 1 << 20
 
 
 class Optimizer(Generic[P]):
     """NAdam whose moments and updates are sharded over MPI ranks.
 
-    A node has one copy of the parameters, in memory that all its ranks address; each rank writes
+    A node has one copy of the parameters, in memory of which each rank has a view; each rank writes
     gradients of its own and updates its shard of the parameters. Gradients are averaged over
     ranks. Rank 0's initial parameters win.
 
@@ -67,14 +63,15 @@ class Optimizer(Generic[P]):
         PartitionError: The parameters cannot be laid out.
         HyperparamsError: A hyperparameter is out of range.
         RankMismatchError: Ranks were given different models or settings.
-        SharedMemoryError: The node's shared memory is too small.
+        SharedMemoryError: The memory of a node cannot be had.
         LauncherError: The job was started with another MPI's launcher.
 
     Attributes:
         comm: The communicator given.
         last_step: The report of the last ``step()``.
         parts: Its parts, for checkpoints and those who look inside.
-        params: The parameters in every node's shared memory.
+        params: The parameters in the memory of every node.
+        states: The calls about the optimizer state.
     """
 
     def __init__(
@@ -101,7 +98,9 @@ class Optimizer(Generic[P]):
             "max_grad_norm": max_grad_norm,
         }
         self.parts = make_parts(self.comm, adapter, max_grad_norm, policy, failure)
-        self.params = SharedParams(self.parts)
+        state_view = StateView(self.parts)
+        self.params = SharedParams(self.parts, state_view)
+        self.states = StateCalls(self, state_view)
         self._step = Step(self.parts, self.params)
         try:
             self.extend("NAdam()", groups)
@@ -139,7 +138,7 @@ class Optimizer(Generic[P]):
             RankMismatchError: Ranks have different hyperparameters or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self._require_open()
+        self.require_open()
         before = self.last_step
         self.last_step, votes = self._step.run(StepCall(loss_scale, overflowed, error), before)
         for warning in self.last_step.warnings(before):
@@ -152,11 +151,11 @@ class Optimizer(Generic[P]):
         Args:
             set_to_none: A parameter without a gradient on any rank is skipped by ``step``.
         """
-        self._require_open()
+        self.require_open()
         parts = self.parts
         parts.overlap.grads_zeroed()
         cleared = parts.registry.cleared_by(set_to_none=set_to_none)
-        parts.memory.zero_grads()
+        parts.registry.zero_grads()
         parts.registry.bind_grads(cleared)
 
     # -- param groups ------------------------------------------------------------------------------
@@ -186,78 +185,38 @@ class Optimizer(Generic[P]):
             HyperparamsError: A hyperparameter is out of range.
             RankMismatchError: Ranks were given different groups.
         """
-        self._require_open()
+        self.require_open()
         parts, step = self.parts, self.last_step.step
         planned, error = attempt(self._plan, groups)
         self.enter_call(call, {**self._settings, **describe_groups(planned)}, error)
         assert planned is not None
-        self.enter_call(call, {}, self._shortage(planned.partition))
+        self.enter_call(call, {}, self._shortage(planned))
         parts.overlap.settle(step)
+        first_region = len(self.partition.regions)
         with deadline(parts.policy.timeout_s, call, parts.failure):
             parts.memory.extend(planned.partition)
             parts.sync.extend(planned.partition, parts.memory.buffers)
         bindings = parts.registry.register(planned, parts.memory.buffers)
         parts.rule.extend(planned.partition)
-        self.params.initialize(bindings, step)
+        self._activate(step)
+        self.params.initialize(bindings, first_region, step)
         parts.start_step(step + 1)
 
-    # -- state -------------------------------------------------------------------------------------
+    # -- what users have done ----------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copy this rank's part of the state; no communication.
-
-        Returns:
-            ``state``: for each parameter's index ``step``, ``mu_product`` and the elements of
-            ``exp_avg`` and ``exp_avg_sq`` that this rank owns, [owned_numel], with ``slices``,
-            their runs of the flattened parameter. ``param_groups``: as torch has it.
-        """
-        self._require_open()
-        return local_state(self._state)
-
-    def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """Gather the whole state on one rank, in the format of torch.optim.NAdam with NumPy arrays.
+    def settle(self, changes: UserChanges) -> None:
+        """Take over what this rank's user has done, rather than in the next step.
 
         Collective: every rank.
 
-        Returns:
-            On ``root`` the state dict, with moments in the parameters' shapes; None elsewhere.
-
         Raises:
-            CheckpointError: ``root`` is no rank.
+            RankMismatchError: Ranks have written to different parameters. Nothing has changed then.
         """
-        self._require_open()
-        ranks, error = range(self.topology.world_size), None
-        if root not in ranks:
-            error = CheckpointError(
-                f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
-            )
-        self.enter_call("gather_state_dict()", {"root": root}, error)
-        return gather_state(self._state, self.parts.collectives, root, self.last_step.step)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Continue from another state; parameters themselves are not in it.
-
-        Collective: every rank.
-
-        Args:
-            state_dict: This rank's, as ``state_dict`` returned it on as many ranks; or a whole one,
-                as ``gather_state_dict`` or torch.optim.NAdam returned it. Ranks that have none pass
-                None and get that of the lowest rank that has a whole one.
-
-        Raises:
-            CheckpointError: It is of another model or another number of ranks. Nothing has changed
-                then.
-        """
-        self._require_open()
-        call, adapter = "load_state_dict()", self.parts.registry.adapter
-        parsed, error = attempt(parse_state, state_dict, self._state, adapter)
-        self.enter_call(call, {}, error)
-        loaded = share_state(parsed, self.partition, self.parts.collectives, self.last_step.step)
-        steps = [count.step for count in loaded.step_counts]
-        groups = {"the state's steps": steps, "the state's param_groups": loaded.groups}
-        self.enter_call(call, groups)
-        load_state(loaded, self._state)
-        self.restore(loaded.groups, loaded.step_counts, self.last_step.without_poison())
+        agreed = self.params.settle(self.last_step.step, changes)
+        if agreed.params:
+            self.last_step = self.last_step.without_poison()
+        if agreed.diverged:
+            tell(diverged_warning(agreed.diverged), aloud=self.topology.rank == 0)
 
     # -- for checkpoints ---------------------------------------------------------------------------
 
@@ -285,7 +244,7 @@ class Optimizer(Generic[P]):
         self, call: str, description: Description, error: Exception | None = None
     ) -> None:
         """Make sure that all ranks make the same call alike; see ``Consensus``. Collective."""
-        self._require_open()
+        self.require_open()
         self.parts.consensus.enter_call(call, description, error, step=self.last_step.step)
 
     def restore(
@@ -293,6 +252,10 @@ class Optimizer(Generic[P]):
     ) -> None:
         """Continue from other hyperparameters and step counts; moments are in place already."""
         self.parts.rule.set_step_counts(step_counts)
+        self.continue_with(groups, report)
+
+    def continue_with(self, groups: Sequence[Group], report: StepReport) -> None:
+        """Continue from other hyperparameters."""
         self.last_step = report
         for group, values in zip(self.param_groups, groups, strict=True):
             group.update(values)
@@ -306,7 +269,8 @@ class Optimizer(Generic[P]):
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of parameters, gradients and moments, here and without sharding."""
-        return plan_memory(self.partition, self.parts.policy.wire_dtype)
+        trained = [binding.is_live for binding in self.parts.registry.bindings]
+        return plan_memory(self.partition, self.parts.policy.wire_dtype, trained)
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
         """Add up a few numbers over all ranks, with the deadline that steps have.
@@ -332,10 +296,68 @@ class Optimizer(Generic[P]):
         assert addends is not None
         return self.parts.collectives.allreduce(addends, MPI.SUM, step, call)
 
-    def close(self) -> None:
-        """Move parameters to memory of their own and release what is shared.
+    def load_params(self, values: Mapping[str, Any] | None) -> list[str]:
+        """Load values into the parameters, without a copy of the model on each rank.
 
-        A parameter whose value was replaced since the last step keeps the new one.
+        The same as writing them into the parameters on every rank, which would give each rank a
+        copy of its own until the next step. What was written to parameters before is gone.
+
+        Collective: every rank.
+
+        Args:
+            values: For each parameter's name an array of its shape, such as the model's state dict;
+                the same on every rank. Ranks that have none pass None and get those of others.
+
+        Returns:
+            The names in ``values`` that belong to no parameter, such as those of buffers, and are
+            left to you.
+
+        Raises:
+            CheckpointError: A value is missing or has another shape. Nothing has changed then.
+            RankMismatchError: Ranks have different values. Likewise.
+        """
+        self.require_open()
+        parts, call, step = self.parts, "load_params()", self.last_step.step
+        parsed, error = attempt(parse_values, values, parts.registry)
+        self.enter_call(call, {}, error)
+        loaded = share_values(parsed, parts.registry, parts.collectives, step)
+        self.params.load(loaded.arrays, step)
+        self.last_step = self.last_step.without_poison()
+        return loaded.others
+
+    def adopt(self, rank: int = 0) -> None:
+        """Give all ranks the parameters of one, with whatever was written to them there.
+
+        What other ranks have written to theirs is gone.
+
+        Collective: every rank.
+
+        Args:
+            rank: The rank.
+
+        Raises:
+            RankMismatchError: Ranks name different ones.
+            HyperparamsError: There is no such rank.
+        """
+        self.require_open()
+        ranks = range(self.topology.world_size)
+        error: Exception | None = None
+        if rank not in ranks:
+            error = HyperparamsError(
+                f"rank must be a rank, 0 to {ranks[-1]}; got {rank!r}. Leave it out for rank 0."
+            )
+        changes, found_error = attempt(self.params.find_changes)
+        if rank == self.topology.rank:  # what others have done is to be dropped
+            error = error or found_error
+        self.enter_call("adopt()", {"rank": rank}, error)
+        step = self.last_step.step
+        self.parts.overlap.settle(step)
+        self.params.adopt_from(rank, changes or UserChanges(), step)
+        self.parts.start_step(step + 1)
+        self.last_step = self.last_step.without_poison()
+
+    def close(self) -> None:
+        """Let go of gradients and moments. Parameters stay readable, with the values they have.
 
         Collective: every rank.
         """
@@ -358,25 +380,32 @@ class Optimizer(Generic[P]):
         parts.clipping.require_valid()
         planned = parts.registry.plan(groups.value)
         node_size, several = parts.topology.node_size, parts.topology.num_nodes > 1
-        for dtype in {param.spec.dtype for param in planned.partition.params}:
+        new = planned.partition.params[len(parts.registry.bindings) :]
+        for dtype in {param.spec.dtype for param in new}:
             wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
             parts.backend.kernel.prepare(dtype, wire)
         return planned
 
-    def _shortage(self, partition: Partition) -> SharedMemoryError | None:
-        """Return an error if the new regions of a partition do not fit on the node."""
-        if self.topology.node_rank:
+    def _activate(self, step: int) -> None:
+        """Have buckets exchanged that hold parameters which some rank trains. Collective."""
+        parts = self.parts
+        if parts.topology.num_nodes > 1:
+            trained = parts.registry.mask_of_trained()
+            for mask in parts.collectives.allgather(trained, step, "activate"):
+                parts.sync.reduction.activate(mask)
+
+    def _shortage(self, planned: PlannedGroups) -> SharedMemoryError | None:
+        """Return an error if the memory of new groups cannot be had on the node."""
+        topology, adapter = self.topology, self.parts.registry.adapter
+        trained = [adapter.requires_grad(param) for param in planned.params]
+        regions = range(len(self.partition.regions), len(planned.partition.regions))
+        need = plan_node_need(planned.partition, topology.node, regions, trained)
+        if need.least_nbytes < _SMALL_NBYTES:  # thousands of small optimizers are made quickly
             return None
-        regions = range(len(self.partition.regions), len(partition.regions))
-        return shortage(shared_nbytes(partition, regions))
+        return memory_shortage(Demand(topology.node_size, need.least_nbytes, need.view_nbytes))
 
-    @property
-    def _state(self) -> OptimizerState:
-        return OptimizerState(
-            self.partition, self.parts.memory, self.step_counts, self.param_groups
-        )
-
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise after ``close``."""
         if self._closed:
             raise ClosedError(
                 "the optimizer must be open; got a call after close(). Build a new one."
@@ -384,7 +413,10 @@ class Optimizer(Generic[P]):
 
     def _release(self, call: str) -> None:
         self._closed = True
-        self.parts.free(call)
+        try:
+            self.states.release()
+        finally:
+            self.parts.free(call)
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:

@@ -8,9 +8,9 @@ from mpi4py import MPI
 from shardopt.backends.base import Backend
 from shardopt.backends.cpu.backend import CpuBackend
 from shardopt.comm.collectives import Collectives
-from shardopt.comm.consensus import Consensus
+from shardopt.comm.consensus import Consensus, make_consensus
 from shardopt.comm.failure import FailurePolicy
-from shardopt.comm.topology import Topology, make_topology
+from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
 from shardopt.layout.partition import plan_partition
@@ -32,7 +32,7 @@ class Parts:
     Attributes:
         policy: How to shard.
         failure: What to do about ranks that are lost.
-        topology: The ranks, with communicators of shardopt's own.
+        topology: The ranks, with communicators of shardopt's own that all optimizers share.
         consensus: How they agree.
         num_cores: This rank's share of the cores it may run on.
         backend: Computes, and allocates memory.
@@ -77,7 +77,7 @@ class Parts:
         self.overlap.start_step(step, was_changed=was_changed)
 
     def free(self, call: str) -> None:
-        """Move parameters to memory of their own and release the rest.
+        """Leave parameters with the values that they have, and release all else.
 
         Collective: every rank.
 
@@ -89,6 +89,7 @@ class Parts:
             self.overlap.free()
             self.memory.free()
             self.sync.close()
+            self.memory.arena.reclaim()
             self.consensus.free()
         self.backend.close()
 
@@ -111,15 +112,19 @@ def make_parts(
         policy: How to shard.
         failure: What to do about ranks that are lost.
     """
-    topology = make_topology(comm, policy.share_node, policy.timeout_s)
+    consensus = make_consensus(comm, policy.share_node, policy.timeout_s, failure)
+    topology, collectives = consensus.topology, consensus.collectives
     num_nodes, node_size = topology.num_nodes, topology.node_size
     nbytes = policy.bucket_nbytes or default_bucket_nbytes(num_nodes, topology.world_size)
     layout = plan_partition((), num_nodes, node_size, nbytes)
     with deadline(policy.timeout_s, "NAdam()", failure):
-        consensus = Consensus(topology, policy.timeout_s, failure)
-        collectives, num_cores = consensus.collectives, cores_per_rank(topology)
+        num_cores = cores_per_rank(topology)
         backend = CpuBackend(policy.threads or num_cores)
-        memory, registry = Memory(topology, backend), Registry(adapter, layout)
+        place = topology.places[topology.rank]
+        arena = consensus.group.arena
+        arena.reclaim()  # what dropped optimizers have left
+        memory = Memory(place, arena, backend)
+        registry = Registry(adapter, layout)
         sync = make_sync(topology, backend, collectives, policy.wire_dtype)
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
     sends_float16 = num_nodes > 1 and policy.wire_dtype == "float16"

@@ -1,6 +1,6 @@
 """The door between an optimizer and its checkpoints: they use ``Sharded`` and nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -8,12 +8,13 @@ from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Description
 from shardopt.core.listeners import StepListener
 from shardopt.core.optimizer import Optimizer
+from shardopt.core.shared_params import UserChanges
+from shardopt.core.state_dict import has_entry
 from shardopt.errors import CheckpointError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY, state_specs
 from shardopt.params.groups import Group, group_values
-from shardopt.params.inputs import mask_of
 from shardopt.report import StepReport
 from shardopt.rule.nadam import StepCount
 from shardopt.store.buffers import ShardBuffers
@@ -104,6 +105,13 @@ class Sharded(Protocol):
         """Return the elements of each of ``tensors``, flat, where they live."""
         ...
 
+    def trim(self) -> None:
+        """Give back the memory of state that is not in use, such as that of frozen parameters.
+
+        Reading it, to save it, and loading zeros take memory for it.
+        """
+        ...
+
     def scalars(self) -> Scalars:
         """Return what is saved besides tensors."""
         ...
@@ -112,16 +120,20 @@ class Sharded(Protocol):
         """Go on from a state whose elements have been written into ``arrays``. Collective."""
         ...
 
-    def find_writes(self) -> Mapping[int, Any]:
-        """Find what users have put in the place of parameters since the last step.
+    def find_changes(self) -> Any:
+        """Find what users have done to parameters and state since the last step.
 
         Raises:
-            PartitionError: It does not fit.
+            PartitionError: A parameter was replaced by what does not fit.
         """
         ...
 
-    def adopt_writes(self, writes: Mapping[int, Any]) -> None:
-        """Take over what ``find_writes`` found, rather than in the next step. Collective."""
+    def settle(self, changes: Any) -> None:
+        """Take over what ``find_changes`` found, rather than in the next step. Collective.
+
+        Raises:
+            RankMismatchError: Ranks have written to different parameters.
+        """
         ...
 
     def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
@@ -208,6 +220,17 @@ class ShardedOptimizer:
         ]
         return [wholes[shard.region][shard.key][shard.local.slice] for shard in tensors]
 
+    def trim(self) -> None:
+        """See ``Sharded``."""
+        core = self._core
+        params, counts = core.parts.registry.bindings, core.step_counts
+        arena = core.parts.memory.arena
+        unused = {i for i, c in enumerate(counts) if not has_entry(params[i].param, c)}
+        if unused:
+            tensors = [t for t in self.tensors() if t.param in unused and t.key != PARAM_KEY]
+            for array in self.arrays(tensors):
+                arena.trim(array)
+
     def scalars(self) -> Scalars:
         """See ``Sharded``."""
         core = self._core
@@ -225,19 +248,15 @@ class ShardedOptimizer:
         groups = [group_values(group) for group in scalars.groups]
         self._core.restore(groups, scalars.step_counts, report)
         self._core.params.publish_all(report.step)
+        self.trim()
 
-    def find_writes(self) -> Mapping[int, Any]:
+    def find_changes(self) -> UserChanges:
         """See ``Sharded``."""
-        return self._core.parts.registry.find_replaced()
+        return self._core.params.find_changes()
 
-    def adopt_writes(self, writes: Mapping[int, Any]) -> None:
+    def settle(self, changes: UserChanges) -> None:
         """See ``Sharded``."""
-        core, step = self._core, self._core.last_step.step
-        masks = core.parts.collectives.allgather(mask_of(writes), step, "adopt")
-        if any(masks):
-            core.params.adopt_writes(writes, masks)
-            core.parts.meet(step, "adopt")
-            core.last_step = core.last_step.without_poison()
+        self._core.settle(changes)
 
     def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
         """See ``Sharded``."""

@@ -1,8 +1,9 @@
 """One step of all ranks, from gradients to updated parameters."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -11,7 +12,7 @@ from shardopt.backends.base import ALL_FINITE, UpdatePlan
 from shardopt.comm.consensus import attempt
 from shardopt.core.consensus import StepConsensus
 from shardopt.core.parts import Parts
-from shardopt.core.shared_params import SharedParams
+from shardopt.core.shared_params import AgreedChanges, SharedParams, UserChanges
 from shardopt.errors import HyperparamsError
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.span import Span
@@ -37,6 +38,22 @@ class StepCall:
     loss_scale: float = 1.0
     overflowed: bool = False
     error: Exception | None = None
+
+
+class _Result(NamedTuple):
+    """What a step has come to, for its report; see ``StepReport``.
+
+    Attributes:
+        norm: Of the averaged gradient, or None.
+        factor: On the gradient, by clipping; None if the step was skipped.
+        copied_nbytes: By this rank.
+        diverged: What ranks have written different values to.
+    """
+
+    norm: float | None
+    factor: float | None
+    copied_nbytes: int
+    diverged: Sequence[str]
 
 
 class Step:
@@ -72,7 +89,8 @@ class Step:
         found = attempt(self._inspect, call)
         parts.memory.publish()
         agreed = self.consensus.enter(found, number)  # every rank raises, or none does
-        copied_nbytes = self._adopt(found.value or LocalInputs(), agreed, number)
+        changes = self._params.agree(agreed.replaced, agreed.written)
+        copied_nbytes = self._adopt(found.value or LocalInputs(), agreed, changes, number)
         parts.memory.acquire()
         watch.lap("agree")
         norm = self._global_norm(agreed, number)
@@ -91,14 +109,18 @@ class Step:
             parts.sync.drain()
             parts.rule.commit()  # the commit point: step counts advance here
             parts.registry.bump_version(agreed.present)
+        if changes.written:
+            self._params.publish_written(changes, number, is_updated=factor is not None)
         watch.lap("update")
         parts.memory.publish()
         poisoned, votes = self.consensus.leave(poisoned, number)
         parts.memory.acquire()
+        self._params.refresh()  # every rank sees the node's values again
         watch.lap("finish")
-        report = self._report(number, agreed, norm, factor, copied_nbytes, watch.seconds)
+        result = _Result(norm, factor, copied_nbytes, changes.diverged)
+        report = self._report(number, agreed, result, watch.seconds)
         parts.start_step(number + 1, was_changed=agreed.changed != 0)
-        known = before.without_poison() if agreed.replaced else before
+        known = before.without_poison() if changes.params else before
         return report.with_poison(self._name_of(poisoned), known), votes
 
     # -- before the update -------------------------------------------------------------------------
@@ -119,7 +141,10 @@ class Step:
             )
         overlap = self._parts.overlap
         changed = overlap.hold()  # before other gradients are copied in
+        changes = self._params.find_changes()
         inputs = LocalInputs(
+            replaced=changes.replaced,
+            written=changes.written,
             loss_scale=loss_scale,
             overflowed=bool(call.overflowed),
             changed=changed,
@@ -127,21 +152,25 @@ class Step:
         )
         return self._parts.registry.inspect(inputs)
 
-    def _adopt(self, inputs: LocalInputs, agreed: AgreedInputs, step: int) -> int:
-        """Adopt parameters that users have replaced, and make all ranks' gradients alike.
+    def _adopt(
+        self, inputs: LocalInputs, agreed: AgreedInputs, changes: AgreedChanges, step: int
+    ) -> int:
+        """Adopt what users have done to parameters and state, and make gradients alike.
 
         Returns:
             Bytes that this rank has copied for the step so far.
         """
         parts, copied_nbytes, changed = self._parts, inputs.copied_nbytes, agreed.changed
-        if agreed.replaced:
-            copied_nbytes += self._params.adopt_writes(inputs.replaced, agreed.replaced)
+        if changes:
+            mine = UserChanges(inputs.replaced, inputs.written)
+            copied_nbytes += self._params.adopt(mine, changes)
         if inputs.loss_scale != agreed.loss_scale:
-            parts.memory.scale_grads(agreed.loss_scale / inputs.loss_scale)
-        if agreed.replaced or agreed.rescaled:
+            parts.registry.scale_grads(agreed.loss_scale / inputs.loss_scale)
+        if changes.winners or agreed.rescaled:
             parts.meet(step, "adopt")
         if agreed.rescaled:  # everything sent so far had the old scale
             changed = parts.overlap.sent_by_any(step)
+        changed |= parts.sync.reduction.activate(agreed.present)
         parts.sync.reduction.resend(changed)
         return copied_nbytes
 
@@ -157,7 +186,8 @@ class Step:
             return 0.0
         # Each chunk has one owner, so that the allreduce only adds zeros to its sum; chunks are
         # added up in flat order. So the bits do not depend on how they are shared out.
-        square_sums = parts.collectives.allreduce(parts.sync.square_sums(), MPI.SUM, step, "reduce")
+        mine = parts.sync.square_sums(agreed.present)
+        square_sums = parts.collectives.allreduce(mine, MPI.SUM, step, "reduce")
         return math.sqrt(np.cumsum(square_sums)[-1]) * self._grad_scale(agreed)
 
     def _grad_scale(self, agreed: AgreedInputs) -> float:
@@ -188,23 +218,22 @@ class Step:
         self,
         number: int,
         agreed: AgreedInputs,
-        norm: float | None,
-        factor: float | None,
-        copied_nbytes: int,
+        result: "_Result",
         seconds: Mapping[str, float],
     ) -> StepReport:
-        parts = self._parts
+        parts, factor = self._parts, result.factor
         none = factor is None or not parts.registry.bindings
         return StepReport(
             step=number,
-            grad_norm=norm,
+            grad_norm=result.norm,
+            diverged=result.diverged,
             clip_factor=1.0 if factor is None else factor,
             skipped=factor is None,
             loss_scale=agreed.loss_scale,
             num_updated=None if none else agreed.present.bit_count(),
             seconds=seconds,
             waited_s=parts.sync.waited_s,
-            copied_nbytes=copied_nbytes,
+            copied_nbytes=result.copied_nbytes,
             sent_nbytes=parts.sync.traffic.nbytes,
             sent_messages=parts.sync.traffic.messages,
         )

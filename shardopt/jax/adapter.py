@@ -66,6 +66,10 @@ class JaxAdapter(ArrayAdapter[Leaf]):
         """See ``Adapter.data``; ``make_leaves`` and ``flatten_like`` have checked the array."""
         return param.data
 
+    def value(self, value: Any, name: str) -> FloatArray:
+        """See ``Adapter.value``."""
+        return _dense_array("data", name, value)
+
     def grad(self, param: Leaf, name: str) -> FloatArray | None:
         """See ``Adapter.grad``; ``flatten_like`` has checked the array."""
         return param.grad

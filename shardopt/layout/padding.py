@@ -9,10 +9,37 @@ region are therefore numbered, and array ``i`` begins ``i * STEP_NBYTES`` past a
 bit of a distance can cancel, and gives the first 64 arrays different offsets.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
-STEP_NBYTES = 5 * 4096
-PERIOD_NBYTES = 64 * 4096
+PAGE_NBYTES = 4096
+STEP_NBYTES = 5 * PAGE_NBYTES
+PERIOD_NBYTES = 64 * PAGE_NBYTES
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple that is not less than ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def place_arrays(arrays: Iterable[tuple[int, int]]) -> tuple[list[int], int]:
+    """Place arrays one behind the other in memory that starts at array 0's offset.
+
+    Args:
+        arrays: The number and the bytes of each; short arrays begin on the next page.
+
+    Returns:
+        Where each begins, in bytes, and where the last one ends, on a page.
+    """
+    starts, stop = [], 0
+    for number, nbytes in arrays:
+        start = round_up(stop, PAGE_NBYTES)
+        if nbytes >= PERIOD_NBYTES:
+            start += (number * STEP_NBYTES - start) % PERIOD_NBYTES
+        starts.append(start)
+        stop = start + nbytes
+    return starts, round_up(stop, PAGE_NBYTES)
 
 
 def row_numel(numel: int, dtype: str) -> int:

@@ -11,6 +11,11 @@ into ``num_nodes`` *shards*, each owned by one rank. All these cuts fall on mult
 ``CHUNK_NUMEL``, so a chunk has one owner however many ranks there are: sums kept by chunk are
 the same for every world size and bucket size, and no two ranks write to one cache line or page.
 
+[Note: the state of a node]
+The optimizer state of all shards of a node stands end to end, in flat order, in arrays that the
+ranks of the node share. So the part of a parameter's state that a node has is one piece, and on a
+single node that piece is the whole.
+
 [Note: padding stays zero]
 Elements between parameters belong to nobody. Segments cover parameters only, so that no kernel
 writes to padding, gradients are zeroed as a whole, and sums over a chunk may include it.
@@ -85,7 +90,8 @@ class Bucket(Span):
 class Shard(Span):
     """The span of a bucket that one rank owns.
 
-    ``local_start`` is where it begins in the rank's own arrays of its region.
+    ``local_start`` is where it begins in its node's arrays of optimizer state; see
+    [Note: the state of a node].
     """
 
     region: int
@@ -93,7 +99,7 @@ class Shard(Span):
 
     @property
     def local(self) -> Span:
-        """The shard in the rank's own arrays."""
+        """The shard in the node's arrays of optimizer state."""
         return self.shift(self.local_start - self.start)
 
 
@@ -114,6 +120,7 @@ class Partition:
     num_nodes: int
     node_size: int
     bucket_nbytes: int
+    names: frozenset[str] = frozenset()
 
     @property
     def world_size(self) -> int:
@@ -132,15 +139,26 @@ class Partition:
 
     def shards(self, node: int, node_rank: int, region: int) -> tuple[Shard, ...]:
         """Return the shards of a region that a rank owns, one per bucket; some may be empty."""
+        return self.node_shards(node, region)[node_rank :: self.node_size]
+
+    def node_shards(self, node: int, region: int) -> tuple[Shard, ...]:
+        """Return the shards of a region that the ranks of a node own, in flat order."""
         shards = []
         local_start = 0
-        for bucket in self.buckets:
-            if bucket.region == region:
+        first = bisect_left(self.buckets, region, key=lambda bucket: bucket.region)
+        for bucket in self.buckets[first:]:
+            if bucket.region != region:
+                break
+            for node_rank in range(self.node_size):
                 lane = bucket.lane_part(node_rank, self.node_size)
                 span = lane.cut(node, self.num_nodes, CHUNK_NUMEL)
                 shards.append(Shard(span.start, span.stop, region, local_start))
                 local_start += span.numel
         return tuple(shards)
+
+    def node_numel(self, node: int, region: int) -> int:
+        """Return the elements of a region that the ranks of a node own."""
+        return sum(shard.numel for shard in self.node_shards(node, region))
 
     def lane_shards(self, bucket: Bucket, node_rank: int) -> tuple[Span, ...]:
         """Return the spans of a bucket that the ranks of one lane own, by node."""
@@ -151,6 +169,20 @@ class Partition:
         """Return the bucket that a shard is part of."""
         last = bisect_right(self.buckets, shard.start, key=lambda bucket: bucket.start)
         return self.buckets[last - 1]
+
+    def buckets_of(self, mask: int) -> list[int]:
+        """Return the buckets with elements of some parameters, by number.
+
+        Args:
+            mask: Bit mask of the parameters.
+        """
+        numbers: list[int] = []
+        for index, param in enumerate(self.params):
+            if mask >> index & 1 and param:
+                first = bisect_right(self.buckets, param.start, key=lambda bucket: bucket.stop)
+                last = bisect_left(self.buckets, param.stop, key=lambda bucket: bucket.start)
+                numbers += range(max(first, numbers[-1] + 1 if numbers else 0), last)
+        return numbers
 
     def params_in(self, region: int, span: Span) -> Iterator[tuple[int, Span]]:
         """Yield the index of each parameter in ``span``, and which part of it that is.
@@ -164,12 +196,32 @@ class Partition:
             if part := span.intersect(self.params[index]):
                 yield index, part
 
+    def runs(self, region: int, mask: int, unit: int = ALIGNMENT_NUMEL) -> list[Span]:
+        """Return the fewest spans in whole units that cover some parameters of a region.
+
+        Args:
+            region: Index of the region.
+            mask: Bit mask of the parameters.
+            unit: A divisor of ``CHUNK_NUMEL`` and a multiple of ``ALIGNMENT_NUMEL``.
+        """
+        runs: list[Span] = []
+        for index in self.regions[region].param_indices:
+            param = self.params[index]
+            if not (mask >> index & 1 and param):
+                continue
+            start, stop = param.start // unit * unit, _round_up(param.stop, unit)
+            if runs and start <= runs[-1].stop:
+                runs[-1] = Span(runs[-1].start, stop)
+            else:
+                runs.append(Span(start, stop))
+        return runs
+
     def owned_params(self, shards: Sequence[Shard]) -> Iterator[tuple[int, Span, Span]]:
         """Yield the parts of parameters in some shards, in flat order.
 
         Yields:
             Index of the parameter; the part within the flattened parameter; the same part within
-            the owner's arrays.
+            the arrays of optimizer state of the owner's node.
         """
         for shard in shards:
             for index, span in self.params_in(shard.region, shard):
@@ -201,7 +253,9 @@ class Partition:
         Raises:
             PartitionError: Two parameters have one name.
         """
-        _require_unique_names([param.spec for param in self.params] + list(specs))
+        names = self.names.union(spec.name for spec in specs)
+        if len(names) < len(self.params) + len(specs):
+            _require_unique_names([param.spec for param in self.params] + list(specs))
         regions, buckets = list(self.regions), list(self.buckets)
         placed: dict[int, PlacedParam] = {}
         for dtype in dict.fromkeys(spec.dtype for spec in specs):
@@ -219,7 +273,9 @@ class Partition:
             step = _bucket_numel(self.bucket_nbytes, dtype)
             buckets += [Bucket(b.start, b.stop, number) for b in regions[-1].chunks(step)]
         params = (*self.params, *(placed[offset] for offset in range(len(specs))))
-        return replace(self, params=params, regions=tuple(regions), buckets=tuple(buckets))
+        return replace(
+            self, params=params, regions=tuple(regions), buckets=tuple(buckets), names=names
+        )
 
 
 def plan_partition(

@@ -57,15 +57,18 @@ class LanePart:
         return self.shards[-1].stop - self.shards[0].start
 
 
-def lane_parts(partition: Partition, node_rank: int, wire_dtype: str | None) -> Iterator[LanePart]:
+def lane_parts(
+    partition: Partition, node_rank: int, wire_dtype: str | None, first: int = 0
+) -> Iterator[LanePart]:
     """Yield a lane's part of each bucket, in flat order.
 
     Args:
         partition: The layout.
         node_rank: The lane.
         wire_dtype: As in ``ShardPolicy``.
+        first: The bucket to begin with.
     """
-    for bucket in partition.buckets:
+    for bucket in partition.buckets[first:]:
         dtype = partition.regions[bucket.region].dtype
         wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
         yield LanePart(dtype, wire, partition.lane_shards(bucket, node_rank))

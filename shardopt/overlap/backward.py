@@ -1,11 +1,13 @@
 """Gradients that are sent to other nodes while backward still computes."""
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
 
 from shardopt.comm.collectives import Collectives
+from shardopt.comm.exit_hook import mpi_is_usable
 from shardopt.comm.topology import Topology
 from shardopt.layout.partition import Partition
 from shardopt.overlap.progress import ProgressThread
@@ -124,7 +126,8 @@ class BackwardOverlap:
         sync: BucketSync,
     ) -> None:
         self.copied_nbytes = 0
-        self.thread = ProgressThread(topology, memory, sync)
+        self.thread = ProgressThread(memory, sync)
+        self._pid = os.getpid()
         self._collectives = collectives
         self._registry = registry
         self._memory = memory
@@ -139,7 +142,13 @@ class BackwardOverlap:
     # -- while backward runs -----------------------------------------------------------------------
 
     def on_grad_ready(self, param: Any) -> None:
-        """Note that backward has accumulated into a gradient."""
+        """Note that backward has accumulated into a gradient.
+
+        Does nothing in a forked child, whose gradients are not those of this rank, nor after
+        ``MPI.Finalize()``.
+        """
+        if not mpi_is_usable(self._pid):
+            return
         index = self._registry.index_of(param)
         if index is None or not self._readiness.knows(index):
             return
@@ -198,7 +207,7 @@ class BackwardOverlap:
         """See ``Overlap.settle``."""
         self.thread.retract()
         if self.sent_by_any(step):
-            self._sync.square_sums()
+            self._sync.square_sums(0)  # of nothing
 
     def start_step(self, step: int, *, was_changed: bool = False) -> None:
         """See ``Overlap.start_step``."""

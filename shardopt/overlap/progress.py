@@ -9,8 +9,8 @@ from contextlib import suppress
 import numpy as np
 from mpi4py import MPI
 
+from shardopt.comm.exit_hook import ExitHook
 from shardopt.comm.flags import NodeFlags
-from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import LOOKS
 from shardopt.store.memory import Memory
 from shardopt.transport.reduction import Reduction
@@ -36,7 +36,6 @@ class ProgressThread:
     Collective over the node: construction and ``free``.
 
     Args:
-        topology: The ranks.
         memory: Where gradients are read from.
         sync: Sends them.
 
@@ -46,21 +45,22 @@ class ProgressThread:
         error: The exception that ended the thread's work, or None; ``hold`` raises it.
     """
 
-    def __init__(self, topology: Topology, memory: Memory, sync: BucketSync) -> None:
+    def __init__(self, memory: Memory, sync: BucketSync) -> None:
         self.num_announced = 0
         self.state = State.HELD
         self.error: Exception | None = None
         self._memory = memory
         self._sync = sync
-        self._flags = NodeFlags(topology.node_comm, 1)
+        self._flags = NodeFlags(memory.arena, 1)
         self._step = 0
         self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._lock.acquire()
-        self._thread = threading.Thread(target=self._run, name="shardopt exchange", daemon=True)
-        self._thread.start()
-        self._farewell = weakref.finalize(
-            self, _end, self._ended, self._wake, self._thread, sync.reduction
+        arguments = weakref.ref(self), self._ended, self._wake, self._lock
+        self._thread = threading.Thread(
+            target=_run, args=arguments, name="shardopt exchange", daemon=True
         )
+        self._thread.start()
+        self._exit = ExitHook(self, _end, self._ended, self._wake, self._thread, sync.reduction)
 
     def announce(self, num_buckets: int) -> None:
         """Announce to the node that the first ``num_buckets`` buckets are ready on this rank.
@@ -109,28 +109,14 @@ class ProgressThread:
 
     def free(self) -> None:
         """End the thread and release what is shared. Collective over the node."""
-        self._farewell()
-        self._flags.free()
+        self._exit()
 
     def _take_over(self) -> None:
         if self.state is State.COLLECTING:
             self._lock.acquire()
             self.state = State.HELD
 
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            is_busy = True
-            while is_busy and not self._ended.is_set():
-                if self._lock.acquire(timeout=_LOCK_TIMEOUT_S):
-                    try:
-                        is_busy = all(self._work() for _ in range(LOOKS))
-                    finally:
-                        self._lock.release()
-                    time.sleep(_NAP_S)
-
-    def _work(self) -> bool:
+    def work(self) -> bool:
         """Make progress without waiting; return whether there will be more to do."""
         reduction = self._sync.reduction
         try:
@@ -142,14 +128,37 @@ class ProgressThread:
         return more and self.error is None
 
 
+def _run(
+    owner: "weakref.ref[ProgressThread]",
+    ended: threading.Event,
+    wake: threading.Event,
+    lock: threading.Lock,
+) -> None:
+    """Work for an owner as long as it is alive: it must not be kept so by its thread."""
+    while not ended.is_set():
+        wake.wait()
+        wake.clear()
+        is_busy = True
+        while is_busy and not ended.is_set():
+            if lock.acquire(timeout=_LOCK_TIMEOUT_S):
+                try:
+                    alive = owner()
+                    is_busy = alive is not None and all(alive.work() for _ in range(LOOKS))
+                    del alive
+                finally:
+                    lock.release()
+                time.sleep(_NAP_S)
+
+
 def _end(
     ended: threading.Event, wake: threading.Event, thread: threading.Thread, reduction: Reduction
 ) -> None:
     """End the thread before MPI ends; others may still wait for messages in transit."""
     ended.set()
     wake.set()
-    thread.join()
+    if thread is not threading.current_thread():  # which may find its owner to be garbage
+        thread.join()
     stop = time.monotonic() + _MAX_DRAIN_S
     with suppress(MPI.Exception):  # of ranks that are gone
-        while not MPI.Is_finalized() and not reduction.is_quiet() and time.monotonic() < stop:
+        while not reduction.is_quiet() and time.monotonic() < stop:
             time.sleep(_NAP_S)

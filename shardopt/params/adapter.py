@@ -22,10 +22,12 @@ class Adapter(Protocol[P]):
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
+        step_dtype: Of step counts in the state.
     """
 
     grads_from_start: bool
     reports_grads: bool
+    step_dtype: str
 
     def name(self, param: P) -> str | None:
         """Return the parameter's own name, or None."""
@@ -47,11 +49,37 @@ class Adapter(Protocol[P]):
         """
         ...
 
+    def value(self, value: Any, name: str) -> FloatArray:
+        """Return a value for a parameter, as its framework has it, in the form of ``data``.
+
+        Raises:
+            PartitionError: It is not such an array.
+        """
+        ...
+
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         """Return a parameter's entry in a state dict, maybe the framework's own, as torch has it.
 
         Moments must be arrays, of real numbers in the form that ``data`` returns.
         """
+        ...
+
+    def requires_grad(self, param: P) -> bool:
+        """Whether the framework computes gradients of it; others may still be given one."""
+        ...
+
+    def from_array(self, array: FloatArray, like: P | None) -> Any:
+        """Return the framework's own array over an array of the state.
+
+        Args:
+            array: Its memory, which the two share.
+            like: A parameter of the kind that it has, as its form is that of ``data``; None if it
+                is just real numbers.
+        """
+        ...
+
+    def from_number(self, number: FloatArray) -> Any:
+        """Return a step count, or the like, [] as it stands in state dicts."""
         ...
 
     def view(self, param: P, array: FloatArray) -> Any:
@@ -69,8 +97,13 @@ class Adapter(Protocol[P]):
     def clear_grad(self, param: P, view: Any) -> None:
         """Make it a parameter without a gradient.
 
-        The view, which holds zeros, may stay bound if the adapter notices when it is written to.
+        The view, which holds zeros, may stay bound if the adapter notices when it is written to,
+        and should for a parameter that requires a gradient.
         """
+        ...
+
+    def unbind_grad(self, param: P) -> None:
+        """Make it a parameter without a gradient that holds no view."""
         ...
 
     def holds_data(self, param: P, view: Any) -> bool:
@@ -115,6 +148,7 @@ class ArrayAdapter(Adapter[A]):
 
     grads_from_start = False
     reports_grads = False
+    step_dtype = "float64"
 
     def name(self, param: A) -> str | None:
         """Return None; see ``Adapter.name``."""
@@ -123,6 +157,18 @@ class ArrayAdapter(Adapter[A]):
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         """Return the entry as it is."""
         return entry
+
+    def requires_grad(self, param: A) -> bool:
+        """Return True; see ``Adapter.requires_grad``."""
+        return True
+
+    def from_array(self, array: FloatArray, like: A | None) -> FloatArray:
+        """Return the array itself."""
+        return array
+
+    def from_number(self, number: FloatArray) -> float:
+        """Return a float."""
+        return float(number)
 
     def view(self, param: A, array: FloatArray) -> FloatArray:
         """Return the array itself."""
@@ -138,6 +184,10 @@ class ArrayAdapter(Adapter[A]):
 
     def clear_grad(self, param: A, view: FloatArray) -> None:
         """Unbind the view: nobody could tell whether an array was written to."""
+        param.grad = None
+
+    def unbind_grad(self, param: A) -> None:
+        """See ``Adapter.unbind_grad``."""
         param.grad = None
 
     def holds_data(self, param: A, view: FloatArray) -> bool:

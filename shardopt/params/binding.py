@@ -16,22 +16,36 @@ class Binding:
     Attributes:
         name: The parameter's name, for messages.
         param: The framework's object.
+        is_live: Whether its gradient has ever been in use. The memory of one that has not, such as
+            that of a frozen parameter, is zero and has never been touched: it costs nothing.
         data: The node's copy of the parameter.
+        own_data: The same as this rank may write to it, which the parameter itself is a view of;
+            see [Note: weights that behave as in DDP].
         grad: This rank's gradient of it.
     """
 
-    __slots__ = ("_adapter", "_data_view", "_grad_view", "data", "grad", "name", "param")
+    __slots__ = (
+        "_adapter",
+        "_data_view",
+        "_grad_view",
+        "data",
+        "grad",
+        "is_live",
+        "name",
+        "own_data",
+        "param",
+    )
 
     def __init__(
-        self, name: str, param: Any, adapter: Adapter[Any], data: FloatArray, grad: FloatArray
+        self, name: str, param: Any, adapter: Adapter[Any], arrays: tuple[FloatArray, ...]
     ) -> None:
         self.name = name
         self.param = param
-        self.data = data
-        self.grad = grad
+        self.is_live = False
+        self.data, self.own_data, self.grad = arrays
         self._adapter = adapter
-        self._data_view = adapter.view(param, data)
-        self._grad_view = adapter.view(param, grad)
+        self._data_view = adapter.view(param, self.own_data)
+        self._grad_view = adapter.view(param, self.grad)
 
     def fill(self) -> None:
         """Copy the parameter's value into shared memory."""
@@ -54,11 +68,16 @@ class Binding:
 
     def bind_grad(self) -> None:
         """Make the gradient live in shared memory."""
+        self.is_live = True
         self._adapter.bind_grad(self.param, self._grad_view)
 
     def clear_grad(self) -> None:
         """Leave the parameter without a gradient; shared memory must hold zeros."""
-        self._adapter.clear_grad(self.param, self._grad_view)
+        if self.is_live or self._adapter.requires_grad(self.param):
+            self.is_live = True
+            self._adapter.clear_grad(self.param, self._grad_view)
+        else:
+            self._adapter.unbind_grad(self.param)
 
     def holds_grad(self) -> bool:
         """Whether the gradient lives in shared memory."""
@@ -124,18 +143,13 @@ class Binding:
 
     def zero_grad(self) -> None:
         """Zero the gradient in shared memory: other ranks add what is there."""
-        self.grad[...] = 0
+        if self.is_live:
+            self.grad[...] = 0
 
     def release(self) -> None:
-        """Move the parameter to memory of its own, with the same values, and without a gradient.
-
-        A value that has taken the view's place stays.
-        """
-        if self._adapter.holds_data(self.param, self._data_view):
-            own = self._adapter.view(self.param, self.data.copy())
-            self._adapter.bind_data(self.param, own)
+        """Leave the parameter without a gradient; its value stays where it is."""
         self._adapter.release(self.param)
-        del self.data, self.grad, self._data_view, self._grad_view
+        del self.data, self.own_data, self.grad, self._data_view, self._grad_view
 
 
 def require_like(what: str, name: str, array: FloatArray, wanted: FloatArray) -> None:
@@ -159,7 +173,7 @@ def require_disjoint(names: Sequence[str], arrays: Sequence[FloatArray]) -> None
     Raises:
         PartitionError: Two arrays overlap; the message names both.
     """
-    bounds = sorted((*_byte_bounds(array), i) for i, array in enumerate(arrays) if array.size)
+    bounds = sorted((*byte_bounds(array), i) for i, array in enumerate(arrays) if array.size)
     near: list[tuple[int, int]] = []  # (stop, index) of those that reach past the present start
     for start, stop, i in bounds:
         near = [(reach, j) for reach, j in near if reach > start]
@@ -173,7 +187,8 @@ def require_disjoint(names: Sequence[str], arrays: Sequence[FloatArray]) -> None
         near.append((stop, i))
 
 
-def _byte_bounds(array: FloatArray) -> tuple[int, int]:
+def byte_bounds(array: FloatArray) -> tuple[int, int]:
+    """Return the addresses between which an array lies."""
     low, high = np.lib.array_utils.byte_bounds(array)
     return int(low), int(high)
 

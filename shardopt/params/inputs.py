@@ -7,7 +7,10 @@ from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
+import xxhash
+
 from shardopt._typing import FloatArray
+from shardopt.params.writes import Written
 from shardopt.rule.nadam import Hyperparams
 
 
@@ -17,6 +20,7 @@ class Shares(NamedTuple):
     Attributes:
         present: Bit mask of the parameters that have a gradient.
         replaced: Bit mask of the parameters whose value was replaced.
+        written: What was written in place, with hashes of the values.
         loss_scale: Factor on the loss before backward.
         overflowed: Whether a gradient is known not to be finite.
         changed: Bit mask of the buckets that must be sent again; see [Note: gradients sent during
@@ -25,6 +29,7 @@ class Shares(NamedTuple):
 
     present: int
     replaced: int
+    written: Mapping[Written, int]
     loss_scale: float
     overflowed: bool
     changed: int = 0
@@ -32,7 +37,8 @@ class Shares(NamedTuple):
     def fingerprint(self) -> list[str]:
         """Return strings for a digest, in hex because decimal digits of long masks are slow."""
         masks = map(hex, (self.present, self.replaced, self.changed))
-        return [*masks, str(self.loss_scale), str(self.overflowed)]
+        written = xxhash.xxh3_64_hexdigest(repr(self.written).encode()) if self.written else ""
+        return [*masks, written, str(self.loss_scale), str(self.overflowed)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class LocalInputs:
     Attributes:
         hypers: The hyperparameters of each param group.
         replaced: Arrays that users assigned in place of a parameter's view, by parameter index.
+        written: What users have written in place, with hashes of the values.
         present: See ``Shares``.
         loss_scale: See ``Shares``.
         overflowed: See ``Shares``.
@@ -51,6 +58,7 @@ class LocalInputs:
 
     hypers: Sequence[Hyperparams] = ()
     replaced: Mapping[int, FloatArray] = field(default_factory=dict)
+    written: Mapping[Written, int] = field(default_factory=dict)
     present: int = 0
     loss_scale: float = 1.0
     overflowed: bool = False
@@ -61,7 +69,14 @@ class LocalInputs:
     def shares(self) -> Shares:
         """The part that other ranks must know."""
         replaced = mask_of(self.replaced)
-        return Shares(self.present, replaced, self.loss_scale, self.overflowed, self.changed)
+        return Shares(
+            self.present,
+            replaced,
+            self.written,
+            self.loss_scale,
+            self.overflowed,
+            self.changed,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class AgreedInputs:
         present: Bit mask of the parameters that have a gradient on some rank.
         replaced: For each rank, a bit mask of the parameters that it has replaced; empty if no rank
             has replaced any.
+        written: For each rank what it has written in place; one entry if all are equal.
         loss_scale: The lowest of all ranks, so that no gradient grows.
         overflowed: Whether a gradient on some rank is known not to be finite.
         changed: Bit mask of the buckets that some rank must send again.
@@ -82,6 +98,7 @@ class AgreedInputs:
     hypers: Sequence[Hyperparams]
     present: int
     replaced: Sequence[int]
+    written: Sequence[Mapping[Written, int]]
     loss_scale: float
     overflowed: bool
     changed: int
@@ -96,6 +113,7 @@ class AgreedInputs:
             hypers=hypers,
             present=reduce(or_, (each.present for each in everyone), 0),
             replaced=masks if any(masks) else (),
+            written=[each.written for each in everyone],
             loss_scale=min(scales, default=math.inf),
             overflowed=any(each.overflowed for each in everyone),
             changed=reduce(or_, (each.changed for each in everyone), 0),

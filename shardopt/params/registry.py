@@ -1,13 +1,22 @@
 """The user's side of the optimizer: param groups, parameters, and what was done to them since."""
 
+from bisect import bisect_right, insort
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
+import numpy as np
+
 from shardopt._typing import FloatArray
 from shardopt.layout.partition import ParamSpec, Partition
 from shardopt.params.adapter import Adapter, P
-from shardopt.params.binding import Binding, read_before_write, require_disjoint, require_like
+from shardopt.params.binding import (
+    Binding,
+    byte_bounds,
+    read_before_write,
+    require_disjoint,
+    require_like,
+)
 from shardopt.params.groups import Group, HyperparamsReader, name_params, require_distinct
 from shardopt.params.inputs import LocalInputs
 from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
@@ -41,6 +50,7 @@ class Registry(Generic[P]):
         param_groups: As the user sees them.
         bindings: One for each parameter.
         partition: Where every element lives.
+        shared: All memory that parameters and gradients live in.
     """
 
     def __init__(self, adapter: Adapter[P], partition: Partition) -> None:
@@ -49,8 +59,11 @@ class Registry(Generic[P]):
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
         self._reader = HyperparamsReader()
-        self._shared: list[FloatArray] = []
+        self.shared: list[FloatArray] = []
+        self._bounds: list[tuple[int, int]] = []  # of the regions' parameters, sorted
         self._index_of: dict[int, int] = {}
+        self._buffers: Sequence[ShardBuffers] = ()
+        self._live: tuple[list[bool], list[FloatArray]] = [], []
         self._of_mask: tuple[int, list[P]] = 0, []  # the last mask's parameters: it seldom changes
 
     # -- parameters come and go --------------------------------------------------------------------
@@ -67,10 +80,13 @@ class Registry(Generic[P]):
             Hyperparams.from_group(group)
         names = name_params(groups, self.adapter, len(self.bindings))
         params = [param for group in groups for param in group["params"]]
-        known_names = [binding.name for binding in self.bindings]
-        require_distinct([binding.param for binding in self.bindings] + params, known_names + names)
+        known = self.bindings if any(id(param) in self._index_of for param in params) else []
+        known_names = [binding.name for binding in known]
+        require_distinct([binding.param for binding in known] + params, known_names + names)
         arrays = [self.adapter.data(param, name) for param, name in zip(params, names, strict=True)]
-        require_disjoint(known_names + names, [b.data for b in self.bindings] + arrays)
+        known = self.bindings if any(map(self._may_overlap, arrays)) else []
+        known_names = [binding.name for binding in known]
+        require_disjoint(known_names + names, [b.own_data for b in known] + arrays)
         for param, name, array in zip(params, names, arrays, strict=True):
             grad = self.adapter.grad(param, name)
             if grad is not None:
@@ -94,21 +110,37 @@ class Registry(Generic[P]):
         for param, name in zip(planned.params, planned.names, strict=True):
             placed = planned.partition.params[len(self.bindings)]
             memory = buffers[placed.region]
-            views = memory.param_view(placed), memory.grad_view(placed)
+            views = memory.node_param(placed), memory.own_param(placed), memory.own_grad(placed)
             self._index_of[id(param)] = len(self.bindings)
-            self.bindings.append(Binding(name, param, self.adapter, *views))
+            self.bindings.append(Binding(name, param, self.adapter, views))
         self.param_groups += planned.groups
         self.partition = planned.partition
-        self._shared = [array for each in buffers for array in (each.params, each.grads)]
+        self._buffers = buffers
+        for each in buffers[len(self._bounds) :]:
+            self.shared += each.params, each.own_params, each.grads
+            insort(self._bounds, byte_bounds(each.own_params))
         return self.bindings[first:]
+
+    def mask_of_trained(self) -> int:
+        """Return the bit mask of the parameters that require a gradient."""
+        trained = (self.adapter.requires_grad(binding.param) for binding in self.bindings)
+        return sum(1 << index for index, wanted in enumerate(trained) if wanted)
+
+    def _may_overlap(self, array: FloatArray) -> bool:
+        """Whether an array may share memory with a parameter."""
+        start, stop = byte_bounds(array)
+        before = bisect_right(self._bounds, (stop,)) - 1  # regions do not overlap each other
+        return before >= 0 and self._bounds[before][1] > start
 
     def index_of(self, param: P) -> int | None:
         """Return the index of a parameter, or None if it is not this optimizer's."""
         return self._index_of.get(id(param))
 
     def release(self) -> None:
-        """Move all parameters to memory of their own."""
-        self._shared.clear()
+        """Leave all parameters without gradients, and with the values that they have."""
+        self.shared.clear()
+        self._bounds.clear()
+        self._buffers, self._live = (), ([], [])
         self._of_mask = 0, []
         for binding in self.bindings:
             binding.release()
@@ -125,14 +157,13 @@ class Registry(Generic[P]):
             inputs: As far as they are known.
 
         Returns:
-            The same, with hyperparameters, replaced parameters and gradients.
+            The same, with hyperparameters and gradients.
 
         Raises:
-            PartitionError: A parameter or gradient was replaced by one that does not fit.
+            PartitionError: A gradient was replaced by one that does not fit.
             HyperparamsError: A hyperparameter is out of range.
         """
         hypers = self._reader.read(self.param_groups)
-        replaced = self.find_replaced()
         present = 0
         new_grads: dict[int, FloatArray] = {}
         for index, binding in enumerate(self.bindings):
@@ -143,7 +174,8 @@ class Registry(Generic[P]):
         copied_nbytes = inputs.copied_nbytes + self._take_grads(present, new_grads)
         return LocalInputs(
             hypers=hypers,
-            replaced=replaced,
+            replaced=inputs.replaced,
+            written=inputs.written,
             present=present,
             loss_scale=inputs.loss_scale,
             overflowed=inputs.overflowed,
@@ -162,7 +194,7 @@ class Registry(Generic[P]):
             data = binding.find_new_data()
             if data is not None:
                 replaced[index] = data
-        return read_before_write(replaced, self._shared)
+        return read_before_write(replaced, self.shared)
 
     def adopt(self, replaced: Mapping[int, FloatArray], winners: Container[int]) -> int:
         """Bind replaced parameters to shared memory again.
@@ -212,6 +244,29 @@ class Registry(Generic[P]):
             return [False] * len(self.bindings)
         return [not binding.has_grad() for binding in self.bindings]
 
+    def zero_grads(self) -> None:
+        """Zero this rank's gradients in shared memory."""
+        for grads in self._live_grads():
+            grads.view(np.uint8)[:] = 0
+
+    def scale_grads(self, factor: float) -> None:
+        """Multiply this rank's gradients in shared memory."""
+        for grads in self._live_grads():
+            grads *= grads.dtype.type(factor)
+
+    def _live_grads(self) -> list[FloatArray]:
+        """Return the memory of gradients that are in use; see ``Binding.is_live``."""
+        is_live = [binding.is_live for binding in self.bindings]
+        if self._live[0] != is_live:
+            mask = int("".join("01"[live] for live in reversed(is_live)), 2)
+            grads = [
+                buffers.grads[buffers.local(run).slice]
+                for region, buffers in enumerate(self._buffers)
+                for run in self.partition.runs(region, mask)
+            ]
+            self._live = is_live, grads
+        return self._live[1]
+
     def bind_grads(self, cleared: Sequence[bool]) -> None:
         """Bind gradients that have been zeroed in shared memory, or leave parameters without.
 
@@ -226,7 +281,7 @@ class Registry(Generic[P]):
 
     def _take_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
         """Copy all gradients that are elsewhere into shared memory, and return their bytes."""
-        values = read_before_write(new_grads, self._shared)
+        values = read_before_write(new_grads, self.shared)
         for index, binding in enumerate(self.bindings):
             if index in values:
                 binding.write_grad(values[index])
@@ -239,14 +294,15 @@ def describe_groups(planned: PlannedGroups | None) -> dict[str, object]:
     """Describe new groups, in an order in which a difference between ranks explains itself."""
     if planned is None:
         return {}
-    specs = [param.spec for param in planned.partition.params]
+    specs, num_new = planned.partition.params, len(planned.params)
+    first = len(specs) - num_new  # what was there before has been compared before
     hypers = [Hyperparams.from_group(group) for group in planned.groups]
     description: dict[str, object] = {
         "the number of param groups": planned.first_group + len(hypers),
         "the number of parameters": len(specs),
         **describe_hypers(hypers, planned.first_group),
     }
-    for index, spec in enumerate(specs):
+    for index, spec in enumerate([param.spec for param in specs[first:]], first):
         description[f"the name of parameter {index}"] = spec.name
         description[f"the shape of parameter {spec.name!r}"] = spec.shape
         description[f"the dtype of parameter {spec.name!r}"] = spec.dtype

@@ -39,10 +39,12 @@ class Cohorts:
 
     Attributes:
         partition: Where the parameters are.
+        version: Grows whenever step counts change.
     """
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
+        self.version = 0
         self._cohort_of = [Cohort(p.spec.group, StepCount()) for p in partition.params]
         self._stepping: list[Cohort] = []
         self._row_of: list[int] = []
@@ -69,6 +71,7 @@ class Cohorts:
         pairs = zip(self.partition.params, step_counts, strict=True)
         self._cohort_of = [Cohort(param.spec.group, count) for param, count in pairs]
         self._present = None
+        self.version += 1
 
     def plan(self, present: int, hypers: Sequence[Hyperparams], grad_scale: float) -> None:
         """Compute the coefficients of a step; nothing is counted before ``commit``.
@@ -91,6 +94,7 @@ class Cohorts:
         """Count the step that was planned and has now been taken."""
         for cohort, count in zip(self._stepping, self._planned, strict=True):
             cohort.count = count
+        self.version += 1
 
     def coefficients(self, dtype: str) -> FloatArray:
         """Return the planned coefficients in ``dtype``, [num_cohorts, NUM_COEFFICIENTS]."""

@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shardopt.backends.base import Rows
-from shardopt.layout.dtypes import compute_dtype, has_master
-from shardopt.layout.padding import row_numel
-from shardopt.layout.state_spec import state_specs
+from shardopt.layout.dtypes import has_master
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shardopt._typing import FloatArray
-    from shardopt.backends.base import Backend
-    from shardopt.comm.topology import Topology
     from shardopt.layout.partition import DtypeRegion, Partition, PlacedParam
     from shardopt.layout.span import Span
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionArrays:
+    """The arrays of a region in the memory of a node.
+
+    Attributes:
+        params: [region_numel], one copy on the node.
+        own_params: [region_numel] the same, as this rank may write to it.
+        grads: [region_numel] each, one for each rank of the node.
+        sums: [node_numel] the sums over all nodes of gradients of the node's shards; empty on a
+            single node.
+    """
+
+    params: FloatArray
+    own_params: FloatArray
+    grads: Sequence[FloatArray]
+    sums: FloatArray
 
 
 class ShardBuffers:
     """The parameters and gradients of one region, as this rank sees them.
 
-    Collective over the node: construction and ``free``.
-
     Args:
         partition: The layout.
         index: Number of the region.
-        topology: The ranks.
-        backend: Where the memory is.
+        place: The node and node rank of this rank.
+        arrays: The memory.
 
     Attributes:
         region: Its place in the flat index space.
         shards: The shards this rank owns, one per bucket.
         params: [region_numel], one copy on the node.
+        own_params: [region_numel] the same, as this rank may write to it; see
+            [Note: weights that behave as in DDP].
         grads: [region_numel], this rank's gradients.
         all_grads: The gradients of all ranks of the node.
-        sums: [owned_numel] gradients of this rank's shards, summed over all nodes; empty on a
-            single node, where the kernel reads them in place.
-        num_arrays: Parameters and gradients are arrays 0, 1 ... of so many of the region, and its
-            optimizer state the next ones; see [Note: padding between arrays].
+        sums: [node_numel] gradients of the node's shards, summed over all nodes; empty on a single
+            node, where the kernel reads them in place.
     """
 
     def __init__(
-        self, partition: Partition, index: int, topology: Topology, backend: Backend
+        self, partition: Partition, index: int, place: tuple[int, int], arrays: RegionArrays
     ) -> None:
-        self.region = partition.regions[index]
-        self.shards = partition.shards(topology.node, topology.node_rank, index)
-        numel, dtype = self.region.numel, self.region.dtype
-        num_rows = 2 if topology.node_rank == 0 else 1  # rank 0 adds the row of the parameters
-        self._memory = backend.share(topology.node_comm, num_rows * self.row_nbytes(self.region))
-        rows: FloatArray = self._memory.memory.view(dtype).reshape(1 + topology.node_size, -1)
-        self.params: FloatArray = rows[0, :numel]
-        self.grads: FloatArray = rows[1 + topology.node_rank, :numel]
-        self.all_grads = Rows.of(*(grads[:numel] for grads in rows[1:]))
+        self.region: DtypeRegion = partition.regions[index]
+        self.shards = partition.shards(*place, index)
+        self.params = arrays.params
+        self.own_params = arrays.own_params
+        self.grads = arrays.grads[place[1]]
+        self.all_grads = Rows.of(*arrays.grads)
+        self.sums = arrays.sums
         self._targets = Rows.of(self.params)
-        sums_numel = self.owned_numel if topology.num_nodes > 1 else 0
-        self.num_arrays = len(rows)
-        behind_state = self.num_arrays + len(state_specs(dtype))
-        self.sums: FloatArray = backend.zeros(
-            sums_numel, compute_dtype(dtype), behind_state, self.params
-        )
         self._touch_first()
-
-    @staticmethod
-    def row_nbytes(region: DtypeRegion) -> int:
-        """Return the bytes of shared memory that the parameters, or one rank's gradients, take."""
-        itemsize = np.dtype(region.dtype).itemsize
-        return row_numel(region.numel, region.dtype) * itemsize
 
     @property
     def owned_numel(self) -> int:
@@ -91,33 +90,23 @@ class ShardBuffers:
         """Return the gradients of all ranks of the node in a span of the flat index space."""
         return self.all_grads.part(self.local(span))
 
-    def param_view(self, param: PlacedParam) -> FloatArray:
+    def node_param(self, param: PlacedParam) -> FloatArray:
         """Return the node's copy of a parameter, in its own shape."""
         return self.params[self.local(param).slice].reshape(param.spec.shape)
 
-    def grad_view(self, param: PlacedParam) -> FloatArray:
+    def own_param(self, param: PlacedParam) -> FloatArray:
+        """Return a parameter as this rank may write to it, in its own shape."""
+        return self.own_params[self.local(param).slice].reshape(param.spec.shape)
+
+    def own_grad(self, param: PlacedParam) -> FloatArray:
         """Return this rank's gradient of a parameter, in its own shape."""
         return self.grads[self.local(param).slice].reshape(param.spec.shape)
 
-    def zero_grads(self) -> None:
-        """Zero this rank's gradients."""
-        self.grads.view(np.uint8)[:] = 0
-
-    def publish(self) -> None:
-        """Make this rank's stores visible; see [Note: when stores become visible]."""
-        self._memory.publish()
-
-    def acquire(self) -> None:
-        """See the stores of other ranks; see [Note: when stores become visible]."""
-        self._memory.acquire()
-
     def free(self) -> None:
-        """Release all memory. Collective over the node."""
-        del self.params, self.grads, self.all_grads, self.sums, self._targets
-        self._memory.free()
+        """Let go of all memory but that of the parameters, which users may hold."""
+        del self.params, self.own_params, self.grads, self.all_grads, self.sums, self._targets
 
     def _touch_first(self) -> None:
-        """Zero each part from the rank that will write it, which places its pages near its core."""
+        """Write to each part from the rank that will update it: its pages are near its core."""
         for shard in self.shards:
             self.params[self.local(shard).slice] = 0
-        self.zero_grads()

@@ -1,43 +1,36 @@
-"""The optimizer state of this rank's shards."""
+"""The optimizer state of a node's shards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Backend
 from shardopt.layout.partition import Shard
-from shardopt.layout.state_spec import state_specs
-from shardopt.store.buffers import ShardBuffers
 
 
 class StateStore:
-    """Keeps the arrays that ``layout.state_spec`` lists, for the elements that this rank owns.
+    """Keeps the arrays that ``layout.state_spec`` lists, for the elements that a node owns.
 
-    Args:
-        backend: Where the arrays are.
+    They are in the memory of the node, in flat order: see [Note: the state of a node]. Each rank
+    updates the parts of the shards that it owns.
+
+    Attributes:
+        is_shown: Whether this rank's own views have been handed out, so that users may write there.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._regions: list[dict[str, FloatArray]] = []
+    def __init__(self) -> None:
+        self.is_shown = False
+        self._regions: list[Mapping[str, FloatArray]] = []
+        self._own: list[Mapping[str, FloatArray]] = []
 
-    def extend(self, buffers: Sequence[ShardBuffers]) -> None:
-        """Allocate zeros for the regions that are new.
+    def append(self, arrays: Mapping[str, FloatArray], own: Mapping[str, FloatArray]) -> None:
+        """Add the arrays of a region.
 
         Args:
-            buffers: Of all regions.
+            arrays: [node_numel] each, the node's.
+            own: The same, as this rank may write to them.
         """
-        for buffer in buffers[len(self._regions) :]:
-            specs = state_specs(buffer.region.dtype)
-            arrays = {
-                spec.key: self._backend.zeros(
-                    buffer.owned_numel, spec.dtype, buffer.num_arrays + i, buffer.params
-                )
-                for i, spec in enumerate(specs)
-            }
-            for array in arrays.values():
-                array[:] = 0  # places the pages near this rank's core
-            self._regions.append(arrays)
+        self._regions.append(arrays)
+        self._own.append(own)
 
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Mapping[str, FloatArray]]:
@@ -45,9 +38,15 @@ class StateStore:
         yield {key: array[shard.local.slice] for key, array in self._regions[shard.region].items()}
 
     def free(self) -> None:
-        """Release all arrays."""
+        """Let go of all arrays."""
         self._regions.clear()
+        self._own.clear()
 
     def arrays(self, region: int) -> Mapping[str, FloatArray]:
-        """Return the state of a region, [owned_numel] each: this rank's shards end to end."""
+        """Return the state of a region's shards on this node, [node_numel] each."""
         return self._regions[region]
+
+    def own_arrays(self, region: int) -> Mapping[str, FloatArray]:
+        """Return the same as this rank, or its user, may write to it."""
+        self.is_shown = True
+        return self._own[region]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ class _TorchAdapter(Adapter[Tensor]):
 
     grads_from_start = False
     reports_grads = True
+    step_dtype = "float32"
 
     def __init__(self) -> None:
         self._touched: set[Tensor] = set()
@@ -54,11 +56,21 @@ class _TorchAdapter(Adapter[Tensor]):
         _require_ordinary(param, name)
         return _dense_array("data", name, param)
 
+    def value(self, value: Any, name: str) -> FloatArray:
+        return _dense_array("data", name, torch.as_tensor(value).detach())
+
     def grad(self, param: Tensor, name: str) -> FloatArray | None:
         return None if param.grad is None else _dense_array("grad", name, param.grad)
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         return {k: as_array(v.cpu()) if isinstance(v, Tensor) else v for k, v in entry.items()}
+
+    def from_array(self, array: FloatArray, like: Tensor | None) -> Tensor:
+        tensor = as_tensor(array)
+        return tensor if like is None or not like.is_complex() else as_complex(tensor)
+
+    def from_number(self, number: FloatArray) -> Tensor:
+        return as_tensor(number)
 
     def view(self, param: Tensor, array: FloatArray) -> _View:
         return _View(array, param.is_complex())
@@ -82,6 +94,14 @@ class _TorchAdapter(Adapter[Tensor]):
     def clear_grad(self, param: Tensor, view: _View) -> None:
         self._watch(param)
         self._show_grad(param, view)
+        self._touched.discard(param)
+
+    def requires_grad(self, param: Tensor) -> bool:
+        return param.requires_grad
+
+    def unbind_grad(self, param: Tensor) -> None:
+        self._watch(param)  # it may be unfrozen
+        param.grad = None
         self._touched.discard(param)
 
     def holds_data(self, param: Tensor, view: _View) -> bool:
@@ -114,7 +134,13 @@ class _TorchAdapter(Adapter[Tensor]):
             return
         frozen = not param.requires_grad
         param.requires_grad_(True)  # the hook demands it, and frozen ones may thaw
-        self._hooks[param] = param.register_post_accumulate_grad_hook(self._accumulated)
+        adapter = weakref.ref(self)  # torch keeps hooks where Python finds no garbage
+
+        def accumulated(param: Tensor) -> None:
+            if (alive := adapter()) is not None:
+                alive._accumulated(param)
+
+        self._hooks[param] = param.register_post_accumulate_grad_hook(accumulated)
         if frozen:
             param.requires_grad_(False)
 

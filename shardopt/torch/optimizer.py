@@ -15,7 +15,6 @@ from shardopt.errors import HyperparamsError, ShardoptError
 from shardopt.params.groups import defaults_of
 from shardopt.policy import ShardPolicy
 from shardopt.torch.adapter import make_adapter
-from shardopt.torch.tensors import as_complex, state_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,14 +34,12 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     schedulers, ``torch.amp.GradScaler``, optimizer hooks and ``param_groups`` work as they do with
     any torch optimizer.
 
-    ``p.data`` becomes a view of memory that all ranks of a node share. A write by one rank changes
-    the weights of all of them, so ``p.data.mul_(0.5)`` on two ranks halves twice. All ranks may
-    copy the same values in, as the model's ``load_state_dict`` does, once no rank needs the old
-    ones. For anything else, assign another tensor to ``p.data``; initialise weights before you
-    build the optimizer. ``p.grad`` becomes a view of this rank's own memory, into which autograd
-    accumulates. After ``zero_grad()`` it is zero instead of None; a parameter that no backward has
-    reached since still counts as one without a gradient. The moments are sharded: ``state`` stays
-    empty, and ``state_dict`` and ``gather_state_dict`` return them.
+    ``p.data`` becomes this rank's own view of weights of which the node has one copy. Write to it
+    as you would in DDP, alike on all ranks: the next step adopts what was written. ``p.grad``
+    becomes a view of this rank's own memory, into which autograd accumulates. After ``zero_grad()``
+    it is zero instead of None; a parameter that no backward has reached since still counts as one
+    without a gradient. The moments are sharded over the ranks, but each rank of a node addresses
+    all of them: ``state`` and ``state_dict`` are as torch's.
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
     moments are float32. Complex parameters are pairs of reals, as in torch.
@@ -73,7 +70,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         ValueError: As torch.optim.Optimizer raises it; ``PartitionError`` and ``HyperparamsError``
             are ValueErrors too.
         RankMismatchError: Ranks were given different models or settings.
-        SharedMemoryError: The node's shared memory is too small.
+        SharedMemoryError: The memory of a node cannot be had.
         LauncherError: The job was started with another MPI's launcher.
     """
 
@@ -189,17 +186,32 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
 
     # -- state -------------------------------------------------------------------------------------
 
+    @property  # type: ignore[override,unused-ignore]  # of torch, where it is an attribute
+    def state(self) -> Any:
+        """The state of each parameter; see ``StateCalls.state``."""
+        return self.core.states.state
+
+    @state.setter
+    def state(self, entries: Mapping[Any, Any]) -> None:
+        if hasattr(self, "core"):  # else torch's own __init__ sets an empty one
+            self.core.states.set_state(entries)
+
     def state_dict(self) -> dict[str, Any]:
-        """Copy this rank's part of the state, without communication.
+        """Return the state, on one node in the form of torch.optim.NAdam's, and on any rank.
+
+        Its tensors are views, as torch's are: later steps change them. Saved to a file or deep
+        copied, it stays as it is. On several nodes it is the part of this rank's node, and a
+        warning says so. There is no communication.
 
         Returns:
-            A state dict like that of ``core.Optimizer.state_dict``, with tensors.
+            A state dict like that of ``StateCalls.state_dict``, with tensors. On one node it
+            differs from torch's in that ``mu_product`` is float64, that 16-bit parameters have
+            moments in float32 and a ``master``, and that parameters without a gradient so far have
+            an entry, unless they are frozen.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.core.state_dict()
-        for entry in state_dict["state"].values():
-            entry.update(state_tensors(entry))
+        state_dict = self.core.states.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -211,24 +223,13 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         Collective: every rank.
 
         Returns:
-            On ``root`` the state dict, with tensors in the parameters' shapes; None elsewhere. It
-            differs from torch's in that ``mu_product`` is float64, that 16-bit parameters have
-            moments in float32 and a ``master``, and that parameters without a gradient so far have
-            an entry.
+            On ``root`` a state dict like that of ``state_dict`` on one node, with copies; None
+            elsewhere.
 
         Raises:
             CheckpointError: ``root`` is not a rank.
         """
-        state_dict = self.core.gather_state_dict(root)
-        if state_dict is not None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            for param, entry in zip(params, state_dict["state"].values(), strict=True):
-                tensors = state_tensors(entry)
-                if param.is_complex():
-                    for key in tensors.keys() & {"exp_avg", "exp_avg_sq"}:
-                        tensors[key] = as_complex(tensors[key])
-                entry.update(tensors)
-        return state_dict
+        return self.core.states.gather_state_dict(root)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Load a state, which does not include the parameters themselves.
@@ -236,19 +237,19 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         Collective: every rank.
 
         Args:
-            state_dict: This rank's, as ``state_dict`` returned it on the same number of ranks; or a
-                whole one, from ``gather_state_dict`` or torch.optim.NAdam. Ranks that have none
-                pass None and get that of the lowest rank that has a whole one.
+            state_dict: A whole one, from ``state_dict`` on one node, ``gather_state_dict`` or
+                torch.optim.NAdam; or a part, from ``state_dict`` on several nodes. Ranks may pass
+                different parts, or None, if all of them together have the whole.
 
         Raises:
-            CheckpointError: The state belongs to another model or another number of ranks. The
-                optimizer is then unchanged.
+            CheckpointError: The state belongs to another model, or shows this optimizer at another
+                step, or a part is missing. The optimizer is then unchanged.
         """
         state_dict = copy.copy(state_dict)  # hooks may change it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)  # type: ignore[arg-type]  # may be None
             state_dict = state_dict if changed is None else changed
-        self.core.load_state_dict(state_dict)
+        self.core.states.load_state_dict(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from shardopt._typing import FloatArray
 
 
@@ -28,7 +26,7 @@ def as_array(tensor: Tensor) -> FloatArray:
 
 def as_tensor(array: FloatArray) -> Tensor:
     """Return a tensor over an array's memory."""
-    if array.dtype.name == "bfloat16":
+    if array.dtype.kind == "V":  # bfloat16; to look its name up is slow
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -49,11 +47,3 @@ def layout_of(tensor: Tensor) -> tuple[object, ...]:
         tensor.is_conj(),
         tensor.is_neg(),
     )
-
-
-def state_tensors(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Convert the values that torch keeps as tensors in the state of a parameter."""
-    tensors = {k: as_tensor(v) for k, v in entry.items() if isinstance(v, np.ndarray)}
-    tensors["step"] = torch.tensor(entry["step"], dtype=torch.float32)
-    tensors["mu_product"] = torch.tensor(entry["mu_product"], dtype=torch.float64)
-    return tensors

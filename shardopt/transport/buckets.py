@@ -60,20 +60,23 @@ def plan_buckets(
     buffers: Sequence[ShardBuffers],
     node_rank: int,
     wire_dtype: str | None,
+    first: int = 0,
 ) -> list[BucketPlan]:
-    """Lay out all buckets in flat order.
+    """Lay out buckets in flat order.
 
     Args:
         partition: The layout.
         buffers: Of each region.
         node_rank: The lane.
         wire_dtype: As in ``ShardPolicy``.
+        first: The bucket to begin with, the first one of a region.
     """
-    shards: list[Iterator[Shard]] = [iter(each.shards) for each in buffers]
-    parts = lane_parts(partition, node_rank, wire_dtype)
-    plans = []
-    for number, (bucket, part) in enumerate(zip(partition.buckets, parts, strict=True)):
-        memory, shard = buffers[bucket.region], next(shards[bucket.region])
+    shards: dict[int, Iterator[Shard]] = {}
+    buckets, plans = partition.buckets[first:], []
+    parts = lane_parts(partition, node_rank, wire_dtype, first)
+    for number, (bucket, part) in enumerate(zip(buckets, parts, strict=True), first):
+        memory = buffers[bucket.region]
+        shard = next(shards.setdefault(bucket.region, iter(memory.shards)))
         rows = memory.sources(shard), memory.targets(shard)
         plans.append(BucketPlan(number, memory, shard, part.shards, part.wire_dtype, *rows))
     return plans

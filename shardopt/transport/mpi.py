@@ -1,15 +1,19 @@
 """The transport over MPI."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
 
 from shardopt._typing import Array
 from shardopt.comm.topology import Topology
+from shardopt.errors import ShardoptError
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.traffic import Traffic
+
+NUM_KINDS = 4
+"""Kinds of messages; larger than every ``tag`` that a ``Transport`` is given."""
 
 _BROADCAST_NBYTES = 1 << 28  # below every MPI's limit on one count
 
@@ -34,15 +38,23 @@ class MpiMessage:
 class MpiTransport:
     """Sends whole chunks within a lane; see ``Transport``.
 
+    Optimizers share the lane's communicator, and their progress threads send in any order, so that
+    tags tell their messages apart.
+
     Args:
         topology: The ranks.
+        number: That of the optimizer; see [Note: optimizers share communicators].
+
+    Raises:
+        ShardoptError: MPI has no more tags for this communicator.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, number: int) -> None:
         self.node = topology.node
         self.ranks = topology.lane_ranks
         self.others = [(self.node + i) % topology.num_nodes for i in range(1, topology.num_nodes)]
         self._comm = topology.lane_comm
+        self._first_tag = _first_tag(number)
         self._chunks: dict[int, MPI.Datatype] = {}
         self.sent = Traffic(0, 0)
 
@@ -53,11 +65,11 @@ class MpiTransport:
     def post_send(self, array: Array, node: int, tag: int) -> MpiMessage:
         """See ``Transport.post_send``."""
         self.sent = Traffic(self.sent.nbytes + array.nbytes, self.sent.messages + 1)
-        return MpiMessage(self._comm.Isend(self._buffer(array), node, tag))
+        return MpiMessage(self._comm.Isend(self._buffer(array), node, self._first_tag + tag))
 
     def post_receive(self, array: Array, node: int, tag: int) -> MpiMessage:
         """See ``Transport.post_receive``."""
-        return MpiMessage(self._comm.Irecv(self._buffer(array), node, tag))
+        return MpiMessage(self._comm.Irecv(self._buffer(array), node, self._first_tag + tag))
 
     def post_broadcast(self, array: Array, root: int) -> Sequence[MpiMessage]:
         """See ``Transport.post_broadcast``."""
@@ -80,3 +92,19 @@ class MpiTransport:
         if nbytes not in self._chunks:
             self._chunks[nbytes] = MPI.BYTE.Create_contiguous(nbytes).Commit()
         return [array.view(np.uint8), array.nbytes // nbytes, self._chunks[nbytes]]
+
+
+def _first_tag(number: int) -> int:
+    """Return the first of the tags of an optimizer.
+
+    Raises:
+        ShardoptError: It is larger than MPI allows.
+    """
+    highest = cast("int", MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
+    if (number + 1) * NUM_KINDS - 1 > highest:
+        raise ShardoptError(
+            f"a communicator must have at most {(highest + 1) // NUM_KINDS - 1:,} optimizers in "
+            f"the course of a job, as MPI's tags end at {highest:,} (MPI_TAG_UB); got number "
+            f"{number:,}. Pass the next ones another communicator: comm=comm.Dup()."
+        )
+    return number * NUM_KINDS

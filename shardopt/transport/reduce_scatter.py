@@ -25,13 +25,13 @@ class _InTransit:
 
     Attributes:
         plan: The bucket.
-        staging: Its memory.
+        staging: Its memory; None if it is inactive.
         transfer: Its messages.
         computed: Sums for other nodes that are being computed, with the event that ends that.
     """
 
     plan: BucketPlan
-    staging: StagingBuffer
+    staging: StagingBuffer | None
     transfer: Transfer
     computed: deque[tuple[Event, int, FloatArray]] = field(default_factory=deque)
 
@@ -51,6 +51,12 @@ class ReduceScatter:
     rank, as soon as one of ``NUM_STAGING_BUFFERS`` buffers is free; each call of ``advance`` does
     what can be done without waiting. They are queued in the order in which backward tends to
     finish them, the last parameters first.
+
+    [Note: buckets without gradients]
+    A bucket of frozen parameters is *inactive* until one of them has a gradient on some rank, which
+    ranks agree on when a step begins. Nothing of it is read, sent or summed, so its gradients take
+    neither memory nor time. It keeps its place in the queue, where it counts as reduced at once; if
+    backward has passed it already when it becomes active, it is started once more.
 
     Args:
         transport: To the other nodes.
@@ -79,12 +85,19 @@ class ReduceScatter:
         self._free: list[StagingBuffer] = []
         self._in_transit: deque[_InTransit] = deque()
         self._leaving: list[_InTransit] = []
+        self._partition: Partition | None = None
+        self._seen = 0  # bit mask of the parameters that have had a gradient
+        self._active: set[int] = set()  # numbers of buckets
+        self._active_at_reset: set[int] = set()
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """See ``Reduction.extend``."""
         assert self.is_idle
-        self.plans = plan_buckets(partition, buffers, self._place[1], self._wire_dtype)[::-1]
+        first = len(self.plans)
+        plans = plan_buckets(partition, buffers, self._place[1], self._wire_dtype, first)
+        self.plans = plans[::-1] + self.plans
         self._square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
+        self._partition = partition
         nbytes = plan_staging_buffer(partition, *self._place, self._wire_dtype)
         self._free = [StagingBuffer(*nbytes) for _ in range(NUM_STAGING_BUFFERS)]
         self.staging_nbytes = sum(staging.nbytes for staging in self._free)
@@ -94,12 +107,28 @@ class ReduceScatter:
         """See ``Reduction.reset``."""
         assert self.is_idle
         self._queue = list(range(len(self.plans)))
+        self._active_at_reset = set(self._active)
         self.num_started = 0
         self.num_reduced = 0
 
     def resend(self, changed: int) -> None:
         """See ``Reduction.resend``."""
         self._queue += [index for index in range(len(self.plans)) if changed >> index & 1]
+
+    def activate(self, params: int) -> int:
+        """See ``Reduction.activate``."""
+        assert self._partition is not None
+        new_params = params & ~self._seen
+        if not new_params:
+            return 0
+        self._seen |= params
+        new = {*self._partition.buckets_of(new_params)} - self._active
+        self._active |= new
+        return sum(1 << i for i, plan in enumerate(self.plans) if plan.bucket in new)
+
+    def is_active(self, plan: BucketPlan) -> bool:
+        """See ``Reduction.is_active``."""
+        return plan.bucket in self._active
 
     def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
         """See ``Reduction.final_places``."""
@@ -126,7 +155,7 @@ class ReduceScatter:
         """See ``Reduction.sources``: the sum over all nodes."""
         return Rows.of(plan.buffers.sums[plan.shard.local.slice])
 
-    def square_sums(self) -> NDArray[np.float64]:
+    def square_sums(self, present: int) -> NDArray[np.float64]:
         """See ``Reduction.square_sums``."""
         return self._square_sums
 
@@ -160,6 +189,11 @@ class ReduceScatter:
 
     def _start(self, plan: BucketPlan) -> None:
         """Sum the gradients of the node, piece by piece, and send each piece to its owner."""
+        # Ranks may be at different places of the queue when a bucket becomes active: all of them
+        # treat it so from the end of the queue on.
+        if self.num_started < len(self.plans) and plan.bucket not in self._active_at_reset:
+            self._in_transit.append(_InTransit(plan, None, Transfer([], [])))
+            return
         staging, transport, kernel = self._free.pop(), self._transport, self._backend.kernel
         partials, others = staging.partials(plan), transport.others
         receives = [
@@ -196,9 +230,11 @@ class ReduceScatter:
 
     def _sum(self, arrived: _InTransit) -> None:
         """Sum what the nodes have sent, in the order of nodes."""
-        plan = arrived.plan
+        plan, staging = arrived.plan, arrived.staging
+        if staging is None:
+            return
         out = plan.buffers.sums[plan.shard.local.slice]
-        rows = Rows.of(*arrived.staging.partials(plan))
+        rows = Rows.of(*staging.partials(plan))
         span = Span(0, plan.shard.numel)
         self._backend.kernel.reduce(rows, out, span, self._square_sums[plan.chunks])
 
@@ -206,10 +242,10 @@ class ReduceScatter:
         """Take back the staging buffers of buckets that have left."""
         leaving, self._leaving = self._leaving, []
         for each in leaving:
-            if each.is_done():
-                self._free.append(each.staging)
-            else:
+            if not each.is_done():
                 self._leaving.append(each)
+            elif each.staging is not None:
+                self._free.append(each.staging)
 
 
 def _place_of(item: tuple[int, int]) -> int:

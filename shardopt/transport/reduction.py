@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from shardopt.backends.base import Kernel, Rows
 from shardopt.layout.partition import CHUNK_NUMEL, Partition
+from shardopt.layout.span import Span
 from shardopt.store.buffers import ShardBuffers
 from shardopt.transport.buckets import BucketPlan, plan_buckets
 
@@ -38,6 +39,21 @@ class Reduction(Protocol):
         """Reduce the plans of a bit mask once more, after all others."""
         ...
 
+    def activate(self, params: int) -> int:
+        """Reduce the buckets of some parameters from now on; see [Note: buckets without gradients].
+
+        Args:
+            params: Bit mask of parameters; the same on every rank.
+
+        Returns:
+            Bit mask of the plans that were not reduced so far.
+        """
+        ...
+
+    def is_active(self, plan: BucketPlan) -> bool:
+        """Whether some parameter of a bucket has ever had a gradient."""
+        ...
+
     def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
         """Return each plan with its last place in the queue, in the order of places."""
         ...
@@ -57,8 +73,12 @@ class Reduction(Protocol):
         """Return what the update has to add up for this rank's shard of a reduced bucket."""
         ...
 
-    def square_sums(self) -> NDArray[np.float64]:
+    def square_sums(self, present: int) -> NDArray[np.float64]:
         """Return the sum of squares of each chunk that this rank owns, all buckets being reduced.
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank; those of all
+                others are zero, and need not be read.
 
         Returns:
             [numel / CHUNK_NUMEL], zero for the chunks of other ranks. The squares of a chunk are
@@ -112,12 +132,16 @@ class InPlaceReduction:
         self._own = slice(node_rank, node_rank + 1)
         self._num_chunks = 0
         self._has_sums = False
+        self._partition: Partition | None = None
+        self._runs_of: tuple[int, dict[int, list[Span]]] = 0, {}  # the mask seldom changes
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """See ``Reduction.extend``."""
-        plans = plan_buckets(partition, buffers, self._own.start, None)
-        self.plans = [plan for plan in plans if plan.shard]
+        first = len(self._partition.buckets) if self._partition is not None else 0
+        plans = plan_buckets(partition, buffers, self._own.start, None, first)
+        self.plans += [plan for plan in plans if plan.shard]
         self._num_chunks = partition.numel // CHUNK_NUMEL
+        self._partition, self._runs_of = partition, (0, {})
         self.reset()
 
     def reset(self) -> None:
@@ -126,6 +150,14 @@ class InPlaceReduction:
 
     def resend(self, changed: int) -> None:
         """See ``Reduction.resend``; gradients are read as they are when the step reads them."""
+
+    def activate(self, params: int) -> int:
+        """See ``Reduction.activate``; only what has a gradient is ever read."""
+        return 0
+
+    def is_active(self, plan: BucketPlan) -> bool:
+        """See ``Reduction.is_active``."""
+        return True
 
     def final_places(self) -> Sequence[tuple[int, BucketPlan]]:
         """See ``Reduction.final_places``."""
@@ -148,13 +180,28 @@ class InPlaceReduction:
         one_source = self._has_sums and plan.buffers.holds_sums
         return plan.grads[self._own] if one_source else plan.grads
 
-    def square_sums(self) -> NDArray[np.float64]:
+    def square_sums(self, present: int) -> NDArray[np.float64]:
         """See ``Reduction.square_sums``."""
         square_sums = np.zeros(self._num_chunks)
         for plan in self.plans:
-            buffers, span = plan.buffers, plan.buffers.local(plan.shard)
+            buffers = plan.buffers
             keeps_sums = buffers.holds_sums and len(buffers.all_grads) > 1
-            out = buffers.grads[span.slice] if keeps_sums else None
-            self._kernel.reduce(buffers.all_grads, out, span, square_sums[plan.chunks])
+            for run in self._runs(plan.shard.region, present):
+                if not (part := run.intersect(plan.shard)):
+                    continue
+                span = buffers.local(part)
+                out = buffers.grads[span.slice] if keeps_sums else None
+                squares = square_sums[part.start // CHUNK_NUMEL : part.stop // CHUNK_NUMEL]
+                self._kernel.reduce(buffers.all_grads, out, span, squares)
         self._has_sums = True
         return square_sums
+
+    def _runs(self, region: int, present: int) -> list[Span]:
+        """Return the whole chunks of a region that hold parameters with gradients."""
+        if self._runs_of[0] != present:
+            self._runs_of = present, {}
+        runs = self._runs_of[1]
+        if region not in runs:
+            assert self._partition is not None
+            runs[region] = self._partition.runs(region, present, CHUNK_NUMEL)
+        return runs[region]

@@ -123,7 +123,7 @@ class BucketSync:
                 yield ReducedShard(plan, piece, sources, plan.targets)
                 self._translated(self._advance)
 
-    def square_sums(self) -> NDArray[np.float64]:
+    def square_sums(self, present: int) -> NDArray[np.float64]:
         """Reduce all gradients and return the sums of squares; see ``Reduction.square_sums``.
 
         Collective: every rank.
@@ -131,18 +131,22 @@ class BucketSync:
         for _ in self._reduced_plans():
             pass
         self.drain()
-        return self.reduction.square_sums()
+        return self.reduction.square_sums(present)
 
     # -- parameters --------------------------------------------------------------------------------
 
     def publish(self, updated: ReducedShard) -> None:
         """Send a shard to the other nodes once its last piece is updated, and receive theirs."""
-        if updated.is_last:
+        if updated.is_last and self.reduction.is_active(updated.plan):
             self._publish(updated.plan)
 
     def publish_all(self) -> None:
         """Send every shard as it is now, so that all nodes have the same parameters. Collective."""
-        for plan in self.reduction.plans:
+        self.publish_plans(self.reduction.plans)
+
+    def publish_plans(self, plans: Sequence[BucketPlan]) -> None:
+        """Send the shards of some buckets as they are now. Collective: every rank."""
+        for plan in plans:
             self._publish(plan)
         self.drain()
 
@@ -238,6 +242,6 @@ def make_sync(
     if topology.num_nodes == 1:
         local = LocalTransport(topology.rank)
         return BucketSync(local, InPlaceReduction(kernel, topology.node_rank), collectives, None)
-    transport = MpiTransport(topology)
+    transport = MpiTransport(topology, collectives.number)
     reduction = ReduceScatter(transport, backend, place, wire_dtype)
     return BucketSync(transport, reduction, collectives, kernel.piece_numel)

@@ -69,10 +69,15 @@ def test_cases_of_one_rank_refuse_two(mpirun, tmp_path):
     [
         ("step", ("--numel", "4096", "--tensors", "3", "--rounds", "1")),
         ("faces", ("--numel", "4096", "--tensors", "3", "--rounds", "1")),
+        pytest.param(
+            "writes",
+            ("--numel", "4096", "--tensors", "3", "--rounds", "1"),
+            marks=pytest.mark.skipif(not HAS_TORCH, reason="torch is missing"),
+        ),
         ("memory", ("--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS)),
         ("checkpoint", ("--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", ".")),
     ],
-    ids=["step", "faces", "memory", "checkpoint"],
+    ids=["step", "faces", "writes", "memory", "checkpoint"],
 )
 def test_cases_of_two_ranks(mpirun, tmp_path, name, words):
     words += ("--out", tmp_path)

@@ -43,10 +43,13 @@ class Alone:
     def scalars(self):
         return Scalars([SPEC], [StepCount(4, 0.5)], [{"lr": 0.1}], num_steps=4, loss_scale=2.0)
 
-    def find_writes(self):
+    def trim(self):
+        pass
+
+    def find_changes(self):
         return {}
 
-    def adopt_writes(self, writes):
+    def settle(self, changes):
         self.calls.append("adopt")
 
     def agree(self, call, description, error=None):

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.comm.failure import Abort
 from shardopt.comm.collectives import Collectives
-from shardopt.comm.topology import make_topology
+from shardopt.comm.consensus import make_consensus
 from shardopt.backends.cpu.kernel import CpuKernel
 
 comm = MPI.COMM_WORLD
@@ -27,7 +27,8 @@ failure = Abort()
 failure.watch()
 
 def make_collectives(share_node=False):
-    return Collectives(make_topology(comm, share_node, 30), 30 if last else 2, failure)
+    consensus = make_consensus(comm, share_node, 30, failure)  # starting may take its time
+    return Collectives(consensus.group, 30 if last else 2, failure, 1)
 
 def meet(collectives, step):
     collectives.allreduce(np.zeros(1), MPI.SUM, step, "finish")
@@ -191,7 +192,7 @@ def test_a_rank_that_hangs_while_state_travels_is_named(message, call):
     got = message(
         f"""
 param = Parameter(np.zeros(5, np.float32))
-opt = NAdam([param], policy=ShardPolicy(timeout_s=2))
+opt = NAdam([param], policy=ShardPolicy(share_node={call[0] != "g"}, timeout_s=2))
 opt.zero_grad()
 opt.step()
 state = opt.gather_state_dict(root=2)
@@ -201,13 +202,15 @@ opt.{call}
 """
     )
     phase = re.escape(f"{call.partition('(')[0]}()")
-    assert re.match(timed_out(1, phase, unseen(2, 1)), got)
+    # Rank 1, on a node of its own, may have done its part and gone on.
+    silent = r"no sign of (rank 1 \(last seen in step 1\), )?rank 2 \(last seen in step 1\)"
+    assert re.match(timed_out(1, phase, silent), got)
 
 
 # -- errors of MPI ---------------------------------------------------------------------------------
 
 ERRORS = {  # for each MPI one that it can be brought to: what the last rank does, options of mpirun
-    "mpich": ("request = lane.Isend(np.zeros(50_000, np.uint8), 0, tag=1)  # too long", ()),
+    "mpich": ("request = lane.Isend(np.zeros(50_000, np.uint8), 0, tag=5)  # too long", ()),
     "openmpi": ("os.kill(os.getpid(), signal.SIGKILL)", ("--with-ft", "ulfm")),
 }
 _WHERE = r"in step 2 \((agree|exchange.*?)\)"

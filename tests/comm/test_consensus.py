@@ -7,15 +7,14 @@ import pytest
 from mpi4py import MPI
 
 from shardopt.comm.consensus import (
-    Consensus,
     attempt,
     digest_of,
     first_difference,
+    make_consensus,
     portable,
     raise_first,
 )
 from shardopt.comm.failure import Abort
-from shardopt.comm.topology import make_topology
 from shardopt.errors import (
     CheckpointError,
     PartitionError,
@@ -28,7 +27,7 @@ TEST = {"step": 0, "phase": "test"}
 
 @pytest.fixture
 def consensus(comm):
-    consensus = Consensus(make_topology(comm, True, 60), 60, Abort())
+    consensus = make_consensus(comm, True, 60, Abort())
     yield consensus
     consensus.free()
 

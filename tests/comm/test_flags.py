@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from shardopt.comm.flags import NodeFlags
+from shardopt.comm.node_memory.arena import Arena
 
 pytestmark = pytest.mark.mpi
 
 
 @pytest.mark.parametrize("num_fields", [1, 3, 8, 9])
 def test_every_rank_sees_the_fields_of_all(comm, num_fields):
-    flags = NodeFlags(comm, num_fields)
+    flags = NodeFlags(Arena(comm), num_fields)
     assert flags.all.shape == (comm.size, num_fields)
     assert not flags.all.any()
     comm.Barrier()
@@ -23,21 +24,20 @@ def test_every_rank_sees_the_fields_of_all(comm, num_fields):
     expected = 100 * np.arange(comm.size)[:, None] + np.arange(num_fields)
     np.testing.assert_array_equal(flags.all, expected)
     comm.Barrier()
-    flags.free()
 
 
 @pytest.mark.parametrize("num_fields", [1, 8, 9])
 def test_no_two_ranks_share_a_cache_line(comm, num_fields):
-    flags = NodeFlags(comm, num_fields)
+    flags = NodeFlags(Arena(comm), num_fields)
     starts = [row.ctypes.data for row in flags.all]
     assert all(start % 64 == 0 for start in starts)
     assert all(b - a >= 8 * num_fields for a, b in itertools.pairwise(starts))
-    flags.free()
 
 
 def test_a_flag_orders_what_was_published_before_it(comm):
     """Each rank waits for the next one's flag and then finds its data, without a collective."""
-    flags, data = NodeFlags(comm, 1), NodeFlags(comm, 8)
+    arena = Arena(comm)
+    flags, data = NodeFlags(arena, 1), NodeFlags(arena, 8)
     neighbour = (comm.rank + 1) % comm.size
     for number in range(1, 50):
         data.mine[:] = number
@@ -49,5 +49,3 @@ def test_a_flag_orders_what_was_published_before_it(comm):
         data.acquire()
         assert (data.all[neighbour] >= number).all()
     comm.Barrier()
-    flags.free()
-    data.free()

@@ -1,12 +1,14 @@
 """A state dict that does not fit is refused on all ranks, and nothing has changed then."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 
-from shardopt.errors import CheckpointError, RankMismatchError
+from shardopt.errors import CheckpointError, PartialStateWarning, RankMismatchError
 from shardopt.numpy import Parameter
+from shardopt.policy import ShardPolicy
 from tests.support.errors import (
     BOTH_WAYS,
     assert_steps,
@@ -32,10 +34,27 @@ def whole(comm, opt):
 
 
 @pytest.fixture
-def sharded(opt):
-    """This rank's part of its state; it has stepped once more since."""
-    state = opt.state_dict()
-    take_step(opt, 3.0)
+def nodes_opt(comm):
+    """An optimizer on nodes of one rank each, that must still step after the test."""
+    policy = ShardPolicy(timeout_s=20, share_node=False)
+    with make_optimizer(comm, policy=policy) as opt:
+        take_step(opt)
+        yield opt
+        assert_steps(opt)
+
+
+def state_dict_of(opt):
+    """A copy of its state dict, without the warning that it is a part."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PartialStateWarning)
+        return copy.deepcopy(opt.state_dict())
+
+
+@pytest.fixture
+def part(nodes_opt):
+    """This node's part of its state; it has stepped once more since."""
+    state = state_dict_of(nodes_opt)
+    take_step(nodes_opt, 3.0)
     return state
 
 
@@ -67,7 +86,10 @@ WRONG = {
     "state is no dict": (put(5, "state"), "state_dict must have the form"),
     "groups are no list": (put(None, "param_groups"), "state_dict must have the form"),
     "entry is no dict": (put(None, "state", 1), "state_dict must have the form"),
-    "surplus parameter": (put({}, "state", 7), "state must have entries 0 to 2 only; got [7]."),
+    "surplus parameter": (
+        put({}, "state", 7),
+        "state must have entries for the params of its param_groups only; got [7].",
+    ),
     "missing moment": (remove("state", 1, "exp_avg"), "state of 'b' must have the keys exp_avg,"),
     "missing step": (remove("state", 1, "step"), "state of 'b' must have the keys exp_avg,"),
     "surplus moment": (
@@ -104,9 +126,13 @@ WRONG = {
         put([0, 1], "param_groups", 0, "params"),
         "params of param_groups[0] must be 3; got 2.",
     ),
-    "exchanged indices": (
-        put([1, 0, 2], "param_groups", 0, "params"),
-        "params of param_groups[0] must be numbered [0, 1, 2]; got [1, 0, 2].",
+    "one index twice": (
+        put([1, 0, 1], "param_groups", 0, "params"),
+        "params of param_groups must be unique; got [1, 0, 1].",
+    ),
+    "an index that is no key": (
+        put([0, [], 2], "param_groups", 0, "params"),
+        "state_dict must have the form",
     ),
     "group without params": (
         remove("param_groups", 0, "params"),
@@ -148,49 +174,70 @@ def test_the_only_rank_that_has_a_state_may_be_wrong(comm, opt, whole):
     assert everything(opt) == before
 
 
-WRONG_SHARDED = {
-    "missing parameter": (
-        remove("state", 1),
-        "state must have a sharded entry for every parameter; got none for 'b'.",
-    ),
+WRONG_PARTS = {
     "surplus parameter": WRONG["surplus parameter"],
     "missing moment": WRONG["missing moment"],
     "lr": WRONG["lr"],
     "no slices": (remove("state", 1, "slices"), "state of 'b' must have the keys exp_avg,"),
-    "other slices": (put([(1, 2)], "state", 1, "slices"), "slices of 'b' must be"),
+    "slices out of range": (
+        put([(0, 7)], "state", 1, "slices"),
+        "slices of 'b' must be ascending runs of its 5 elements; got [(0, 7)].",
+    ),
+    "slices in disorder": (put([(3, 5), (0, 3)], "state", 1, "slices"), "slices of 'b' must be"),
     "slices are no pairs": (put([7], "state", 1, "slices"), "state_dict must have the form"),
     "longer than its slices": (
         put(np.zeros(9, np.float32), "state", 0, "exp_avg"),
         "exp_avg of 'w' must have shape (",
     ),
+    "no node": (remove("shardopt", "node"), "state_dict must have the form"),
 }
 
 
+@pytest.mark.mpi(min_size=2)
 @BOTH_WAYS
-@pytest.mark.parametrize("case", WRONG_SHARDED)
-def test_a_sharded_state_that_does_not_fit_is_refused(comm, opt, sharded, alone, case):
-    edit, told = WRONG_SHARDED[case]
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_a_part_that_does_not_fit_is_refused(comm, nodes_opt, part, alone, case):
+    edit, told = WRONG_PARTS[case]
     if errs(comm, alone):
-        edit(sharded)
-    before = everything(opt)
-    with pytest.raises(CheckpointError) as caught:  # ranks may own nothing, and word it otherwise
-        opt.load_state_dict(sharded)
+        edit(part)
+    before = everything(nodes_opt)
+    with pytest.raises(CheckpointError) as caught:  # nodes may have nothing, and word it otherwise
+        nodes_opt.load_state_dict(part)
     assert comm.allgather(str(caught.value)) == [str(caught.value)] * comm.size
     assert told in str(caught.value)
-    assert everything(opt) == before
+    assert everything(nodes_opt) == before
 
 
 @pytest.mark.mpi(min_size=2)
-def test_another_ranks_shards_are_refused(comm):
+def test_missing_parts_are_named(comm):
     big = Parameter(np.ones(3 * 4096 * comm.size, np.float32), "big")
-    with make_optimizer(comm, [big]) as opt:
+    policy = ShardPolicy(timeout_s=20, share_node=False)
+    with make_optimizer(comm, [big], policy=policy) as opt:
         take_step(opt)
+        part = state_dict_of(opt)
         before = everything(opt)
-        states = comm.allgather(opt.state_dict())
-        with pytest.raises(CheckpointError, match="slices of 'big' must be .* as many ranks"):
-            opt.load_state_dict(states[comm.rank - 1])
+        last = comm.size - 1
+        told = f"must be whole on all ranks together; got nothing of node {last} of {comm.size}."
+        with refused(comm, CheckpointError, told):
+            opt.load_state_dict(None if is_last(comm) else part)
+        del part["shardopt"]  # as versions before had none
+        with refused(comm, CheckpointError, "got nothing of elements", "of 'big'"):
+            opt.load_state_dict(None if is_last(comm) else part)
         assert everything(opt) == before
         assert_steps(opt)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_parameter_without_an_entry_in_one_part_is_refused(comm, nodes_opt, part):
+    holder = next(
+        r for r, has in enumerate(comm.allgather(bool(part["state"][1]["slices"]))) if has
+    )
+    if comm.rank == holder:
+        del part["state"][1]
+    before = everything(nodes_opt)
+    with refused(comm, CheckpointError, "got nothing of elements 0 to 5 of 'b'."):
+        nodes_opt.load_state_dict(part)
+    assert everything(nodes_opt) == before
 
 
 @BOTH_WAYS
@@ -217,21 +264,33 @@ def test_what_is_no_state_is_refused(comm, opt, whole, alone, thing):
 
 def test_no_state_on_any_rank_is_refused(comm, opt):
     before = everything(opt)
-    with refused(
-        comm, CheckpointError, "state_dict must be whole on some rank if others have none"
-    ):
+    with refused(comm, CheckpointError, "state_dict must be there on some rank; got None"):
         opt.load_state_dict(None)
     assert everything(opt) == before
 
 
-@pytest.mark.mpi(min_size=2)
-def test_no_whole_state_where_one_is_needed_is_refused(comm, opt, sharded):
+def test_a_state_that_shows_another_step_is_refused(comm, opt):
+    shown, kept = opt.state_dict(), copy.deepcopy(opt.state_dict())
+    step = int(shown["state"][1]["step"])
+    for _ in range(2):
+        opt.load_state_dict(shown)  # it changes nothing yet
+    take_step(opt, 3.0)
     before = everything(opt)
-    with refused(
-        comm, CheckpointError, "state_dict must be whole on some rank if others have none"
-    ):
-        opt.load_state_dict(None if is_last(comm) else sharded)
+    told = f"got one of step {step}, whose arrays show step {step + 1} by now. Take a deepcopy"
+    with refused(comm, CheckpointError, told):
+        opt.load_state_dict(shown)
     assert everything(opt) == before
+    opt.load_state_dict(kept)
+    assert repr(opt.state_dict()) == repr(kept)
+
+
+def test_a_state_that_shows_another_run_at_the_same_step_is_refused(comm, opt, whole):
+    opt.load_state_dict(whole)
+    shown = opt.state_dict()
+    take_step(opt, 3.0)
+    opt.load_state_dict(whole)
+    with refused(comm, CheckpointError, "Take a deepcopy"):
+        opt.load_state_dict(shown)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -24,6 +24,11 @@ RESUMING = [
     for page, example in EXAMPLES
     if "Checkpointer(" in example
 ]
+STATE_DICTS = [
+    pytest.param(example, id=name_of(page))
+    for page, example in EXAMPLES
+    if "torch.save(" in example
+]
 
 BATCHES = """
 import numpy as np
@@ -61,7 +66,7 @@ print("trained")
 
 def test_every_example_is_run():
     assert {param.values[0] for param in TRAINING} == set(FRAMEWORKS)
-    assert len(TRAINING) + len(RESUMING) == len(EXAMPLES)
+    assert len(TRAINING) + len(RESUMING) + len(STATE_DICTS) == len(EXAMPLES)
 
 
 @pytest.mark.any_mpi
@@ -109,3 +114,24 @@ def test_an_example_of_checkpoints_resumes(mpirun, example):
         assert job.returncode == 0, job.output
         assert job.stdout.splitlines() == [f"{taken} {num_scheduled}"] * num_ranks
         assert (mpirun.folder / "checkpoints" / f"step-{saved:012d}").is_dir()
+
+
+@pytest.mark.any_mpi
+@pytest.mark.parametrize("example", STATE_DICTS)
+def test_an_example_of_state_dicts_resumes(mpirun, example):
+    require("torch")
+    before = """
+for batch in batches:
+    train_step(*batch)
+rank, kept = MPI.COMM_WORLD.rank, model.weight.detach().clone()
+"""
+    after = """
+assert torch.equal(model.weight, kept)
+train_step(*batches[0])
+assert opt.state[model.weight]["step"] == 4
+print("resumed")
+"""
+    example = example.replace("...\n", "MPI.COMM_WORLD.Barrier()\ntrain_step(*batches[0])\n")
+    job = mpirun(2, source=CHECKPOINTS.replace("LENGTH", "3") + before + example + after)
+    assert job.returncode == 0, job.output
+    assert job.stdout.count("resumed") == 2

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.support.launchers import LAUNCH, plain, run
+from tests.support.shm import with_shm
 
 SHOW = """
 import json, os
@@ -64,6 +65,19 @@ def test_the_user_has_the_last_word(place):
     found = place(MPI_LOCALRANKID="0", MPI_LOCALNRANKS="2", **mine)
     assert found["cores"] == CORES
     assert {name: found[name] for name in mine} == mine
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "variables", "found"),
+    [
+        ("64m", 12, {}, None),
+        ("64m", 13, {}, "^posix"),
+        ("64m", 13, {"UCX_TLS": "tcp,self"}, "tcp,self"),
+    ],
+)
+def test_a_dev_shm_too_small_for_mpich(place, size, ranks, variables, found):
+    rank = place(*with_shm(size), MPI_LOCALRANKID="0", MPI_LOCALNRANKS=str(ranks), **variables)
+    assert rank.get("UCX_TLS") == found
 
 
 @pytest.mark.parametrize(("node", "size"), [(0, 1), (1, 3), (2, 3), (3, 9999)])

@@ -82,11 +82,16 @@ def test_cuts_fall_on_chunks_and_shards_differ_by_one(specs, world, bucket_nbyte
         assert (bucket.start % CHUNK_NUMEL, bucket.stop % CHUNK_NUMEL) == (0, 0)
         numel = bucket.stop - bucket.start
         assert 0 < numel <= max(CHUNK_NUMEL, bucket_nbytes // itemsize)
-    local_stop: dict = {}
-    for (region, start, stop), owner, shard in owners(partition):
+    for (_, start, stop), _, _ in owners(partition):
         assert start % CHUNK_NUMEL == stop % CHUNK_NUMEL == 0
-        assert shard.local_start == local_stop.get((owner, region), 0)  # end to end
-        local_stop[owner, region] = shard.local.stop
+    for node in range(partition.num_nodes):
+        for region in range(len(partition.regions)):
+            shards, local_stop = partition.node_shards(node, region), 0
+            for shard in shards:
+                assert shard.local_start == local_stop  # end to end
+                local_stop = shard.local.stop
+            assert local_stop == partition.node_numel(node, region)
+            assert all(a.stop <= b.start for a, b in itertools.pairwise(shards))  # in flat order
     for bucket in partition.buckets:
         parts = [bucket.lane_part(i, partition.node_size) for i in range(partition.node_size)]
         chunks = [part.numel // CHUNK_NUMEL for part in parts]

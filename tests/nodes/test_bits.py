@@ -157,9 +157,9 @@ def test_memory_is_what_the_plan_says(comm, wire_dtype):
     with NAdam(make_params(shapes=shapes), comm=comm, policy=policy) as opt:
         parts = opt.core.parts
         sums_nbytes = sum(buffers.sums.nbytes for buffers in parts.memory.buffers)
-        held = sums_nbytes + parts.sync.reduction.staging_nbytes
-        held_by_node = opt.core.topology.node_comm.allreduce(held)
-        assert opt.memory_report().travel_node_nbytes == held_by_node
+        staging_nbytes = parts.sync.reduction.staging_nbytes
+        staging_of_node = opt.core.topology.node_comm.allreduce(staging_nbytes)
+        assert opt.memory_report().travel_node_nbytes == sums_nbytes + staging_of_node
 
 
 def test_loss_scales_that_differ_send_nothing_twice(comm):

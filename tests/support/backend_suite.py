@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from shardopt.backends.base import ALL_FINITE, Backend, Rows, UpdatePlan
+from shardopt.comm.node_memory.arena import Arena
+from shardopt.comm.node_memory.fence import full_fence
 from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.padding import PERIOD_NBYTES, STEP_NBYTES
 from shardopt.layout.partition import CHUNK_NUMEL
@@ -86,16 +88,14 @@ class SharedMemorySuite:
 
     def test_ranks_share_memory(self, backend: Backend, comm):
         sizes = [4096 * (rank + 1) for rank in range(comm.size)]
-        shared = backend.share(comm, sizes[comm.rank])
+        shared = backend.share(Arena(comm), sum(sizes), private=False)
         assert shared.memory.nbytes == sum(sizes)
         start = sum(sizes[: comm.rank])
         own = shared.memory[start : start + sizes[comm.rank]]
         backend.copy(own, np.full(sizes[comm.rank], comm.rank + 1, np.uint8))
-        shared.publish()
+        full_fence()
         comm.Barrier()
-        shared.acquire()
+        full_fence()
         expected = np.repeat(np.arange(1, comm.size + 1), sizes)
         np.testing.assert_array_equal(backend.host(shared.memory), expected)
         comm.Barrier()
-        del own
-        shared.free()

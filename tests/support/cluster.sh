@@ -204,7 +204,7 @@ set_up_mpi() {
     export PRTE_MCA_plm_ssh_agent=ssh PRTE_MCA_prte_default_hostfile=/run/hostfile.openmpi
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     export PRTE_MCA_rmaps_default_mapping_policy=slot PRTE_MCA_hwloc_default_binding_policy=none
-    export OMPI_MCA_mtl=${OMPI_MCA_mtl-^ofi} OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
+    export OMPI_MCA_mtl=${OMPI_MCA_mtl-^ofi}
     export OMPI_MCA_btl=${OMPI_MCA_btl-^ofi,uct}
     export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
     export HYDRA_LAUNCHER=ssh HYDRA_HOST_FILE=/run/hostfile.mpich HYDRA_IFACE=eth0

@@ -18,7 +18,21 @@ OPENMPI_MPIRUN = facts.Launcher("Open MPI's mpirun", "Open MPI", 4, 0)
 
 
 def make_node(host, ranks, **changes):
-    node = Node(host, tuple(ranks), 8, 64 << 30, 32 << 30, 24 << 30, 0, None)
+    node = Node(
+        host=host,
+        ranks=tuple(ranks),
+        num_cores=8,
+        free_nbytes=64 << 30,
+        memory_limit=None,
+        address_nbytes=None,
+        promise_nbytes=None,
+        shm_nbytes=64 << 20,
+        mpi_shm_nbytes=22 << 20,
+        tracking="userfaultfd",
+        tracking_reason=None,
+        num_gpus=0,
+        sharing_problem=None,
+    )
     return replace(node, **changes)
 
 
@@ -28,7 +42,10 @@ def make_job(sizes=(2, 2), cores=range(8), omp="4", **changes):
     for number, size in enumerate(sizes):
         here = range(len(ranks), len(ranks) + size)
         nodes.append(make_node(f"h{number + 1}", here))
-        ranks += [Rank(rank, number, tuple(cores), max(1, 8 // size), omp, None) for rank in here]
+        ranks += [
+            Rank(rank, number, tuple(cores), max(1, 8 // size), omp, None, ("pid:1", "mnt:1"))
+            for rank in here
+        ]
     launcher = replace(MPICH_MPIRUN, num_processes=len(ranks))
     library = replace(MPICH, thread_level="multiple")
     job = Job(library, launcher, None, len(ranks), tuple(ranks), tuple(nodes))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shardopt.backends.cpu.backend import CpuBackend
+from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.partition import ParamSpec, plan_partition
 from shardopt.layout.traffic import Traffic
-from shardopt.store.buffers import ShardBuffers
+from shardopt.store.buffers import RegionArrays, ShardBuffers
 from shardopt.transport.reduce_scatter import ReduceScatter
 
 
@@ -136,7 +137,7 @@ class Lagging:
 
 
 class InProcessBackend(CpuBackend):
-    """Shares memory between the ranks of a node that live in one process.
+    """A backend whose events can be late.
 
     Args:
         lags: Whether its events are done later than asked for.
@@ -146,23 +147,8 @@ class InProcessBackend(CpuBackend):
         super().__init__(1)
         self.lags = lags
 
-    def share(self, node, nbytes):
-        return node
-
     def event(self):
         return Lagging() if self.lags else super().event()
-
-
-@dataclass
-class Node:
-    """A node's memory for one region, as ``backend.share`` hands it out."""
-
-    memory: np.ndarray
-
-    def publish(self):
-        pass
-
-    acquire = free = publish
 
 
 @dataclass
@@ -173,7 +159,6 @@ class Place:
     node_rank: int
     num_nodes: int
     node_size: int
-    node_comm: Node
 
 
 @dataclass
@@ -198,6 +183,7 @@ class Cluster:
     bucket_nbytes: int = 1
     seed: int = 0
     lags: bool = False
+    trained: int | None = -1  # bit mask of the parameters that have gradients
     networks: list = field(init=False)
     ranks: list = field(init=False)
 
@@ -207,19 +193,29 @@ class Cluster:
         self.partition = plan_partition(specs, *world)
         self.networks = [Network(self.seed + lane) for lane in range(self.node_size)]
         self.backend = InProcessBackend(self.lags)
-        row = ShardBuffers.row_nbytes(self.partition.regions[0])
         self.ranks = []
         for node in range(self.num_nodes):
-            memory = Node(np.zeros((1 + self.node_size) * row, np.uint8))
+            arrays = self._make_arrays(node)
             for node_rank in range(self.node_size):
-                self.ranks.append(self._make_rank(Place(node, node_rank, *world[:2], memory)))
+                self.ranks.append(self._make_rank(Place(node, node_rank, *world[:2]), arrays))
 
-    def _make_rank(self, place):
-        buffers = [ShardBuffers(self.partition, 0, place, self.backend)]
+    def _make_arrays(self, node):
+        """Return the memory of a node, where all its ranks live in this process."""
+        numel, dtype = self.partition.regions[0].numel, self.dtype
+        params = np.zeros(numel, dtype)
+        grads = [np.zeros(numel, dtype) for _ in range(self.node_size)]
+        sums = np.zeros(self.partition.node_numel(node, 0), compute_dtype(dtype))
+        return RegionArrays(params, params, grads, sums)
+
+    def _make_rank(self, place, arrays):
+        buffers = [ShardBuffers(self.partition, 0, (place.node, place.node_rank), arrays)]
         transport = InProcessTransport(self.networks[place.node_rank], place.node, self.num_nodes)
         where = place.node, place.node_rank
         reduction = ReduceScatter(transport, self.backend, where, self.wire_dtype)
         reduction.extend(self.partition, buffers)
+        if self.trained is not None:
+            reduction.activate(self.trained)
+            reduction.reset()
         return Rank(place, buffers, transport, reduction)
 
     def fill_grads(self, seed=0):

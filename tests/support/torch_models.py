@@ -46,6 +46,7 @@ class Twins:
         model: Makes the model, or anything that ``loss`` and ``params`` understand.
         params: What of the model to optimize.
         loss: Of (model, step, rank) the loss; None where it does not reach the model.
+        policy: Of the sharded one.
         **settings: Of both optimizers.
     """
 
@@ -55,11 +56,12 @@ class Twins:
         model=make_model,
         params=lambda model: model.parameters(),
         loss=loss_of,
+        policy=POLICY,
         **settings,
     ):
         self.comm, self.loss = comm, loss
         self.ours, self.whole = model(), model()
-        self.opt = NAdam(params(self.ours), comm=comm, policy=POLICY, **settings)
+        self.opt = NAdam(params(self.ours), comm=comm, policy=policy, **settings)
         self.whole_opt = torch.optim.NAdam(params(self.whole), **settings)
         self.steps = itertools.count()
 

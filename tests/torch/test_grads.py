@@ -36,9 +36,9 @@ def branch_twins(comm, reached, **settings):
 
 def step_counts(twins):
     """Steps that each parameter has taken, by our optimizer and by torch's."""
-    ours = [int(entry["step"]) for entry in twins.opt.state_dict()["state"].values()]
-    states = [twins.whole_opt.state.get(param) for param in params_of(twins.whole_opt)]
-    return ours, [int(state["step"]) if state else 0 for state in states]
+    states = [[opt.state.get(param) for param in params_of(opt)] for opt in twins.both]
+    ours, theirs = ([int(state["step"]) if state else 0 for state in each] for each in states)
+    return ours, theirs
 
 
 def assert_in_step(twins):

@@ -66,7 +66,7 @@ def test_owners_get_the_sums_over_all_ranks(world, numels, seed, bucket_nbytes):
     expected = expected_sums(cluster, cluster.fill_grads(seed))
     run_until_reduced(cluster, seed)
     assert_sums(cluster, expected)
-    square_sums = sum(rank.reduction.square_sums() for rank in cluster.ranks)
+    square_sums = sum(rank.reduction.square_sums(-1) for rank in cluster.ranks)
     chunks = expected.astype(np.float64).reshape(-1, CHUNK_NUMEL)
     np.testing.assert_allclose(square_sums, (chunks**2).sum(1), rtol=1e-12)
     for rank in cluster.ranks:
@@ -189,3 +189,41 @@ def test_ranks_in_threads_of_their_own():
         thread.join(60)
         assert not thread.is_alive()
     assert_sums(cluster, expected)
+
+
+def test_buckets_without_gradients_take_no_message():
+    cluster = Cluster(3, 2, [5 * CHUNK_NUMEL, 7 * CHUNK_NUMEL], trained=0b10)
+    grads = cluster.fill_grads()
+    first = cluster.partition.params[0]
+    for rank in cluster.ranks:
+        rank.buffers[0].grads[: first.stop] = 0
+    for grad in grads:
+        grad[: first.stop] = 0
+    run_until_reduced(cluster)
+    assert_sums(cluster, expected_sums(cluster, grads))
+    for rank in cluster.ranks:
+        active = [plan for plan in rank.reduction.plans if rank.reduction.is_active(plan)]
+        assert len(active) == 7  # a chunk each
+        messages = sum(
+            bool(plan.node_shards[node]) for plan in active for node in rank.transport.others
+        )
+        assert rank.transport.sent.messages == messages
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bucket_may_become_active_while_ranks_are_at_different_places(seed):
+    cluster = Cluster(2, 2, [6 * CHUNK_NUMEL, 6 * CHUNK_NUMEL], seed=seed, trained=0b01)
+    grads, order = cluster.fill_grads(), random.Random(seed)
+    for _ in range(order.randrange(60)):
+        order.choice(cluster.ranks).reduction.advance(order.randrange(12))
+    for rank in cluster.ranks:
+        changed = rank.reduction.activate(0b11)
+        assert changed.bit_count() == 6
+        assert not rank.reduction.activate(0b11)
+        rank.reduction.resend(changed)
+    run_until_reduced(cluster, seed)
+    assert_sums(cluster, expected_sums(cluster, grads))
+    for rank in cluster.ranks:
+        rank.reduction.reset()
+    run_until_reduced(cluster, seed)
+    assert_sums(cluster, expected_sums(cluster, grads))

@@ -7,10 +7,9 @@ import numpy as np
 from shardopt._typing import FloatArray
 from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.backends.cpu.memory import padded_zeros
-from shardopt.comm.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from shardopt.comm.node_memory.arena import Arena, NodeMemory
 
 
 class CpuBackend:
@@ -30,9 +29,9 @@ class CpuBackend:
         """See ``Backend.zeros``."""
         return padded_zeros(numel, dtype, index, origin)
 
-    def share(self, node_comm: "MPI.Intracomm", nbytes: int) -> SharedMemory:
+    def share(self, arena: "Arena", nbytes: int, *, private: bool) -> "NodeMemory":
         """See ``Backend.share``."""
-        return SharedMemory(node_comm, nbytes)
+        return arena.allocate(nbytes, private=private)
 
     def copy(self, target: FloatArray, source: FloatArray) -> None:
         """See ``Backend.copy``."""

@@ -12,6 +12,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from shardopt.comm.node_memory.fence import fence
+
 _LINE_NBYTES = 64
 _VECTOR_NBYTES = 32
 
@@ -41,17 +43,6 @@ def _copy_line(typing_context: Any, target: Any, source: Any, start: Any) -> Any
     return signature, generate
 
 
-@intrinsic
-def _fence(typing_context: Any) -> Any:
-    """Such stores are not ordered with others: let them all be done."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
 _TARGET = types.Array(types.uint8, 1, "C")
 _SOURCE = types.Array(types.uint8, 1, "C", readonly=True)
 
@@ -66,7 +57,7 @@ def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
         _copy_line(target, source, i)  # type: ignore[call-arg]  # Numba adds the context
     for i in range(last, target.size):
         target[i] = source[i]
-    _fence()  # type: ignore[call-arg]  # likewise
+    fence()  # type: ignore[call-arg]  # likewise; such stores are not ordered with others
 
 
 def copy_past_cache(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:

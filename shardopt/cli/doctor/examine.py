@@ -1,6 +1,7 @@
 """The examination of a job from beginning to end, on every rank."""
 
 import os
+import platform
 import sys
 import warnings
 from dataclasses import asdict, replace
@@ -14,7 +15,9 @@ from shardopt.cli.doctor.finding import Level
 from shardopt.cli.doctor.job_findings import judge_job
 from shardopt.cli.doctor.library import describe_library, find_launcher, find_mpirun
 from shardopt.cli.doctor.render import render
+from shardopt.cli.doctor.slurm import find_slurm
 from shardopt.cli.doctor.speed_findings import judge_speeds
+from shardopt.cli.doctor.start import find_node_rank, why_not_start
 
 
 def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
@@ -39,7 +42,13 @@ def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
         return _report(job, None, as_json) if launcher.rank == 0 else Exit.FINE
     if not launcher:  # without mpirun, Open MPI would leave a file of 16 MiB in /dev/shm
         os.environ.setdefault("OMPI_MCA_btl", "self")
-    return _examine_job(Job(library, launcher, mpirun, 0), quick, as_json, timeout_s)
+    slurm = None if launcher and launcher.rank else find_slurm(os.environ)
+    job = Job(library, launcher, mpirun, 0, slurm=slurm)
+    problem = why_not_start(os.environ)
+    if problem:
+        job = replace(job, world_size=job.launched, start_problem=problem)
+        return _refuse(job, as_json)
+    return _examine_job(job, quick, as_json, timeout_s)
 
 
 def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Exit:
@@ -70,6 +79,16 @@ def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Ex
     topology.free()
     job = replace(job, ranks=ranks, nodes=nodes)
     return Exit.FINE if speeds is None else _report(job, speeds, as_json)
+
+
+def _refuse(job: Job, as_json: bool) -> Exit:
+    """Report why MPI is not started, on the first rank of each node where it might die of that."""
+    if not job.launcher or job.launcher.rank == 0:
+        return _report(job, None, as_json)
+    if find_node_rank(os.environ):
+        return Exit.FINE
+    print(f"shardopt doctor: on {platform.node()}, {job.start_problem}", file=sys.stderr)
+    return Exit.PROBLEMS
 
 
 def _report(job: Job, speeds: Speeds | None, as_json: bool) -> Exit:

@@ -77,6 +77,7 @@ class Rank:
         num_cores: Its share of those and of its container's quota, in whole cores.
         omp_num_threads: OMP_NUM_THREADS, or None if it is not set.
         cuda_visible_devices: CUDA_VISIBLE_DEVICES, or None if it is not set.
+        namespaces: The namespaces of its process IDs and of its mounts; empty if not known.
     """
 
     rank: int
@@ -85,6 +86,7 @@ class Rank:
     num_cores: int
     omp_num_threads: str | None
     cuda_visible_devices: str | None
+    namespaces: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +97,44 @@ class Node:
         host: The name of its host.
         ranks: Its ranks.
         num_cores: Number of cores that a job may use here, whatever its ranks are bound to.
-        free_nbytes: Free memory in bytes.
-        shm_nbytes: Size of the file system for shared memory in bytes, or None if there is none.
-        shm_free_nbytes: Free space in that file system in bytes, or None if there is none.
+        free_nbytes: Memory that may still be used in bytes; 0 if it is not known.
+        memory_limit: The file with the limit that bounds it, or None if the machine does.
+        address_nbytes: Bytes that a process may still map, or None if there is no limit.
+        promise_nbytes: Bytes that the kernel may still promise, or None if it does not count.
+        shm_nbytes: Size of ``/dev/shm`` in bytes; 0 if there is none.
+        mpi_shm_nbytes: Bytes of it that the MPI library fills; 0 if that is not known.
+        tracking: The way to find weights that were written, or None if a wrong one is asked for.
+        tracking_reason: Why no faster way is used, or None if there is none.
         num_gpus: Number of NVIDIA GPUs that this node shows.
-        window_problem: Why its ranks cannot share a window, or None if they can.
+        sharing_problem: Why its ranks cannot share memory, or None if they can.
     """
 
     host: str
     ranks: tuple[int, ...]
     num_cores: int
     free_nbytes: int
-    shm_nbytes: int | None
-    shm_free_nbytes: int | None
+    memory_limit: str | None
+    address_nbytes: int | None
+    promise_nbytes: int | None
+    shm_nbytes: int
+    mpi_shm_nbytes: int
+    tracking: str | None
+    tracking_reason: str | None
     num_gpus: int
-    window_problem: str | None
+    sharing_problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slurm:
+    """The way Slurm counts the memory of a job.
+
+    Attributes:
+        gather_type: JobAcctGatherType.
+        gather_params: JobAcctGatherParams, or an empty string if it is not set.
+    """
+
+    gather_type: str
+    gather_params: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +148,8 @@ class Job:
         world_size: Number of ranks that the library sees.
         ranks: All ranks, or none if launcher and library do not fit.
         nodes: All nodes, or none if launcher and library do not fit.
+        slurm: The settings of the Slurm that runs it, or None.
+        start_problem: Why MPI has not been started, or None.
     """
 
     library: Library
@@ -131,6 +158,8 @@ class Job:
     world_size: int
     ranks: tuple[Rank, ...] = ()
     nodes: tuple[Node, ...] = ()
+    slurm: Slurm | None = None
+    start_problem: str | None = None
 
     @property
     def launcher_fits(self) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,12 +13,21 @@ from mpi4py import MPI
 from shardopt.cli.doctor.facts import Node, Rank
 from shardopt.cli.doctor.watch import Watch
 from shardopt.comm.flags import NodeFlags
-from shardopt.comm.shared_memory import SHARED_MEMORY_FOLDER
+from shardopt.comm.node_memory.arena import Arena
+from shardopt.comm.node_memory.limits import (
+    MemoryRoom,
+    read_address_room,
+    read_memory_room,
+    read_promise_room,
+)
+from shardopt.comm.node_memory.mpi_shm import mpi_shm_nbytes, read_mpi_shm_size
+from shardopt.comm.node_memory.probing import why_no_pagemap, why_no_userfaultfd
+from shardopt.comm.node_memory.writes import VARIABLE, write_tracking
 from shardopt.comm.topology import Topology, arrange
+from shardopt.errors import HyperparamsError, SharedMemoryError
 from shardopt.measure.cores import QUOTA, bound_to, cores_per_rank, read_quota
 
 _CPUSET = QUOTA.with_name("cpuset.cpus.effective")
-_MEMORY_LIMIT = QUOTA.with_name("memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +56,26 @@ def describe_job(topology: Topology, watch: Watch) -> tuple[tuple[Rank, ...], tu
     """
     comm, node_comm = topology.comm, topology.node_comm
     with watch.together("a test of the nodes' shared memory", comm):
-        window_problem = next(filter(None, node_comm.allgather(try_window(topology))), None)
+        problems = node_comm.allgather(try_sharing(topology))
     with watch.together("the description of the ranks", comm):
-        view = _View(_describe_rank(topology), _describe_node(topology, window_problem))
+        view = _View(_describe_rank(topology), _describe_node(topology, problems))
         views = comm.gather(view) or []
     nodes = {view.rank.node: view.node for view in views}
     return tuple(view.rank for view in views), tuple(nodes[node] for node in sorted(nodes))
 
 
-def try_window(topology: Topology) -> str | None:
+def try_sharing(topology: Topology) -> str | None:
     """Share memory within the node, and describe the problem if there is one.
 
     Collective: every rank of the node.
     """
     comm = topology.node_comm
     try:
-        flags = NodeFlags(comm, 1)
+        flags = NodeFlags(Arena(comm), 1)
     except MPI.Exception as error:
         return f"got {error.error_string}"
+    except (OSError, SharedMemoryError) as error:
+        return f"got {error}"
     numbers = np.array(comm.allgather(topology.rank))
     flags.mine[0] = 1 + topology.rank
     flags.publish()
@@ -71,7 +83,6 @@ def try_window(topology: Topology) -> str | None:
     flags.acquire()
     unseen = numbers[flags.all[:, 0] != 1 + numbers].tolist()
     comm.Barrier()
-    flags.free()
     if not unseen:
         return None
     return f"got memory in which rank {topology.rank} does not see what rank {unseen[0]} stores"
@@ -85,30 +96,48 @@ def _describe_rank(topology: Topology) -> Rank:
         num_cores=cores_per_rank(topology),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        namespaces=_read_namespaces(),
     )
 
 
-def _describe_node(topology: Topology, window_problem: str | None) -> Node:
-    shm_nbytes, shm_free_nbytes = _measure_folder(SHARED_MEMORY_FOLDER)
+def _read_namespaces() -> tuple[str, ...]:
+    try:
+        return tuple(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "mnt"))
+    except OSError:
+        return ()
+
+
+def _describe_node(topology: Topology, problems: Sequence[str | None]) -> Node:
+    room = read_memory_room() or MemoryRoom(0, None)
+    tracking, reason = _describe_tracking()
     return Node(
         host=platform.node(),
         ranks=tuple(topology.node_comm.allgather(topology.rank)),
         num_cores=min(_count_node_cores(_CPUSET), read_quota(QUOTA)),
-        free_nbytes=_free_nbytes(),
-        shm_nbytes=shm_nbytes,
-        shm_free_nbytes=shm_free_nbytes,
+        free_nbytes=room.free_nbytes,
+        memory_limit=room.limit,
+        address_nbytes=read_address_room(),
+        promise_nbytes=read_promise_room(),
+        shm_nbytes=read_mpi_shm_size(),
+        mpi_shm_nbytes=mpi_shm_nbytes(MPI.Get_library_version(), topology.node_comm.size),
+        tracking=tracking,
+        tracking_reason=reason,
         num_gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        window_problem=window_problem,
+        sharing_problem=next(filter(None, problems), None),
     )
 
 
-def _measure_folder(path: str) -> tuple[int, int] | tuple[None, None]:
-    """Return the size and the free space of a file system in bytes, or None if there is none."""
+def _describe_tracking() -> tuple[str | None, str | None]:
+    """Return the way to find written weights, and why no faster way is used."""
     try:
-        status = os.statvfs(path)
-    except OSError:
-        return None, None
-    return status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
+        name = write_tracking().name
+    except HyperparamsError as error:
+        return None, str(error)
+    if os.environ.get(VARIABLE):
+        return name, f"{VARIABLE} asks for it."
+    reasons = {"pagemap": (why_no_userfaultfd,), "compare": (why_no_userfaultfd, why_no_pagemap)}
+    found = (reason() for reason in reasons.get(name, ()))
+    return name, " ".join(filter(None, found)) or None
 
 
 def _count_node_cores(cpuset: Path) -> int:
@@ -118,15 +147,3 @@ def _count_node_cores(cpuset: Path) -> int:
         return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
     except (OSError, ValueError):
         return os.cpu_count() or 1
-
-
-def _free_nbytes() -> int:
-    """Return the free memory of this node or container in bytes; 0 if it is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free_kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        limit = _MEMORY_LIMIT.read_text() if _MEMORY_LIMIT.exists() else ""
-    except (OSError, StopIteration):
-        return 0
-    nbytes = 1024 * int(free_kib)
-    return min(nbytes, int(limit)) if limit.strip().isdecimal() else nbytes

@@ -3,23 +3,23 @@
 from shardopt.cli import text
 from shardopt.cli.doctor.facts import Job, Node, starts
 from shardopt.cli.doctor.finding import Finding, Level
-
-_ITEMSIZE = 4  # float32
-_MOMENTS_NBYTES = 8  # per parameter
-_SMALL_SHM = 0.1  # of the parameters that fit in memory
+from shardopt.cli.doctor.memory_findings import judge_memory
+from shardopt.comm.node_memory.mpi_shm import MPI_SHM_FOLDER
 
 
 def judge_job(job: Job) -> list[Finding]:
-    """Judge the job; if launcher and library do not fit, that is the only finding."""
+    """Judge the job; what kept MPI from being started leaves nothing else to judge."""
     if not job.launcher_fits:
         return [_judge_launcher(job)]
+    if job.start_problem:
+        problem = Finding(Level.PROBLEM, MPI_SHM_FOLDER, job.start_problem)
+        return [_judge_launcher(job), problem]
     return [
         _judge_launcher(job),
         _judge_nodes(job),
         _judge_cores(job),
         _judge_threads(job),
-        _judge_windows(job),
-        _judge_shared_memory(job),
+        *judge_memory(job),
         _judge_thread_level(job),
         _judge_gpus(job),
     ]
@@ -63,14 +63,16 @@ def _judge_nodes(job: Job) -> Finding:
     sizes = [len(node.ranks) for node in job.nodes]
     hosts = [node.host for node in job.nodes]
     shown = text.some([f"{node.host} {len(node.ranks)}" for node in job.nodes])
+    apart = find_separated(job)
+    if apart:
+        return apart
     twice = next((host for host in hosts if hosts.count(host) > 1), None)
     if twice:
         return Finding(
             Level.PROBLEM,
             "nodes",
             f"ranks on one host must share its memory; got {hosts.count(twice)} groups of ranks on "
-            f"{twice} that do not. Start them in one container, or let the containers share "
-            "/dev/shm and process IDs (docker run --ipc=host --pid=host).",
+            f"{twice} that do not. Start them in one container.",
         )
     if not job.is_even:
         return Finding(
@@ -84,6 +86,29 @@ def _judge_nodes(job: Job) -> Finding:
     each = f" each on {nodes}" if len(sizes) > 1 else f" on {nodes}"
     told = f"{ranks}{each}: one copy of the parameters per node."
     return Finding(Level.OK, "nodes", told)
+
+
+def find_separated(job: Job) -> Finding | None:
+    """Return a finding if ranks on one host have process IDs or mounts of their own."""
+    for host in dict.fromkeys(node.host for node in job.nodes):
+        here = [rank for rank in job.ranks if job.nodes[rank.node].host == host]
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for rank in here:
+            groups.setdefault(rank.namespaces, []).append(rank.rank)
+        if len(groups) == 1:
+            continue
+        pids = {namespaces[:1] for namespaces in groups}
+        what = "process IDs" if len(pids) > 1 else "mounts"
+        shown = text.some([f"ranks {text.ranges(ranks)}" for ranks in groups.values()])
+        return Finding(
+            Level.PROBLEM,
+            "nodes",
+            f"ranks on one host must be in one container to share its memory; got {len(groups)} "
+            f"groups with {what} of their own on {host}: {shown}. Each counts as a node, with its "
+            "own parameters and messages. Start one container per host, or share process IDs "
+            "and mounts (docker run --pid=host; shareProcessNamespace: true in a pod).",
+        )
+    return None
 
 
 def _judge_cores(job: Job) -> Finding:
@@ -168,49 +193,6 @@ def _judge_threads(job: Job) -> Finding:
             "OMP_NUM_THREADS (Open MPI), -genvlist OMP_NUM_THREADS (MPICH).",
         )
     return Finding(Level.OK, "threads", f"OMP_NUM_THREADS is {wanted[0] or 'not set'}.")
-
-
-def _judge_windows(job: Job) -> Finding:
-    for node in job.nodes:
-        if node.window_problem:
-            return Finding(
-                Level.PROBLEM,
-                "windows",
-                f"ranks of {node.host} must be able to share memory; {node.window_problem}. Start "
-                "them in one container, make sure that /dev/shm is writable, or pass "
-                "ShardPolicy(share_node=False).",
-            )
-    told = "shared memory can be allocated, and ranks of a node see each other's stores."
-    return Finding(Level.OK, "windows", told)
-
-
-def room_for(job: Job, node: Node) -> int:
-    """Return the number of float32 parameters that a node's shared memory has room for.
-
-    It holds the parameters once and the gradients of every rank. If nodes are uneven, each rank has
-    its own parameters.
-    """
-    size = len(node.ranks)
-    copies = 1 + size if job.is_even else 2 * size
-    return (node.shm_free_nbytes or 0) // (_ITEMSIZE * copies)
-
-
-def _judge_shared_memory(job: Job) -> Finding:
-    node = min(job.nodes, key=lambda node: room_for(job, node))
-    room, size = room_for(job, node), len(node.ranks)
-    free = text.nbytes(node.shm_free_nbytes or 0)
-    shown = f"{text.number(room)} float32 parameters"
-    memory_room = node.free_nbytes // (_ITEMSIZE * (1 + size) + _MOMENTS_NBYTES)
-    if room < _SMALL_SHM * memory_room:
-        return Finding(
-            Level.PROBLEM,
-            "shared memory",
-            f"/dev/shm must hold parameters and gradients; got {free} free on {node.host}: enough "
-            f"for {shown}, while its memory has room for {text.number(memory_room)}. Enlarge it: "
-            "mount -o remount,size=... or docker run --shm-size=...",
-        )
-    told = f"{free} free in /dev/shm on {node.host}: enough for models of up to {shown}."
-    return Finding(Level.OK, "shared memory", told)
 
 
 def _judge_thread_level(job: Job) -> Finding:

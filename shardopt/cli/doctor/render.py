@@ -10,7 +10,7 @@ from shardopt.cli.doctor.finding import Finding, Level
 _WIDTH = 100
 _MAX_ROWS = 32  # of a table; the findings name the slowest of all
 _NODE_HEADS = (
-    *("node", "host", "ranks", ">cores", "binding", ">/dev/shm free"),
+    *("node", "host", "ranks", ">cores", "binding", ">free memory"),
     *(">memory", ">barrier", ">network"),
 )
 _LINK_HEADS = ("link", ">latency", ">both ways at once, each")
@@ -46,9 +46,6 @@ def _overview(job: Job) -> list[tuple[str, str]]:
 
 def _node_rows(job: Job, speeds: Speeds) -> Iterator[tuple[str, ...]]:
     for number, node in enumerate(job.nodes):
-        shm = "none"
-        if node.shm_nbytes is not None and node.shm_free_nbytes is not None:
-            shm = f"{text.nbytes(node.shm_free_nbytes)} of {text.nbytes(node.shm_nbytes)}"
         barrier_s = speeds.barrier_s[number]
         yield (
             str(number),
@@ -56,7 +53,7 @@ def _node_rows(job: Job, speeds: Speeds) -> Iterator[tuple[str, ...]]:
             text.clip(text.ranges(node.ranks), 9),
             str(node.num_cores),
             _binding(job, number),
-            shm,
+            text.nbytes(node.free_nbytes) if node.free_nbytes else "?",
             text.rate(speeds.memory[number]),
             text.seconds(barrier_s) if barrier_s else "-",
             text.rate(speeds.exchange[number]) if speeds.exchange else "-",

@@ -10,6 +10,7 @@ import pytest
 
 from shardopt.cli import main
 from tests.conftest import read_job_env
+from tests.support.shm import limit_shm
 
 ROOT = Path(__file__).parents[3]
 DOCTOR = ["-m", "shardopt.cli", "doctor"]
@@ -17,9 +18,9 @@ DOCTOR = ["-m", "shardopt.cli", "doctor"]
 
 @pytest.fixture
 def run(mpirun):
-    def run(num_ranks, *args, **settings):
+    def run(num_ranks, *args, env=None, **settings):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return mpirun(num_ranks, *args, env={"PYTHONPATH": path}, **settings)
+        return mpirun(num_ranks, *args, env={"PYTHONPATH": path, **(env or {})}, **settings)
 
     return run
 
@@ -38,10 +39,13 @@ def test_a_job_of_this_machine(run, num_ranks):
     (node,) = found["nodes"]
     assert node["host"] == os.uname().nodename
     assert node["ranks"] == list(range(num_ranks))
-    assert node["window_problem"] is None
+    assert node["sharing_problem"] is None
     shm = os.statvfs("/dev/shm")
     assert node["shm_nbytes"] == shm.f_blocks * shm.f_frsize
-    assert 0 < node["shm_free_nbytes"] <= node["shm_nbytes"]
+    assert 0 < node["mpi_shm_nbytes"] <= node["shm_nbytes"]
+    assert node["free_nbytes"] > 0
+    assert node["tracking"] in ("userfaultfd", "pagemap", "compare")
+    assert (node["tracking"] == "userfaultfd") == (node["tracking_reason"] is None)
     assert [rank["rank"] for rank in found["ranks"]] == list(range(num_ranks))
     assert {rank["omp_num_threads"] for rank in found["ranks"]} == {"1"}
     assert {tuple(rank["cores"]) for rank in found["ranks"]} == {
@@ -50,9 +54,58 @@ def test_a_job_of_this_machine(run, num_ranks):
     assert speeds["memory"][0] > 0
     assert bool(speeds["barrier_s"][0]) == (num_ranks > 1)
     assert speeds["links"] == speeds["exchange"] == []
-    assert {"launcher", "nodes", "windows", "network", "step"} <= {
+    assert {"launcher", "nodes", "shared memory", "/dev/shm", "write tracking", "step"} <= {
         finding["topic"] for finding in content["findings"]
     }
+
+
+def loads_mpich():
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().startswith("MPICH")
+
+
+def test_a_dev_shm_too_small_for_mpich(run, mpirun):
+    """MPI is not started where it may crash; without UCX's part it needs less."""
+    if not loads_mpich():
+        pytest.skip("only MPICH may crash")
+    settings = {"options": limit_shm(mpirun, "3m")}
+    job = run(2, *DOCTOR, "--quick", "--json", **settings)
+    assert (job.returncode, job.stderr) == (1, "")
+    fits, shm = json.loads(job.stdout)["findings"]  # one object, though both ranks ran
+    assert (fits["topic"], fits["level"]) == ("launcher", "ok")
+    assert (shm["topic"], shm["level"]) == ("/dev/shm", "problem")
+    told = "/dev/shm must have 10,936,320 bytes for the messages of MPICH on 2 ranks; got 3,145,728"
+    assert told in shm["text"]
+    assert "set UCX_TLS=^posix" in shm["text"]
+    assert "/dev/shm must have" in run(2, *DOCTOR, "--quick", **settings).stdout
+    job = run(2, *DOCTOR, "--quick", "--json", env={"UCX_TLS": "^posix"}, **settings)
+    levels = {f["topic"]: f["level"] for f in json.loads(job.stdout)["findings"]}
+    assert levels["/dev/shm"] == "ok"
+
+
+def test_open_mpi_without_dev_shm(run, mpirun):
+    if loads_mpich():
+        pytest.skip("MPICH needs a little")
+    job = run(2, *DOCTOR, "--quick", "--json", options=limit_shm(mpirun, "4k"))
+    levels = {f["topic"]: f["level"] for f in json.loads(job.stdout)["findings"]}
+    assert levels["shared memory"] == "ok"
+    assert levels["/dev/shm"] == "note"
+
+
+@pytest.mark.parametrize("way", ["pagemap", "compare", "magic"])
+def test_the_way_to_find_written_weights(run, way):
+    job = run(1, *DOCTOR, "--quick", "--json", env={"SHARDOPT_WRITE_TRACKING": way})
+    content = json.loads(job.stdout)
+    (finding,) = [f for f in content["findings"] if f["topic"] == "write tracking"]
+    if way == "magic":
+        assert finding["level"] == "problem"
+        assert "SHARDOPT_WRITE_TRACKING must be one of" in finding["text"]
+        assert "got 'magic'" in finding["text"]
+        return
+    assert content["job"]["nodes"][0]["tracking"] == way
+    assert finding["level"] == "note"
+    assert "SHARDOPT_WRITE_TRACKING asks for it." in finding["text"]
 
 
 def alone(*words, **environ):

@@ -7,7 +7,8 @@ import pytest
 from shardopt.cli.doctor import facts
 from shardopt.cli.doctor.facts import Job
 from shardopt.cli.doctor.finding import Level
-from shardopt.cli.doctor.job_findings import judge_job, room_for
+from shardopt.cli.doctor.job_findings import judge_job
+from shardopt.cli.doctor.memory_findings import room_for
 from shardopt.cli.doctor.speed_findings import judge_speeds
 from tests.support.doctor import (
     MPICH,
@@ -68,7 +69,8 @@ def test_nodes_of_unequal_sizes():
     finding = judge(job, "nodes")
     assert finding.level is Level.PROBLEM
     assert "got h1 2, h2 1" in finding.text
-    assert room_for(job, job.nodes[0]) == (24 << 30) // 16  # each rank its own parameters
+    # each rank has its own parameters and gradients, and a third of the moments
+    assert room_for(job, job.nodes[0]) == pytest.approx((64 << 30) / 2 / (8 + 8 / 3))
     assert "not estimated" in judge(job, "step").text
 
 
@@ -76,6 +78,22 @@ def test_two_groups_on_one_host():
     finding = judge(with_node(make_job(), 1, host="h1"), "nodes")
     assert finding.level is Level.PROBLEM
     assert "got 2 groups of ranks on h1" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [(("pid:2", "mnt:2"), "process IDs"), (("pid:1", "mnt:2"), "mounts")],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_containers_on_one_host(other, what, together):
+    """What separates the ranks is named, whether or not MPI takes them for one node."""
+    job = make_job((4,)) if together else with_node(make_job((2, 2)), 1, host="h1")
+    ranks = [replace(rank, namespaces=other) if rank.rank > 1 else rank for rank in job.ranks]
+    finding = judge(replace(job, ranks=tuple(ranks)), "nodes")
+    assert finding.level is Level.PROBLEM
+    told = f"got 2 groups with {what} of their own on h1: ranks 0-1, ranks 2-3. Each counts as a"
+    assert told in finding.text
+    assert "shareProcessNamespace: true" in finding.text
 
 
 def test_more_ranks_than_cores():
@@ -118,22 +136,6 @@ def test_threads(numbers, told):
     finding = judge(replace(job, ranks=tuple(ranks)), "threads")
     assert finding.level is Level.NOTE
     assert told in finding.text
-
-
-def test_a_small_shared_memory():
-    job = with_node(make_job(), 1, shm_nbytes=64 << 20, shm_free_nbytes=60_000_000)
-    assert room_for(job, job.nodes[1]) == 60_000_000 // (4 * (1 + 2))
-    finding = judge(job, "shared memory")
-    assert finding.level is Level.PROBLEM
-    assert "got 60.0 MB free on h2: enough for 5.00 M float32 parameters" in finding.text
-    job = with_node(make_job(), 0, shm_nbytes=None, shm_free_nbytes=None)
-    assert judge(job, "shared memory").level is Level.PROBLEM
-
-
-def test_windows_that_are_not_shared():
-    finding = judge(with_node(make_job(), 1, window_problem="got MPI_ERR_OTHER"), "windows")
-    assert finding.level is Level.PROBLEM
-    assert finding.text.startswith("ranks of h2 must be able to share memory; got MPI_ERR_OTHER.")
 
 
 def test_levels_of_threads_and_gpus():

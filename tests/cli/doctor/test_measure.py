@@ -43,7 +43,7 @@ def test_measurements_of_any_nodes(comm, max_nodes):
     assert [node.ranks for node in nodes] == [
         tuple(rank for rank in range(comm.size) if colors[rank] == color) for color in range(count)
     ]
-    assert not any(node.window_problem for node in nodes)
+    assert not any(node.sharing_problem for node in nodes)
     pairs = sorted(pair for pairs in plan_rounds(count) for pair in pairs)
     assert [link.nodes for link in speeds.links] == pairs
     for rates in (speeds.memory, speeds.exchange or speeds.memory):

@@ -1,0 +1,106 @@
+"""The arrays of a region in the memory of a node, and where each of them begins."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.padding import place_arrays
+from shardopt.layout.partition import Partition
+from shardopt.layout.state_spec import PARAM_KEY, state_specs
+
+
+@dataclass(frozen=True, slots=True)
+class NodeArray:
+    """An array that all ranks of a node address.
+
+    Attributes:
+        region: Index of the region.
+        key: ``PARAM_KEY``, the name of an array of the state, ``grad<node_rank>`` or ``sum``.
+        number: Its number among the arrays that are walked side by side; see
+            [Note: padding between arrays].
+        dtype: Of its elements.
+        numel: Their number.
+        start: Where it begins in its piece of memory, in bytes.
+    """
+
+    region: int
+    key: str
+    number: int
+    dtype: str
+    numel: int
+    start: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Its length in bytes."""
+        return self.numel * self.itemsize
+
+    @property
+    def slice(self) -> slice:
+        """Its bytes, for indexing a piece of memory."""
+        return slice(self.start, self.start + self.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeArrays:
+    """Arrays in one piece of memory, ``nbytes`` long."""
+
+    arrays: tuple[NodeArray, ...]
+    nbytes: int
+
+
+def plan_param_arrays(partition: Partition, regions: Iterable[int]) -> NodeArrays:
+    """Lay out the parameters of some regions."""
+    arrays = []
+    for index in regions:
+        region = partition.regions[index]
+        arrays.append(NodeArray(index, PARAM_KEY, 0, region.dtype, region.numel))
+    return _placed(arrays)
+
+
+def plan_state_arrays(partition: Partition, node: int, regions: Iterable[int]) -> NodeArrays:
+    """Lay out the optimizer state of the shards of a node; see [Note: the state of a node]."""
+    arrays = []
+    for index in regions:
+        region = partition.regions[index]
+        numel, first = partition.node_numel(node, index), 1 + partition.node_size
+        arrays += [
+            NodeArray(index, spec.key, first + i, spec.dtype, numel)
+            for i, spec in enumerate(state_specs(region.dtype))
+        ]
+    return _placed(arrays)
+
+
+def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) -> NodeArrays:
+    """Lay out the gradients of all ranks and, with several nodes, the node's sums over all nodes.
+
+    On a single node the kernel sums gradients where they are.
+    """
+    arrays = []
+    for index in regions:
+        region, node_size = partition.regions[index], partition.node_size
+        arrays += [
+            NodeArray(index, f"grad{rank}", 1 + rank, region.dtype, region.numel)
+            for rank in range(node_size)
+        ]
+        if partition.num_nodes > 1:
+            behind = 1 + node_size + len(state_specs(region.dtype))
+            dtype, numel = compute_dtype(region.dtype), partition.node_numel(node, index)
+            arrays.append(NodeArray(index, "sum", behind, dtype, numel))
+    return _placed(arrays)
+
+
+def _placed(arrays: list[NodeArray]) -> NodeArrays:
+    starts, nbytes = place_arrays((array.number, array.nbytes) for array in arrays)
+    placed = [
+        NodeArray(a.region, a.key, a.number, a.dtype, a.numel, start)
+        for a, start in zip(arrays, starts, strict=True)
+    ]
+    return NodeArrays(tuple(placed), nbytes)
