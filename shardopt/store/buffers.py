@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shardopt.backends.base import Rows
 from shardopt.layout.dtypes import has_master
+from shardopt.layout.padding import PAGE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,4 +112,4 @@ class ShardBuffers:
     def _touch_first(self) -> None:
         """Write to each part from the rank that will update it: its pages are near its core."""
         for shard in self.shards:
-            self.params[self.local(shard).slice] = 0
+            self.params[self.local(shard).slice].view(np.uint8)[::PAGE_NBYTES] = 0
