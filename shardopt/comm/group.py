@@ -1,4 +1,4 @@
-"""What all optimizers on one communicator share.
+"""Communicators, memory and failure detection that the optimizers on a communicator share.
 
 [Note: optimizers share communicators]
 An MPI library has room for some 2,000 communicators, so optimizers do not make their own. They

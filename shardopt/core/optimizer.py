@@ -326,7 +326,7 @@ class Optimizer(Generic[P]):
         return loaded.others
 
     def adopt(self, rank: int = 0) -> None:
-        """Give all ranks the parameters of one, with whatever was written to them there.
+        """Set the parameters of all ranks to those of one, with what was written to them there.
 
         What other ranks have written to theirs is gone.
 
@@ -357,7 +357,7 @@ class Optimizer(Generic[P]):
         self.last_step = self.last_step.without_poison()
 
     def close(self) -> None:
-        """Let go of gradients and moments. Parameters stay readable, with the values they have.
+        """Release gradients and moments. Parameters stay readable, with the values they have.
 
         Collective: every rank.
         """

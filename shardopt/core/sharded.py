@@ -106,7 +106,7 @@ class Sharded(Protocol):
         ...
 
     def trim(self) -> None:
-        """Give back the memory of state that is not in use, such as that of frozen parameters.
+        """Release the memory of state that is not in use, such as that of frozen parameters.
 
         Reading it, to save it, and loading zeros take memory for it.
         """

@@ -16,7 +16,7 @@ from shardopt.params.writes import MASTER_KEY, UserWrites, Written, agree_on_wri
 
 @dataclass(frozen=True)
 class UserChanges:
-    """What the user of this rank has done to parameters and state since the last step.
+    """Changes that the user of this rank has made to parameters and state since the last step.
 
     Attributes:
         replaced: Arrays that were assigned in place of parameters' views, by parameter index.
@@ -34,7 +34,7 @@ class UserChanges:
 
 @dataclass(frozen=True)
 class AgreedChanges:
-    """What has been done to parameters and state on some rank; the same on every rank.
+    """Changes that users have made to parameters and state; the same on every rank.
 
     Attributes:
         winners: The lowest rank that has replaced a parameter, by parameter index.
@@ -138,7 +138,7 @@ class SharedParams:
         return AgreedChanges(winners, agreed, [describe(each, names) for each in diverged], edits)
 
     def adopt(self, mine: UserChanges, agreed: AgreedChanges) -> int:
-        """Bring new values to the memory of nodes.
+        """Copy new values to the memory of nodes.
 
         A replaced parameter gets the value of the lowest rank that has replaced it, on every node.
         Of what was written in place each owner adopts its shards, on its own node only.
@@ -164,7 +164,7 @@ class SharedParams:
         self._writes.refresh()
 
     def settle(self, step: int, changes: UserChanges) -> AgreedChanges:
-        """Bring what users have done to all nodes now, rather than in the next step.
+        """Adopt what users have done on all nodes now, rather than in the next step.
 
         Collective: every rank.
 
@@ -180,6 +180,7 @@ class SharedParams:
         if agreed:
             self.adopt(changes, agreed)
             self.publish_written(agreed, step)
+            parts.start_step(step + 1)  # what backward has sent so far is sent again
         self.refresh()
         return agreed
 
@@ -208,7 +209,7 @@ class SharedParams:
             self._parts.meet(step, "adopt")
 
     def adopt_from(self, root: int, changes: UserChanges, step: int) -> None:
-        """Give all parameters the values that they have on one rank.
+        """Set all parameters to the values that they have on one rank.
 
         Collective: every rank.
 

@@ -42,7 +42,7 @@ _MIN_CHUNK_NBYTES = 1 << 20
 _TOKEN_NBYTES = 16
 
 
-class _Place:
+class _Buffer:
     """Part of a mapping as an object that arrays are made of; they keep it and its arena alive."""
 
     def __init__(self, arena: "Arena", mapping: Mapping, span: Span) -> None:
@@ -119,18 +119,18 @@ class _Range:
     Args:
         chunk: The chunk it is in.
         span: Its bytes, counted from the start of the chunk.
-        places: What arrays keep alive.
+        buffers: What arrays keep alive.
         on_death: Called once all of them are gone on this rank.
     """
 
     def __init__(
-        self, chunk: _Chunk, span: Span, places: Sequence[_Place], on_death: Callable[[], object]
+        self, chunk: _Chunk, span: Span, buffers: Sequence[_Buffer], on_death: Callable[[], object]
     ) -> None:
         self.chunk = chunk
         self.span = span
-        self._num_alive = len(places)
+        self._num_alive = len(buffers)
         self._on_death = on_death
-        self._references = [weakref.ref(place, self._note_death) for place in places]
+        self._references = [weakref.ref(buffer, self._note_death) for buffer in buffers]
 
     def _note_death(self, _: object) -> None:
         self._num_alive -= 1
@@ -142,10 +142,10 @@ class Arena:
     """The memory of a node: ranges of one file in memory, in chunks that at least double.
 
     The file has no name and ends with the last process that maps it; nothing is left behind,
-    however a job ends, and nothing is taken from /dev/shm. Memory never moves. A range is given
-    back once no rank holds an array of it, which ranks find out together when they next allocate.
+    however a job ends, and nothing is taken from /dev/shm. Memory never moves. A range of which no
+    rank holds an array any more is released by the next ``reclaim``.
 
-    Collective over the node: construction and ``allocate``.
+    Collective over the node: construction, ``allocate`` and ``reclaim``.
 
     Args:
         node_comm: The ranks of the node.
@@ -185,17 +185,17 @@ class Arena:
         nbytes = round_up(max(1, nbytes), PAGE_NBYTES)
         alignment = PERIOD_NBYTES if nbytes >= PERIOD_NBYTES else PAGE_NBYTES
         chunk, span = self._take(nbytes, alignment, private)
-        places = [_Place(self, chunk.shared, span)]
+        buffers = [_Buffer(self, chunk.shared, span)]
         if chunk.private is not None:
-            places.append(_Place(self, chunk.private, span))
+            buffers.append(_Buffer(self, chunk.private, span))
         on_death = functools.partial(self._unused.add, self._num_ranges)
-        self._ranges[self._num_ranges] = _Range(chunk, span, places, on_death)
+        self._ranges[self._num_ranges] = _Range(chunk, span, buffers, on_death)
         self._num_ranges += 1
-        arrays = [place.array() for place in places]
+        arrays = [buffer.array() for buffer in buffers]
         return NodeMemory(arrays[0], arrays[-1])
 
     def trim(self, array: NDArray[Any]) -> None:
-        """Give back the whole pages of an array of node memory, if it is zero, to read as zero.
+        """Release the whole pages of an array of node memory that is zero; it still reads as zero.
 
         Nobody else may write to it at the same time.
         """
@@ -211,19 +211,16 @@ class Arena:
 
     def _take(self, nbytes: int, alignment: int, private: bool) -> tuple[_Chunk, Span]:
         chunks = [chunk for chunk in self.chunks if (chunk.private is not None) == private]
-        for is_reclaimed in (False, True):
-            if is_reclaimed:
-                self.reclaim()  # it takes a collective, so only if there is no room
-            for chunk in chunks:
-                if (span := chunk.take(nbytes, alignment)) is not None:
-                    return chunk, span
-        so_far = sum(chunk.shared.nbytes for chunk in chunks)
-        chunk = self._add_chunk(
-            round_up(max(nbytes, so_far, _MIN_CHUNK_NBYTES), PERIOD_NBYTES), private
-        )
-        span = chunk.take(nbytes, alignment)
-        assert span is not None
-        return chunk, span
+        taken = _take_from(chunks, nbytes, alignment)
+        if taken is None:
+            self.reclaim()  # which takes a collective, so only if there is no room
+            taken = _take_from(chunks, nbytes, alignment)
+        if taken is None:
+            so_far = sum(chunk.shared.nbytes for chunk in chunks)
+            chunk_nbytes = round_up(max(nbytes, so_far, _MIN_CHUNK_NBYTES), PERIOD_NBYTES)
+            taken = _take_from([self._add_chunk(chunk_nbytes, private)], nbytes, alignment)
+        assert taken is not None
+        return taken
 
     def _add_chunk(self, nbytes: int, private: bool) -> _Chunk:
         """Make the file longer and map what is new.
@@ -262,7 +259,7 @@ class Arena:
         return _Chunk(self._nbytes, shared, own, [Span(0, nbytes)])
 
     def reclaim(self) -> None:
-        """Give back the ranges of which no rank holds an array any more. Collective."""
+        """Release the ranges of which no rank holds an array any more. Collective."""
         unused = sorted(set.intersection(*self.comm.allgather(set(self._unused))))
         if not unused:
             return
@@ -277,6 +274,14 @@ class Arena:
         self.comm.Barrier()  # all of it is zero again
 
 
+def _take_from(chunks: Sequence[_Chunk], nbytes: int, alignment: int) -> tuple[_Chunk, Span] | None:
+    """Take a range from the first chunk with room; return None if there is none."""
+    for chunk in chunks:
+        if (span := chunk.take(nbytes, alignment)) is not None:
+            return chunk, span
+    return None
+
+
 _arenas: "weakref.WeakSet[Arena]" = weakref.WeakSet()
 
 
@@ -286,7 +291,7 @@ def _watch_forks() -> None:
 
 
 def _leave_node() -> None:
-    """Make node memory read-only for its ranks in a forked child: what it writes is its own.
+    """Make what a forked child writes to node memory the child's own.
 
     A child inherits shared mappings, and a backward pass in it would add to the gradients of its
     parent. It goes on to see what the ranks write.

@@ -196,7 +196,7 @@ def drop_pages(address: int, nbytes: int) -> bool:
 
 
 def punch_hole(fd: int, offset: int, nbytes: int) -> None:
-    """Give back the memory of a range of a file, which reads as zeros from then on."""
+    """Release the memory of a range of a file, which reads as zeros from then on."""
     _assert_pages(offset, nbytes)
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
     _checked(
