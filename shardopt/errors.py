@@ -38,6 +38,10 @@ class ClosedError(ShardoptError, RuntimeError):
     """An optimizer was used after ``close()`` or ``MPI.Finalize()``, or in a forked child."""
 
 
+class CallOrderError(ShardoptError, RuntimeError):
+    """Calls were made in an order in which they mean nothing."""
+
+
 class ThreadError(ShardoptError, RuntimeError):
     """Two threads used the optimizers of one communicator at the same time."""
 
@@ -62,12 +66,28 @@ class NoGradientWarning(RuntimeWarning):
     """A step found no gradient on any rank."""
 
 
+class EditedGradientsWarning(RuntimeWarning):
+    """A rank's gradients were changed before they are averaged, which changes its part alone."""
+
+
 class DivergedWarning(RuntimeWarning):
     """Ranks have written different values into a parameter or its state."""
 
 
 class PartialStateWarning(RuntimeWarning):
     """A state dict is that of one node of several, and not the whole."""
+
+
+class CompileCacheWarning(RuntimeWarning):
+    """Compiled code cannot be kept on disk, so that every process compiles anew."""
+
+
+class StaleStateWarning(RuntimeWarning):
+    """A state of optax is kept that cannot be gone back to, as its moments are gone."""
+
+
+class LostStateWarning(RuntimeWarning):
+    """A parameter came back to an optimizer that has let go of its state."""
 
 
 class CheckpointWarning(RuntimeWarning):

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lucid import Tensor
-from lucid.nn import Parameter
+from lucid.nn import Module, Parameter
 from lucid.optim import Optimizer as LucidOptimizer
 
 from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
-from shardopt.params.adapter import ArrayAdapter, array_error
+from shardopt.params.adapter import ArrayAdapter, array_error, model_error
 from shardopt.params.groups import defaults_of, make_groups
+from shardopt.params.model import ModelContent, content_of
 from shardopt.policy import ShardPolicy
 from shardopt.rule.nadam import mu_product_at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from mpi4py import MPI
 
@@ -44,8 +46,9 @@ class NAdam(InPlaceFrontEnd):
     Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
 
     Args:
-        params: ``model.parameters()``, (name, parameter) pairs, or dicts with ``params`` and
-            hyperparameters.
+        params: A module, ``model.parameters()``, (name, parameter) pairs, or dicts with ``params``
+            and hyperparameters. A module, its ``parameters()`` and pairs give parameters the names
+            that messages and checkpoints show.
         lr: Learning rate.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
@@ -85,9 +88,12 @@ class NAdam(InPlaceFrontEnd):
         policy: ShardPolicy | None = None,
     ) -> None:
         defaults = defaults_of(locals())
+        if isinstance(params, Module):
+            params = _named_parameters(params)
+        names = _names_behind(params)
         self.core = Optimizer(
             attempt(make_groups, params, defaults),
-            adapter=_LucidAdapter(),
+            adapter=_LucidAdapter(names),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
@@ -109,13 +115,16 @@ class NAdam(InPlaceFrontEnd):
 class _LucidAdapter(ArrayAdapter[Parameter]):
     """See ``Adapter``."""
 
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = names
+
     def name(self, param: Parameter) -> str | None:
         if not isinstance(param, Parameter):
             raise PartitionError(
                 f"params must hold lucid.nn.Parameter; got {type(param).__name__}. "
                 "Pass model.parameters(), or wrap tensors: nn.Parameter(tensor)."
             )
-        return None
+        return self._names.get(id(param))
 
     def data(self, param: Parameter, name: str) -> FloatArray:
         return _dense_array("data", name, param.data)
@@ -136,6 +145,61 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
         if "mu_product" in entry:
             return entry
         return {**entry, "mu_product": mu_product_at(float(entry["step"]), hyper)}
+
+    def read_model(
+        self, model: Any, params: Sequence[Parameter], saved: Collection[str] | None
+    ) -> ModelContent:
+        if not isinstance(model, Module):
+            raise model_error("a lucid.nn.Module", model, "Pass the module itself")
+        return content_of(_state(model), params, Tensor, Parameter)
+
+    def load_model(
+        self,
+        model: Module,
+        params: Sequence[Parameter],
+        content: ModelContent,
+        values: Mapping[str, Any],
+    ) -> tuple[Module, Sequence[str]]:
+        arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
+        model.load_state_dict(arrays, strict=False)  # the optimizer has the rest
+        return model, []
+
+
+def to_stored(tensor: Tensor) -> tuple[Any, str]:
+    """Return a tensor's array, and its form."""
+    return tensor.numpy(), f"lucid.{tensor.numpy().dtype.name}"
+
+
+def from_stored(array: Any, form: str) -> Tensor:
+    """Return a tensor of an array."""
+    return Tensor(array)
+
+
+def _names_behind(params: Any) -> dict[int, str]:
+    """Return the names of the parameters that a fresh ``module.parameters()`` is going to yield.
+
+    The generator has the module among its local variables. Anything else has no names.
+    """
+    if not inspect.isgenerator(params) or params.gi_code is not Module.parameters.__code__:
+        return {}
+    module = inspect.getgeneratorlocals(params).get("self")
+    if not isinstance(module, Module):
+        return {}
+    return {id(param): name for name, param in _named_parameters(module)}
+
+
+def _named_parameters(module: Module) -> list[tuple[str, Parameter]]:
+    """Return the parameters of a module with their names; tied ones once, by the first name."""
+    found = {id(value): (name, value) for name, value in reversed(_state(module).items())}
+    return [
+        (name, value)
+        for name, value in _state(module).items()
+        if isinstance(value, Parameter) and found[id(value)][0] == name
+    ]
+
+
+def _state(module: Module) -> dict[str, Any]:
+    return dict(module.state_dict(keep_vars=True))
 
 
 def _dense_array(role: str, name: str, value: Any) -> FloatArray:

@@ -42,7 +42,7 @@ class Parameter:
         name: The name given, or None.
     """
 
-    __slots__ = ("data", "grad", "name")
+    __slots__ = ("__weakref__", "data", "grad", "name")
 
     def __init__(self, array: Any, name: str | None = None) -> None:
         self.data: Any = array

@@ -1,13 +1,16 @@
 """Settings of the sharding itself, apart from the mathematics."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from shardopt.errors import HyperparamsError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # of what never changes
 class ShardPolicy:
-    """How parameters are sharded and communicated; equal on every rank.
+    """How parameters are sharded and communicated; equal on every rank, apart from ``timeout_s``.
+
+    Only ``timeout_s`` can be set later, as ``opt.policy.timeout_s``, which holds from the next wait
+    on. Optimizers that were built with the same object share it.
 
     Attributes:
         bucket_nbytes: Upper bound, in bytes of parameters, of the unit of communication; at least a
@@ -32,7 +35,7 @@ class ShardPolicy:
             easily. True always does, False never skips. (A finite gradient whose square overflows
             the dtype of the moments, above some 5e20 in float32, freezes its element, as in torch.)
         timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
-            the job is ended.
+            the job is ended. May differ between ranks.
 
     Raises:
         HyperparamsError: A setting is out of range; the message names it.
@@ -45,7 +48,7 @@ class ShardPolicy:
     share_node: bool | int = True
     threads: int | None = None
     check_finite: bool | None = None
-    timeout_s: float = 300.0
+    timeout_s: float = field(default=300.0, hash=False)
 
     def __post_init__(self) -> None:
         bucket = self.bucket_nbytes is None or _is_count(self.bucket_nbytes)
@@ -60,18 +63,46 @@ class ShardPolicy:
         self._require(threads, "threads", "be a whole number >= 1 or None")
         check = self.check_finite is None or type(self.check_finite) is bool
         self._require(check, "check_finite", "be True, False or None")
-        self._require(_is_positive(self.timeout_s), "timeout_s", "be a number > 0")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set a field for the first time, or ``timeout_s`` at any time.
+
+        Raises:
+            AttributeError: Another field, or something that is none.
+            HyperparamsError: ``timeout_s`` is out of range.
+        """
+        if name not in _NAMES:
+            raise AttributeError(
+                f"policy.{name} must be a setting of ShardPolicy; got {value!r}. There are "
+                f"{', '.join(_NAMES)}."
+            )
+        if name == "timeout_s":
+            if not _is_positive(value):
+                raise _wrong(name, "be a number > 0", value)
+        elif hasattr(self, name):
+            raise AttributeError(
+                f"policy.{name} must stay as it was at construction; got {value!r}. Build a new "
+                f"optimizer with policy=ShardPolicy({name}=...), and load the old one's state."
+            )
+        object.__setattr__(self, name, value)
 
     def describe(self) -> dict[str, object]:
-        """The settings by name, for comparison between ranks."""
-        return {f"policy.{field.name}": getattr(self, field.name) for field in fields(self)}
+        """The settings that ranks must share, by name."""
+        names = [name for name in _NAMES if name != "timeout_s"]
+        return {f"policy.{name}": getattr(self, name) for name in names}
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
-            got = getattr(self, name)
-            raise HyperparamsError(
-                f"policy.{name} must {rule}; got {got!r}. Leave it out for the default."
-            )
+            raise _wrong(name, rule, getattr(self, name))
+
+
+_NAMES = tuple(each.name for each in fields(ShardPolicy))
+
+
+def _wrong(name: str, rule: str, got: object) -> HyperparamsError:
+    return HyperparamsError(
+        f"policy.{name} must {rule}; got {got!r}. Leave it out for the default."
+    )
 
 
 def _is_positive(value: object) -> bool:

@@ -6,7 +6,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from shardopt.errors import DivergedWarning, NoGradientWarning, NonFiniteWarning
+from shardopt.errors import (
+    DivergedWarning,
+    EditedGradientsWarning,
+    LostStateWarning,
+    NoGradientWarning,
+    NonFiniteWarning,
+)
 
 _INSIDE = ("shardopt.", "torch.")  # torch wraps step()
 
@@ -27,7 +33,8 @@ class StepReport:
         seconds: This rank's time by phase: ``agree`` (including the wait for other ranks),
             ``reduce``, ``update``, ``finish``.
         waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes.
-        copied_nbytes: Bytes copied in because a gradient or parameter had been replaced.
+        copied_nbytes: Bytes copied in because a gradient or parameter had been replaced. Those that
+            torch's backward copies after ``model.zero_grad()``, instead of adding to zeros, count.
         sent_nbytes: Bytes of gradients and parameters that this rank sent to other nodes. They are
             as ``plan_traffic`` predicts, unless gradients changed after they were sent or nothing
             was updated.
@@ -35,6 +42,8 @@ class StepReport:
         poisoned_param: The first parameter found with inf or NaN after an update, or None. It is
             kept until parameters are replaced or a state is loaded.
         poisoned_since: The step that left it so, or None.
+        edited_grads: Whether gradients were changed between backward and the step although they had
+            not been averaged yet, as far as the framework sees.
         diverged: What ranks had written different values to before the step; each part of it has
             the value of the rank that owns it.
     """
@@ -52,6 +61,7 @@ class StepReport:
     sent_messages: int = 0
     poisoned_param: str | None = None
     poisoned_since: int | None = None
+    edited_grads: bool = False
     diverged: Sequence[str] = ()
 
     def with_poison(self, poisoned_param: str | None, before: "StepReport") -> "StepReport":
@@ -106,6 +116,33 @@ def diverged_warning(diverged: Sequence[str]) -> DivergedWarning:
         f"ranks have written different values to {', '.join(diverged[:3])}{more}: each part now "
         "has the value of the rank that owns it. Write the same on all ranks (seed them alike), or "
         "call opt.adopt(rank=0)."
+    )
+
+
+def edited_warning(step: int) -> EditedGradientsWarning:
+    """Return the warning that gradients were changed before they are averaged.
+
+    Before a step averages them, a rank's gradients are those of its own batch. To clip them, to
+    add noise or to take a norm then is not what the same code does in one process or under DDP.
+
+    Args:
+        step: The step.
+    """
+    return EditedGradientsWarning(
+        f"gradients were changed between backward and step {step}: they are this rank's own until "
+        "the step averages them, so that each rank has clipped or changed its own part. Pass "
+        "max_grad_norm to clip, or call opt.average_grads() before changing gradients. This is "
+        "said once."
+    )
+
+
+def lost_state_warning(names: Sequence[str]) -> LostStateWarning:
+    """Return the warning that parameters have come back without their state."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return LostStateWarning(
+        f"{', '.join(map(repr, names[:3]))}{more} came back to param_groups and starts anew: the "
+        "state of a parameter is let go when it leaves, while torch would keep it in opt.state. "
+        "Take it along: entry = copy.deepcopy(opt.state[p]) before, opt.state[p] = entry after."
     )
 
 

@@ -25,10 +25,16 @@ NO_MPI_CHANGES = (
     "torch",  # tests/nodes runs every front end with every MPI
     "jax",
     "test_lucid.py",
+    "params",
+    "test_compiling.py",
+    "test_policy.py",
     "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree with every MPI
     "core/test_bad_state.py",
     "checkpoint/test_damage.py",  # files
     "checkpoint/test_disk_faults.py",
+    "checkpoint/test_whole_model.py",
+    "checkpoint/test_partial.py",
+    "checkpoint/test_other_models.py",
 )
 
 pytest_plugins = ["tests.support.in_step", "tests.support.cluster"]

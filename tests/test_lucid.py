@@ -385,6 +385,23 @@ def test_gradients_of_zero_are_added_to_in_place(comm):
 
 
 @pytest.mark.mpi
+def test_gradients_can_be_averaged_before_the_step(comm):
+    weight, scale = pair()
+    with NAdam([weight, scale], lr=0.1, comm=comm) as opt:
+        for _ in range(2):
+            before = np.array(weight.data)
+            opt.zero_grad()
+            weight.grad = np.full(weight.shape, float(comm.rank))  # float64
+            opt.average_grads()
+            assert (weight.grad == (comm.size - 1) / 2).all()
+            assert scale.grad is None
+            weight.grad = weight.grad + 1
+            opt.step()
+            assert (weight.data < before).all()
+            assert opt.last_step.num_updated == 1
+
+
+@pytest.mark.mpi
 def test_scalars_for_values_and_gradients(comm):
     weight, scale = pair()
     scale.data = scale.data * 2
@@ -603,7 +620,7 @@ def test_parameters_that_cannot_be_trained(comm, kind, alone):
 @pytest.mark.filterwarnings("ignore:Metal GPU")
 def test_a_model_on_the_gpu(comm, alone):
     model = Net()
-    told = "data of parameter 'param0' must be a NumPy array; got mlx.core.array."
+    told = "data of parameter 'scale' must be a NumPy array; got mlx.core.array."
     if errs(comm, alone):
         model.to("gpu")
     with refused(comm, PartitionError, told, "model.to('cpu')", alone=alone):
@@ -655,3 +672,25 @@ def test_changes_that_do_not_fit(comm, kind, alone):
 def test_complex_betas(comm):
     with refused(comm, HyperparamsError, "betas[0] must be a real number; got (0.9+0j)."):
         NAdam(pair(), betas=(0.9 + 0j, 0.999), comm=comm, policy=POLICY)
+
+
+@pytest.mark.mpi
+def test_edited_param_groups_hold_from_the_next_step_on(comm):
+    model, alone = Net(), Net()
+    alone_opt = optim.NAdam(alone.parameters(), lr=0.05, weight_decay=0.1)
+    with NAdam(
+        model.parameters(), lr=0.05, weight_decay=0.1, variant="lucid", comm=comm, policy=POLICY
+    ) as opt:
+        for step in range(4):
+            if step == 2:
+                for net, each in ((model, opt), (alone, alone_opt)):
+                    params = each.param_groups[0]["params"]
+                    params[:] = [p for p in params if p is not net.hidden.weight]
+                    with np.errstate(all="ignore"):
+                        net.out = nn.Linear(7, 2, bias=False)
+                    net.out.weight.data = np.full((2, 7), 0.25, np.float32)
+                    params[:] = [p for p in params if p.shape != net.out.weight.shape]
+                    params.append(net.out.weight)
+            train(model, opt, [step], split(comm))
+            train(alone, alone_opt, [step], slice(None))
+        assert_near(comm, values(model), values(alone))

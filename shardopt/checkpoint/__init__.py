@@ -3,21 +3,31 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardopt.checkpoint.checkpointer import Checkpointer, Restored
+    from shardopt.checkpoint.checkpointer import Checkpointer
     from shardopt.checkpoint.loading import load
+    from shardopt.checkpoint.report import LoadReport, Restored
     from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
     from shardopt.checkpoint.saving import save
 
 _HOMES = {
     "Checkpointer": "checkpointer",
-    "Restored": "checkpointer",
+    "LoadReport": "report",
+    "Restored": "report",
     "capture_rng": "rng",
     "load": "loading",
     "restore_rng": "rng",
     "save": "saving",
 }
 
-__all__ = ["Checkpointer", "Restored", "capture_rng", "load", "restore_rng", "save"]
+__all__ = [
+    "Checkpointer",
+    "LoadReport",
+    "Restored",
+    "capture_rng",
+    "load",
+    "restore_rng",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

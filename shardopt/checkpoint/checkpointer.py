@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,9 +23,12 @@ from shardopt.checkpoint.format.messages import must, require
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.checkpoint.listeners import PendingSave, SignalWatch
 from shardopt.checkpoint.loading import load
+from shardopt.checkpoint.matching import Rename
 from shardopt.checkpoint.operation import Committed, SaveOperation, SavePlan
+from shardopt.checkpoint.report import Restored
 from shardopt.checkpoint.snapshot import Layouts
 from shardopt.checkpoint.staging import StagedImage
+from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
 from shardopt.core.sharded import HasCore, Sharded, sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
@@ -33,20 +36,6 @@ from shardopt.report import tell
 
 _RESTORE = "Checkpointer.restore()"
 _ROOM_NBYTES = 1 << 20  # for small arrays of extra, besides what is known to be staged
-
-
-class Restored(NamedTuple):
-    """Where training goes on.
-
-    Attributes:
-        step: The step that was given to ``save``.
-        extra: What was given to ``save``; its ``per_rank`` is a list with an entry for each rank.
-        path: The checkpoint.
-    """
-
-    step: int
-    extra: dict[str, Any] | None
-    path: Path
 
 
 class Checkpointer:
@@ -95,7 +84,13 @@ class Checkpointer:
         self._swept = False
 
     def save(
-        self, step: int | np.integer, opt: HasCore, extra: Mapping[str, Any] | None = None
+        self,
+        step: int | np.integer,
+        opt: HasCore,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        model: Any = None,
+        per_rank_buffers: bool = False,
     ) -> None:
         """Save a checkpoint; see ``shardopt.checkpoint.save`` for what is in it.
 
@@ -108,6 +103,8 @@ class Checkpointer:
                 kept, and the new one is called ``step-000000001200.1``.
             opt: A NAdam of any framework.
             extra: See ``shardopt.checkpoint.save``; may be changed once this returns.
+            model: Likewise.
+            per_rank_buffers: Likewise.
 
         Raises:
             CheckpointError: This save failed, or the previous one did; on every rank.
@@ -123,15 +120,25 @@ class Checkpointer:
             layouts=self._layouts,
             after_commit=self._tidy,
         )
+        if self._asynchronous:
+            plan = replace(plan, submit=self._submit, staged=self._staged)
+        operation = SaveOperation(plan, sharded, extra, model, per_rank_buffers=per_rank_buffers)
         if not self._asynchronous:
-            _warn_of_problem(sharded, SaveOperation(plan, sharded, extra).finish())
+            _warn_of_problem(sharded, operation.finish())
             return
-        plan = replace(plan, submit=self._submit, staged=self._staged)
-        operation = SaveOperation(plan, sharded, extra)
         on_done = partial(self._end_save, sharded)
         self._pending = PendingSave(operation, sharded.listeners, on_done)
 
-    def restore(self, opt: HasCore, step: int | None = None) -> Restored | None:
+    def restore(
+        self,
+        opt: HasCore,
+        step: int | None = None,
+        *,
+        model: Any = None,
+        strict: bool = True,
+        only: str | None = None,
+        rename: Rename | None = None,
+    ) -> Restored | None:
         """Load the newest checkpoint that all ranks find undamaged.
 
         Warns of newer ones that are damaged, and passes them over.
@@ -141,20 +148,27 @@ class Checkpointer:
         Args:
             opt: A NAdam of any framework.
             step: Load a checkpoint of this step, and no other.
+            model: See ``shardopt.checkpoint.load``.
+            strict: Likewise.
+            only: Likewise.
+            rename: Likewise.
 
         Returns:
             Where to go on, or None if the directory has no checkpoint.
 
         Raises:
             CheckpointError: None of the checkpoints can be loaded, or the newest is of another
-                model; on every rank. The optimizer is as it was.
+                model; on every rank. Optimizer and model are as they were.
         """
         self.wait()
         sharded, reasons = sharded_of(opt), dict[StepFolder, str]()
+        sharded.take_over_groups(_RESTORE)
         # Listed again each time: a missing checkpoint may have been removed for a newer one.
         while folder := self._newest(sharded, step, reasons):
             try:
-                extra = load(folder.path, opt)
+                loaded = load(
+                    folder.path, opt, model=model, strict=strict, only=only, rename=rename
+                )
             except CheckpointError as error:
                 damaged = isinstance(error, DamagedCheckpointError)
                 if not damaged and sharded.allgather(folder.path.exists(), _RESTORE)[0]:
@@ -164,7 +178,7 @@ class Checkpointer:
             for passed, reason in reasons.items():
                 if passed > folder:
                     _warn(sharded, f"a newer checkpoint was passed over. {reason}")
-            return Restored(folder.step, extra, folder.path)
+            return replace(loaded, step=folder.step)
         if reasons or step is not None:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             got = "; ".join(reasons.values()).rstrip(".") or "none"
@@ -189,7 +203,11 @@ class Checkpointer:
                 suppress(CheckpointError),
                 Reader(folder.path, read_manifest(folder.path)) as reader,
             ):
-                return Restored(folder.step, reader.extra(), folder.path)
+                revive = Reviver()
+                extra = reader.extra(revive)
+                for note in revive.notes:
+                    tell(CheckpointWarning(note), aloud=True)
+                return Restored(folder.step, extra, folder.path)
         return None
 
     def wait(self) -> None:
@@ -299,7 +317,8 @@ class Checkpointer:
     def _reserve(self, sharded: Sharded) -> None:
         """Prepare before training begins what saves need: the layout, and memory, touched."""
         if self._asynchronous:
-            layout = self._layouts.lay_out(sharded, ())
+            names = tuple(spec.name for spec in sharded.scalars().params)
+            layout = self._layouts.lay_out(sharded, names, ())
             self._staged.reserve(layout.file.nbytes + _ROOM_NBYTES)
 
     def _list(self) -> list[StepFolder]:

@@ -2,39 +2,64 @@
 
 [Note: nothing changes before all is verified]
 A damaged checkpoint must leave the optimizer as it was, but there is no memory for a second state.
-The moments of an optimizer that has never stepped are zero, and can be zeroed again: they are read
-into place and verified as they arrive (``overwrite``). What cannot be restored, the parameters
-above all, is verified first (``verify_first``), by way of a buffer, and read again once all ranks
-have found everything undamaged; by then it comes from the page cache. The second reading is
-verified, too: if the checkpoint has changed in the meantime, all ranks raise, and the optimizer
-must be loaded from another one.
+The moments of an optimizer that has never stepped are zero, unless somebody has written them, and
+can be zeroed again: they are read into place and verified as they arrive (``overwrite``). What
+cannot be restored, the parameters above all, is verified first (``verify_first``), by way of a
+buffer, and read again once all ranks have found everything undamaged; by then it comes from the
+page cache. The second reading is verified, too: if the checkpoint has changed in the meantime, all
+ranks raise, and the optimizer must be loaded from another one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shardopt.checkpoint.format.fields import damaged
-from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, ParamEntry
-from shardopt.checkpoint.format.messages import must
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, Slice
 from shardopt.checkpoint.format.parsing import from_text
 from shardopt.checkpoint.format.reader import Reader, read_manifest_text
 from shardopt.checkpoint.format.requests import Wanted, wanted_slices
+from shardopt.checkpoint.format.values import Array, array_place
+from shardopt.checkpoint.matching import (
+    LoadOptions,
+    Match,
+    Rename,
+    Source,
+    match,
+    other_model,
+    read_saved,
+)
+from shardopt.checkpoint.model import NamedModel, name_params
+from shardopt.checkpoint.report import LoadReport, Restored
+from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
 from shardopt.core.sharded import HasCore, Scalars, Sharded, sharded_of
-from shardopt.errors import CheckpointError, DamagedCheckpointError
-from shardopt.layout.partition import ParamSpec
+from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
+from shardopt.report import tell
 from shardopt.rule.nadam import Hyperparams, StepCount
 
 _CALL = "load()"
+_MASTER_KEY = "master"
 
 
-def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
+def load(
+    path: str | Path,
+    opt: HasCore,
+    *,
+    model: Any = None,
+    strict: bool = True,
+    only: str | None = None,
+    rename: Rename | None = None,
+) -> Restored:
     """Load a checkpoint, saved on any number of ranks with any framework.
 
     Each rank reads only what it needs, straight into place, and verifies all of it. With JAX, take
-    the new parameters from ``opt.params`` afterwards; elsewhere they are where they were.
+    the new parameters from ``opt.params`` or from the returned ``model``; elsewhere they are where
+    they were. If not all of the checkpoint was loaded into all that there is, by name, then rank 0
+    prints the report as a warning.
 
     Collective: every rank.
 
@@ -43,23 +68,35 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
         opt: A NAdam of any framework, with parameters of the same names, shapes and dtypes in the
             same groups. If either side has positions instead of names, parameters are matched in
             order.
+        model: The model: a module of torch or lucid, or a pytree of JAX. Its buffers and all else
+            that was saved of the model are loaded, and names are those of the model.
+        strict: Refuse a checkpoint that is not of this optimizer and model. With False, all that
+            fits is loaded, and the rest stays as it is.
+        only: "params" loads the parameters, and the rest of the model, but no moments, step counts
+            and hyperparameters: moments and step counts start anew.
+        rename: Other names for what is in the checkpoint: ``{"old": "new"}``, or a function from a
+            name to the new one.
 
     Returns:
-        The ``extra`` that was saved; its ``per_rank`` is a list with an entry for each rank.
+        Where training goes on: the ``extra`` that was saved, the model, and a report.
 
     Raises:
         DamagedCheckpointError: The checkpoint is not what was saved; the message names file and
-            chunk. The optimizer is as it was, unless the message says that the checkpoint changed
-            while it was loaded; on every rank.
+            chunk. Optimizer and model are as they were, unless the message says that the checkpoint
+            changed while it was loaded; on every rank.
         CheckpointError: The checkpoint is of another model; likewise.
+        RankMismatchError: Ranks have different arguments; likewise.
     """
     sharded, path = sharded_of(opt), Path(path).absolute()
+    options = LoadOptions(strict, only, rename)
+    sharded.take_over_groups(_CALL)
     manifest = _share_manifest(sharded, path)
     num_threads = sharded.num_cores
     with Reader(path, manifest) as reader:
-        content, error = attempt(lambda: _match(sharded, reader))
-        sharded.agree(_CALL, {}, error)
+        content, error = attempt(lambda: _match(sharded, reader, model, options))
+        sharded.agree(_CALL, content.description if content else {}, error)
         assert content is not None
+        scalars = _settle(sharded, content)
         first_pass = [*_headers(sharded, manifest), *content.first_pass()]
         _, error = attempt(lambda: reader.read(first_pass, num_threads))
         try:
@@ -69,8 +106,55 @@ def load(path: str | Path, opt: HasCore) -> dict[str, Any] | None:
             raise
         _, error = attempt(lambda: reader.read(content.verify_first, num_threads))
         sharded.agree(_CALL, {}, error and _changed_meanwhile(error))
-    sharded.restore(content.scalars)
-    return content.extra
+    for array in content.fresh:
+        array[...] = 0
+    sharded.restore(scalars)
+    loaded, report = _load_model(sharded, model, content, strict=bool(strict))
+    if not report.is_perfect:
+        tell(CheckpointWarning(f"{path.name}: {report}"), aloud=sharded.rank == 0)
+    return Restored(manifest.step, content.extra, path, loaded, report)
+
+
+def _settle(sharded: Sharded, content: "_Content") -> Scalars:
+    """Keep what users have done to parameters that stay as they are. Collective.
+
+    Returns:
+        What the optimizer goes on from, besides tensors.
+    """
+    if not any(content.stays):
+        return content.scalars
+    changes, error = attempt(sharded.find_changes)
+    sharded.agree(_CALL, {}, error)
+    sharded.settle(changes)
+    counts = zip(
+        content.stays, sharded.scalars().step_counts, content.scalars.step_counts, strict=True
+    )
+    settled = [here if stays else loaded for stays, here, loaded in counts]
+    return replace(content.scalars, step_counts=settled)
+
+
+def _load_model(
+    sharded: Sharded, model: Any, content: "_Content", *, strict: bool
+) -> tuple[Any, LoadReport]:
+    """Load the rest of the model. Collective if there is a model.
+
+    Returns:
+        The model, and the report of all that was loaded.
+    """
+    named = content.named.content
+    if named is None:
+        return None, content.report
+
+    def load_values() -> tuple[Any, Sequence[str]]:
+        loaded, refused = sharded.load_model(model, named, content.values)
+        if refused and strict:
+            raise ValueError(f"its load_state_dict() does not know {refused[0]!r}")
+        return loaded, refused
+
+    done, error = attempt(load_values)
+    sharded.agree(_CALL, {}, error and _model_failed(error))
+    assert done is not None
+    return done[0], content.report.without(done[1])
 
 
 def _share_manifest(sharded: Sharded, path: Path) -> Manifest:
@@ -94,16 +178,28 @@ class _Content:
     Attributes:
         scalars: What the optimizer goes on from, besides tensors.
         extra: What the user has saved with it.
+        named: The names here, and the model.
+        values: What the model is to get.
+        report: What is loaded and what is not.
+        description: What must be equal on all ranks.
         verify_first: Where the shards of this rank lie in the files and where they belong: those
             that must be verified before they are read.
         overwrite: Likewise, those that may be read at once; see
             [Note: nothing changes before all is verified].
+        fresh: The state that starts anew.
+        stays: For each parameter whether it stays as it is.
     """
 
     scalars: Scalars
     extra: dict[str, Any] | None
-    verify_first: list[Wanted]
-    overwrite: list[Wanted]
+    named: NamedModel
+    values: dict[str, Any]
+    report: LoadReport
+    description: dict[str, object]
+    stays: Sequence[bool]
+    verify_first: list[Wanted] = field(default_factory=list)
+    overwrite: list[Wanted] = field(default_factory=list)
+    fresh: list[Any] = field(default_factory=list)
 
     def first_pass(self) -> list[Wanted]:
         """Return all requests, none of which overwrites what cannot be restored."""
@@ -123,68 +219,141 @@ def _headers(sharded: Sharded, manifest: Manifest) -> list[Wanted]:
     return [Wanted(0, manifest.files[file].header_nbytes, file) for file in files]
 
 
-def _match(sharded: Sharded, reader: Reader) -> _Content:
-    """Check that a checkpoint fits the optimizer, and find what this rank needs of it.
+def _match(sharded: Sharded, reader: Reader, model: Any, options: LoadOptions) -> _Content:
+    """Check that a checkpoint fits optimizer and model, and find what this rank needs of it.
 
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
+    options.require_valid()
     reader.require_files()
     manifest, scalars = reader.manifest, sharded.scalars()
-    saved_index = match_params(scalars.params, manifest.params)
-    never_stepped = all(count.step == 0 for count in scalars.step_counts)
-    verify_first: list[Wanted] = []
-    overwrite: list[Wanted] = []
+    saved = read_saved(manifest, options.rename, sharded.rank)
+    named = name_params(sharded, scalars.params, model, frozenset(saved.names))
+    found = match(saved, named, scalars.params, options)
+    revive = Reviver()
+    values = {name: _read_value(reader, source, revive) for name, source in found.values.items()}
+    versions = reader.decode(manifest.model.versions, revive) if manifest.model else None
+    if named.content is not None:
+        named = replace(named, content=replace(named.content, versions=versions))
+    extra = reader.extra(revive)
+    notes = [*found.report.notes, *_notes(sharded, manifest, model), *revive.notes]
+    if (problem := named.problem) is not None:
+        notes.append(problem)
+    restored, notes_of_scalars = _restored_scalars(scalars, reader, found, options)
+    content = _Content(
+        scalars=restored,
+        extra=extra,
+        named=named,
+        values=values,
+        report=replace(found.report, notes=(*notes, *notes_of_scalars)),
+        description={
+            "strict": bool(options.strict),
+            "only": options.only,
+            "the names changed by rename": saved.renamed,
+            **named.description(),
+        },
+        stays=[source is None for source in found.params],
+    )
+    _plan_reads(sharded, manifest, found, content, everything=options.only is None)
+    return content
+
+
+def _plan_reads(
+    sharded: Sharded, manifest: Manifest, found: Match, content: _Content, *, everything: bool
+) -> None:
+    """Find where the shards of this rank lie in the files, and which start anew."""
+    never_stepped = all(count.step == 0 for count in sharded.scalars().step_counts)
     tensors = sharded.tensors()
     for shard, array in zip(tensors, sharded.arrays(tensors), strict=True):
-        slices = manifest.slices[saved_index[shard.param]][shard.key]
-        may_overwrite = never_stepped and shard.key != PARAM_KEY
-        requests = overwrite if may_overwrite else verify_first
+        source = found.params[shard.param]
+        if source is None:
+            continue
+        slices = _slices(manifest, source, shard.key)
+        is_value = shard.key in (PARAM_KEY, _MASTER_KEY)
+        if slices is None or not (everything or is_value):
+            content.fresh.append(array)  # a master of zero follows the parameter
+            continue
+        may_overwrite = never_stepped and shard.key != PARAM_KEY and _is_zero(array)
+        requests = content.overwrite if may_overwrite else content.verify_first
         requests += wanted_slices(slices, shard.span, array)
-    entries = [manifest.params[index] for index in saved_index]
-    saved = Scalars(
+
+
+def _is_zero(array: Array) -> bool:
+    """Whether all bits are zero: a user may have written moments before the first step."""
+    return not array.view(np.uint8).max(initial=0)
+
+
+def _slices(manifest: Manifest, source: Source, key: str) -> Sequence[Slice] | None:
+    """Return where a tensor lies, or None if the checkpoint does not have it."""
+    if source.param is not None:
+        return manifest.slices[source.param][key]
+    place = array_place(source.value)
+    if key != PARAM_KEY or place is None:
+        return None
+    file, index = place
+    entry = manifest.files[file].arrays[index]
+    return [Slice(0, entry.numel, file, entry.offset)]
+
+
+def _read_value(reader: Reader, source: Source, revive: Reviver) -> Any:
+    """Read a value of the model, whether the optimizer held it when it was saved or not."""
+    if source.param is None:
+        return reader.decode(source.value, revive)
+    return reader.tensor(source.param)
+
+
+def _notes(sharded: Sharded, manifest: Manifest, model: Any) -> list[str]:
+    """Return what there is to say of buffers that each rank has saved."""
+    if model is None or manifest.model is None or not manifest.model.per_rank:
+        return []
+    saved, here = len(manifest.model.per_rank), sharded.world_size
+    if saved == here:
+        return []
+    what = f"ranks from {saved} on have the buffers of rank 0"
+    if here < saved:
+        what = f"those of ranks from {here} on were not loaded"
+    return [f"{saved} ranks have saved buffers of their own, and {here} ranks load them: {what}"]
+
+
+def _restored_scalars(
+    scalars: Scalars, reader: Reader, found: Match, options: LoadOptions
+) -> tuple[Scalars, list[str]]:
+    """Return what the optimizer goes on from besides tensors, and what there is to say of it."""
+    manifest = reader.manifest
+    fresh = StepCount()
+    counts = []
+    for source, count in zip(found.params, scalars.step_counts, strict=True):
+        if source is None:
+            counts.append(count)
+        elif source.param is None or options.only is not None:
+            counts.append(fresh)
+        else:
+            entry = manifest.params[source.param]
+            counts.append(StepCount(entry.step, entry.mu_product))
+    if options.only is not None:
+        return replace(scalars, step_counts=counts), []
+    groups, notes = scalars.groups, list[str]()
+    if options.strict or len(manifest.groups) == len(groups):
+        groups = _read_groups(scalars, reader)
+    else:
+        there = len(manifest.groups)
+        notes.append(f"{there} param groups there, {len(groups)} here: hyperparameters stay")
+    restored = Scalars(
         params=scalars.params,
-        step_counts=[StepCount(entry.step, entry.mu_product) for entry in entries],
-        groups=_read_groups(scalars, reader),
+        step_counts=counts,
+        groups=groups,
         num_steps=manifest.num_steps,
         loss_scale=manifest.loss_scale,
     )
-    return _Content(saved, reader.extra(), verify_first, overwrite)
-
-
-def match_params(specs: Sequence[ParamSpec], entries: Sequence[ParamEntry]) -> list[int]:
-    """Find each parameter of an optimizer among those of a checkpoint.
-
-    Raises:
-        CheckpointError: They are not the same; the message names the first difference.
-    """
-    names, saved = [spec.name for spec in specs], [entry.name for entry in entries]
-    if len(names) != len(saved):
-        raise _other_model("the model", f"have {len(saved)} parameters", len(names))
-    positional = [f"param{index}" for index in range(len(names))]
-    if sorted(names) == sorted(saved):
-        place = {name: index for index, name in enumerate(saved)}
-        found = [place[name] for name in names]
-    elif positional in (names, saved):
-        found = list(range(len(names)))
-    else:
-        missing = next(name for name in saved if name not in names)
-        surplus = next(name for name in names if name not in saved)
-        raise _other_model("the model", f"have a parameter {missing!r}", f"{surplus!r} instead")
-    for spec, index in zip(specs, found, strict=True):
-        entry = entries[index]
-        for what in ("shape", "dtype", "group"):
-            here, there = getattr(spec, what), getattr(entry, what)
-            if here != there:
-                raise _other_model(f"{what} of {spec.name!r}", f"be {there}", here)
-    return found
+    return restored, notes
 
 
 def _read_groups(scalars: Scalars, reader: Reader) -> list[dict[str, Any]]:
     """Read the values of each param group; those that were not saved stay as they are."""
     saved = reader.manifest.groups
     if len(saved) != len(scalars.groups):
-        raise _other_model("param_groups", f"be {len(saved)}", len(scalars.groups))
+        raise other_model("param_groups", f"be {len(saved)}", len(scalars.groups))
     read: list[dict[str, Any]] = []
     for index, (group, value) in enumerate(zip(scalars.groups, saved, strict=True)):
         values = reader.decode(value)
@@ -192,17 +361,11 @@ def _read_groups(scalars: Scalars, reader: Reader) -> list[dict[str, Any]]:
             raise damaged(f"param_groups[{index}]", "be a dict", type(values).__name__)
         values = {**group, **values}
         try:
-            hyper = Hyperparams.from_group(values)
-            _ = bool(hyper.maximize), bool(hyper.decays_decoupled)
+            Hyperparams.from_group(values)
         except (TypeError, ValueError) as error:  # HyperparamsError, or of arrays
             raise damaged(f"param_groups[{index}]", "be valid", str(error)) from None
         read.append(values)
     return read
-
-
-def _other_model(what: str, rule: str, got: object) -> CheckpointError:
-    remedy = "Load it into the optimizer of the model it was saved from"
-    return CheckpointError(must(what, f"{rule}, as in the checkpoint", got, remedy))
 
 
 def _changed_meanwhile(error: Exception) -> DamagedCheckpointError:
@@ -210,3 +373,12 @@ def _changed_meanwhile(error: Exception) -> DamagedCheckpointError:
         f"could not load the checkpoint, as it changed while it was loaded: {error} The optimizer "
         "holds parts of it now: load another."
     )
+
+
+def _model_failed(error: Exception) -> CheckpointError:
+    failure = CheckpointError(
+        f"could not load all of the model: {type(error).__name__}: {error}. The optimizer holds "
+        "the checkpoint now, and the model parts of it: load again."
+    )
+    failure.__cause__ = error
+    return failure

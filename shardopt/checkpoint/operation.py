@@ -25,18 +25,20 @@ from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.manifest import to_text
 from shardopt.checkpoint.format.messages import must, require
 from shardopt.checkpoint.format.reader import Reader
+from shardopt.checkpoint.model import NamedModel, name_params, order_warning
 from shardopt.checkpoint.snapshot import (
     Encoded,
     Layouts,
     Written,
     complete,
-    encode_extra,
+    encode_all,
     take_snapshot,
 )
 from shardopt.checkpoint.staging import StagedImage
-from shardopt.comm.consensus import attempt
+from shardopt.comm.consensus import Description, attempt
 from shardopt.core.sharded import Sharded
-from shardopt.errors import CheckpointError, ShardoptError
+from shardopt.errors import CheckpointError, CheckpointWarning, ShardoptError
+from shardopt.report import tell
 
 T = TypeVar("T")
 
@@ -97,6 +99,7 @@ class _Start(NamedTuple):
     """The preparations of a rank, made before the ranks agree to save."""
 
     encoded: Encoded
+    named: NamedModel
     changes: Any  # what users have done; see Sharded.find_changes
     name: str  # of the unfinished folder; empty except on rank 0
 
@@ -110,6 +113,8 @@ class SaveOperation:
         plan: Where and how to save; all but the callables must be the same on every rank.
         sharded: The state.
         extra: What the user wants to save with it.
+        model: The model, or None.
+        per_rank_buffers: Whether each rank saves its own buffers.
 
     Attributes:
         state: How far the save has come.
@@ -119,7 +124,15 @@ class SaveOperation:
         CheckpointError: Something cannot be saved; on every rank. So do ``advance`` and ``finish``.
     """
 
-    def __init__(self, plan: SavePlan, sharded: Sharded, extra: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        plan: SavePlan,
+        sharded: Sharded,
+        extra: Mapping[str, Any] | None,
+        model: Any = None,
+        *,
+        per_rank_buffers: bool = False,
+    ) -> None:
         self.state = State.STARTING
         self.committed: Committed | None = None
         self._plan = plan
@@ -127,10 +140,16 @@ class SaveOperation:
         self._lock: disk.FolderLock | None = None
         self._written: list[Written] = []
         self._made: Path | None = None  # the folder, on rank 0
-        start, error = attempt(lambda: self._prepare(extra))
+        sharded.take_over_groups(plan.call)
+        start, error = attempt(lambda: self._prepare(extra, model, per_rank_buffers))
         with self._abort_on_error():
-            self._agree(error)
+            described = {"per_rank_buffers": bool(per_rank_buffers)}
+            self._agree(error, {**described, **start.named.description()} if start else {})
             assert start is not None
+            if (problem := start.named.problem) is not None:
+                tell(CheckpointWarning(f"{problem}."), aloud=sharded.rank == 0)
+            if (warning := order_warning(start.named.names)) is not None:
+                sharded.warn_once(warning)
             sharded.settle(start.changes)
             self._folder = plan.folder / self._allgather(start.name)[0]
             self._snapshot, self._error = attempt(
@@ -223,16 +242,24 @@ class SaveOperation:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _prepare(self, extra: Mapping[str, Any] | None) -> _Start:
+    def _prepare(
+        self, extra: Mapping[str, Any] | None, model: Any, per_rank_buffers: bool
+    ) -> _Start:
         """Find everything that may be wrong; after that, rank 0 makes the folder."""
         plan, sharded, step = self._plan, self._sharded, self._plan.step
         is_count = type(step) is int and step >= 0
         remedy = "Count the steps of the run"
         require(is_count, "step", "be a whole number >= 0", repr(step), remedy)
-        encoded = encode_extra(extra, sharded.scalars(), sharded.rank)
+        alone = per_rank_buffers and model is None
+        require(not alone, "per_rank_buffers", "be False without model=", "True", "Pass model=")
+        scalars = sharded.scalars()
+        named = name_params(sharded, scalars.params, model)
+        encoded = encode_all(
+            extra, named, scalars, sharded.rank, per_rank_buffers=bool(per_rank_buffers)
+        )
         changes = sharded.find_changes()
         if sharded.rank != 0:
-            return _Start(encoded, changes, "")
+            return _Start(encoded, named, changes, "")
         with _os_errors(plan.folder):
             free = (name for name in plan.names if not os.path.lexists(plan.folder / name))
             first = next(free, None)
@@ -241,7 +268,7 @@ class SaveOperation:
             name = f"{disk.UNFINISHED_PREFIX}{first}-{secrets.token_hex(4)}"
             disk.make_unfinished(plan.folder / name)
             self._made = plan.folder / name
-        return _Start(encoded, changes, name)
+        return _Start(encoded, named, changes, name)
 
     def _outcome(self) -> Any:
         """Return the result of this rank's job, once the jobs of all ranks have ended well."""
@@ -257,9 +284,10 @@ class SaveOperation:
         self._agree(error)
         return result
 
-    def _agree(self, error: Exception | None) -> None:
+    def _agree(self, error: Exception | None, more: Description | None = None) -> None:
         plan = self._plan
-        self._sharded.agree(plan.call, {"step": plan.step, "folder": str(plan.folder)}, error)
+        description = {"step": plan.step, "folder": str(plan.folder), **(more or {})}
+        self._sharded.agree(plan.call, description, error)
 
     def _allgather(self, value: T) -> list[T]:
         return self._sharded.allgather(value, self._plan.call)

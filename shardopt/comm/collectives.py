@@ -16,6 +16,7 @@ from shardopt.comm.group import RankGroup
 from shardopt.comm.liveness import Where
 from shardopt.comm.waiting import wait_until
 from shardopt.errors import ClosedError, RankFailureError, ThreadError
+from shardopt.policy import ShardPolicy
 
 _T = TypeVar("_T")
 _N = TypeVar("_N", np.int64, np.float64)
@@ -35,7 +36,7 @@ class Collectives:
 
     Args:
         group: The ranks, with communicators that several optimizers share.
-        timeout_s: Longest wait for one of them.
+        policy: Has the longest wait for one of them, which may be changed at any time.
         failure: What to do when ranks are missing or lost.
         number: That of the optimizer; see [Note: optimizers share communicators].
 
@@ -45,12 +46,12 @@ class Collectives:
     """
 
     def __init__(
-        self, group: RankGroup, timeout_s: float, failure: FailurePolicy, number: int
+        self, group: RankGroup, policy: ShardPolicy, failure: FailurePolicy, number: int
     ) -> None:
         self.topology = group.topology
         self.number = number
         self._comm = group.topology.comm
-        self._timeout_s = timeout_s
+        self._policy = policy
         self._failure = failure
         self._group = group
         self._detector = group.detector
@@ -138,7 +139,8 @@ class Collectives:
         where = Where(step, phase)
 
         def check(waited_s: float) -> None:
-            if found := self._detector.check(where, waited_s, self._timeout_s, awaited()):
+            timeout_s = self._policy.timeout_s
+            if found := self._detector.check(where, waited_s, timeout_s, awaited()):
                 self._failure.on_missing(RankFailureError(found.message), found.ranks)
 
         if not self._group.in_use.acquire(blocking=False):

@@ -21,6 +21,7 @@ from shardopt.comm.failure import FailurePolicy
 from shardopt.comm.group import RankGroup, RankGroups, make_group
 from shardopt.comm.topology import node_limit
 from shardopt.errors import RankFailureError, RankMismatchError
+from shardopt.policy import ShardPolicy
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -60,7 +61,7 @@ class Consensus:
 
     Args:
         group: The ranks.
-        timeout_s: Longest wait for one of them.
+        policy: Has the longest wait for one of them, which may be changed at any time.
         failure: What to do when ranks are missing or lost.
         number: That of the optimizer; see [Note: optimizers share communicators].
 
@@ -71,11 +72,11 @@ class Consensus:
     """
 
     def __init__(
-        self, group: RankGroup, timeout_s: float, failure: FailurePolicy, number: int
+        self, group: RankGroup, policy: ShardPolicy, failure: FailurePolicy, number: int
     ) -> None:
         self.group = group
         self.topology = group.topology
-        self.collectives = Collectives(group, timeout_s, failure, number)
+        self.collectives = Collectives(group, policy, failure, number)
         self._number = number
 
     def agree(self, digest: int, error: Exception | None = None, *, step: int, phase: str) -> bool:
@@ -149,9 +150,7 @@ class Consensus:
         self.group.remove_optimizer()
 
 
-def make_consensus(
-    comm: MPI.Intracomm, share_node: bool | int, timeout_s: float, failure: FailurePolicy
-) -> Consensus:
+def make_consensus(comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePolicy) -> Consensus:
     """Have the ranks of a new optimizer meet; see [Note: optimizers share communicators].
 
     The first optimizer on a communicator makes the group, later ones share it.
@@ -160,28 +159,28 @@ def make_consensus(
 
     Args:
         comm: The ranks that train together.
-        share_node: As in ``ShardPolicy``.
-        timeout_s: Longest wait for one of them.
+        policy: Whether they share a node's memory, and the longest wait for one of them.
         failure: What to do when ranks are missing or lost.
 
     Raises:
         LauncherError: The ranks were started as several jobs.
-        RankFailureError: Not all ranks made this call within ``timeout_s``.
+        RankFailureError: Not all ranks made this call within ``policy.timeout_s``.
         RankMismatchError: Some ranks make another call on the same communicator.
     """
     groups = RankGroups.of(comm)
     number, first = groups.num_optimizers + 1, groups.first
-    group = first or make_group(comm, share_node, timeout_s, failure)
-    consensus = Consensus(group, timeout_s, failure, number)
+    group = first or make_group(comm, policy.share_node, policy.timeout_s, failure)
+    consensus = Consensus(group, policy, failure, number)
     consensus.enter_call("NAdam()", {}, step=0)
-    limits = np.array([node_limit(share_node)])
+    limits = np.array([node_limit(policy.share_node)])
     limit = int(consensus.collectives.allreduce(limits, MPI.MIN, 0, "NAdam()")[0])
     if first is None:
         groups.by_limit[limit] = group
     elif groups.by_limit.get(limit) is not first:
         if limit not in groups.by_limit:
-            groups.by_limit[limit] = make_group(comm, share_node, timeout_s, failure)
-        consensus = Consensus(groups.by_limit[limit], timeout_s, failure, number)
+            group = make_group(comm, policy.share_node, policy.timeout_s, failure)
+            groups.by_limit[limit] = group
+        consensus = Consensus(groups.by_limit[limit], policy, failure, number)
     groups.num_optimizers = number  # an optimizer that could not be built on all ranks has none
     consensus.group.add_optimizer()
     return consensus

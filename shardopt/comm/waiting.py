@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Timer
+from threading import TIMEOUT_MAX, Timer
 
 from mpi4py import MPI
 
@@ -50,7 +50,7 @@ def overdue(timeout_s: float, give_up: Callable[[], None]) -> Iterator[None]:
 
     mpi4py releases the GIL in blocking calls, so the body may contain them.
     """
-    timer = Timer(timeout_s, give_up)
+    timer = Timer(min(timeout_s, TIMEOUT_MAX), give_up)
     timer.daemon = True
     timer.start()
     try:

@@ -11,13 +11,13 @@ from shardopt.store.memory import Memory
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
-@dataclass(frozen=True)
+@dataclass
 class Clipping:
     """Decides by the norm of the averaged gradient how a step goes on.
 
     Attributes:
         max_grad_norm: Clip to this, as ``torch.nn.utils.clip_grad_norm_`` does; None leaves
-            gradients alone.
+            gradients alone. May be set between steps, to what ``as_max_grad_norm`` returns.
         policy: Whether to check for inf and NaN.
         memory: Gradients in 16 bits overflow easily.
         sends_float16: Sums of gradients are sent in float16, and so do they.
@@ -27,18 +27,6 @@ class Clipping:
     policy: ShardPolicy
     memory: Memory
     sends_float16: bool
-
-    def require_valid(self) -> None:
-        """Refuse a norm that is no positive number.
-
-        Raises:
-            HyperparamsError: It is none.
-        """
-        norm = self.max_grad_norm
-        if norm is not None and not as_real("max_grad_norm", norm) > 0:
-            raise HyperparamsError(
-                f"max_grad_norm must be > 0 or None; got {norm!r}. Leave it out not to clip."
-            )
 
     @property
     def needs_norm(self) -> bool:
@@ -65,3 +53,20 @@ class Clipping:
         if self.policy.check_finite is None:
             return self.memory.overflows_easily or self.sends_float16
         return self.policy.check_finite
+
+
+def as_max_grad_norm(value: object) -> float | None:
+    """Return a norm to clip to as a float, or None.
+
+    Raises:
+        HyperparamsError: It is neither a positive number nor None.
+    """
+    if value is None:
+        return None
+    norm = as_real("max_grad_norm", value)
+    if not norm > 0:
+        raise HyperparamsError(
+            f"max_grad_norm must be > 0 or None; got {norm!r}. Leave it out, or set None, not to "
+            "clip."
+        )
+    return norm

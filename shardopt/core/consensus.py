@@ -28,7 +28,7 @@ class StepConsensus:
         self.listeners: list[StepListener] = []
         self._consensus = consensus
 
-    def enter(self, found: Outcome[LocalInputs], step: int) -> AgreedInputs:
+    def enter(self, found: Outcome[LocalInputs], step: int, call: str = "step()") -> AgreedInputs:
         """Agree on the inputs of a step.
 
         Collective: every rank.
@@ -36,6 +36,7 @@ class StepConsensus:
         Args:
             found: This rank's inputs, or the error met in finding them.
             step: Number of the step.
+            call: The user's call, for messages.
 
         Raises:
             Exception: The error of the lowest rank that has one, on every rank.
@@ -44,11 +45,11 @@ class StepConsensus:
         inputs = found.value or LocalInputs()
         shares, consensus = inputs.shares, self._consensus
         values = [hyper.values() for hyper in inputs.hypers]
-        digest = digest_of("step()", step, values, shares.fingerprint())
+        digest = digest_of(call, step, values, inputs.same, shares.fingerprint())
         everyone = [shares]
         if not consensus.agree(digest, found.error, step=step, phase="agree"):
             hypers = describe_hypers(inputs.hypers)
-            description = {"the call": "step()", "the step": step, **hypers}
+            description = {"the call": call, "the step": step, **hypers, **inputs.same}
             consensus.require_same(description, step=step, phase="agree")
             everyone = consensus.collectives.allgather(shares, step, "agree")
         return AgreedInputs.merge(inputs.hypers, everyone)

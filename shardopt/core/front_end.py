@@ -1,6 +1,16 @@
-"""The common ground of the optimizers that users import: each has a core and hands calls on."""
+"""The common ground of the optimizers that users import: each has a core and hands calls on.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+[Note: assignments to an optimizer]
+What users assign either holds or raises. A property with a setter takes the value, and a method
+may be replaced, as schedulers and profilers do. Everything else that is an attribute of ours, or an
+argument of the constructor, raises ``AttributeError`` with what to do instead. Names that mean
+nothing to us are left to torch's users and tools, who attach things to optimizers; with the other
+frameworks, where nobody does, they are taken for typing errors, unless they begin with an
+underscore or a subclass has such an attribute.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,10 +19,26 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from shardopt.core.optimizer import Optimizer
+from shardopt.errors import HyperparamsError
 from shardopt.layout.footprint import MemoryReport
 from shardopt.layout.partition import Partition
 from shardopt.params.groups import Group
+from shardopt.policy import ShardPolicy
 from shardopt.report import StepReport
+from shardopt.rule.nadam import HYPERPARAM_NAMES
+
+_REBUILD = "Build a new optimizer with it, and load the state of this one"
+_REMEDIES = {
+    "params": "Write values into the parameters, or call load_params() or add_param_group()",
+    "comm": _REBUILD,
+    "core": "Leave it alone",
+    "policy": f"Set opt.policy.timeout_s; for other settings: {_REBUILD[0].lower()}{_REBUILD[1:]}",
+    "last_step": "It is the report of the last step(): copy what you want to change",
+    "partition": "It follows from the parameters: call add_param_group() to add some",
+    "count": "It counts steps: load_state_dict() or reset_state() change it",
+}
+_ARGUMENTS = frozenset({"params", "core"})  # the others are properties or stand in groups
+_GROUP_NAMES = frozenset({*HYPERPARAM_NAMES, "foreach", "capturable", "differentiable"})
 
 
 class FrontEnd:
@@ -23,6 +49,76 @@ class FrontEnd:
     """
 
     core: Optimizer[Any]
+    _takes_any_name = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See [Note: assignments to an optimizer].
+
+        Raises:
+            AttributeError: The assignment would be without effect.
+        """
+        if "core" in vars(self) and (remedy := self._remedy(name, value)):
+            raise AttributeError(
+                f"{name} of an optimizer must not be assigned; got {value!r:.80}. {remedy}."
+            )
+        super().__setattr__(name, value)
+
+    def _remedy(self, name: str, value: Any) -> str | None:
+        """Return what to do instead of assigning to a name, or None if it may be assigned."""
+        own = getattr(type(self), name, None)
+        if isinstance(own, property) and own.fset is not None:
+            return None
+        if name in _GROUP_NAMES:
+            return f"Write for group in opt.param_groups: group[{name!r}] = {value!r:.40}"
+        if isinstance(own, property) or name in _ARGUMENTS:
+            return _REMEDIES.get(name, "It can only be read")
+        if hasattr(self.policy, name):
+            return _REMEDIES["policy"]
+        if self._takes_any_name or name.startswith("_") or own is not None:
+            return None
+        members = {each: getattr(type(self), each) for each in dir(type(self))}
+        settable = [each for each, member in members.items() if getattr(member, "fset", None)]
+        close = get_close_matches(name, [*settable, *_GROUP_NAMES], 1)
+        meant = f"Did you mean {close[0]}? " if close else ""
+        return f"{meant}There are {', '.join(settable)}; hyperparameters are in opt.param_groups"
+
+    @property
+    def policy(self) -> ShardPolicy:
+        """How to shard; its ``timeout_s`` may be set and holds from the next wait on."""
+        return self.core.policy
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that gradients are clipped to, or None; holds from the next step on if set.
+
+        Raises:
+            HyperparamsError: It was set to something else.
+        """
+        return self.core.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.core.max_grad_norm = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters of groups added later that do not set their own; may be edited and set.
+
+        Raises:
+            HyperparamsError: It was set to something that is no dict.
+        """
+        return self.core.defaults if "core" in vars(self) else vars(self)["defaults"]
+
+    @defaults.setter
+    def defaults(self, values: dict[str, Any]) -> None:
+        if not isinstance(values, MutableMapping):
+            raise HyperparamsError(
+                f"defaults must be a dict; got {values!r:.80}. Write {{'lr': ..., ...}}."
+            )
+        if "core" in vars(self):
+            self.core.defaults = values
+        else:  # torch's own constructor sets them
+            vars(self)["defaults"] = values
 
     @property
     def comm(self) -> MPI.Intracomm:
@@ -60,12 +156,12 @@ class FrontEnd:
         self.core.add_param_group(param_group)
 
     def load_params(self, values: Mapping[str, Any] | None) -> list[str]:
-        """See ``core.Optimizer.load_params``. Collective: every rank."""
-        return self.core.load_params(values)
+        """See ``ParamCalls.load_params``. Collective: every rank."""
+        return self.core.values.load_params(values)
 
     def adopt(self, rank: int = 0) -> None:
-        """See ``core.Optimizer.adopt``. Collective: every rank."""
-        self.core.adopt(rank)
+        """See ``ParamCalls.adopt``. Collective: every rank."""
+        self.core.values.adopt(rank)
 
     def memory_report(self) -> MemoryReport:
         """See ``core.Optimizer.memory_report``."""
@@ -97,13 +193,12 @@ class ArrayFrontEnd(FrontEnd):
 
     @property
     def param_groups(self) -> list[Group]:
-        """Dicts as in torch; hyperparameters written there hold from the next step on."""
+        """See ``core.Optimizer.param_groups``."""
         return self.core.param_groups
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Hyperparameters of groups added later that do not set their own."""
-        return self.core.defaults
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.core.param_groups = groups
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """See ``core.Optimizer.zero_grad``."""
@@ -121,6 +216,10 @@ class InPlaceFrontEnd(ArrayFrontEnd):
     @state.setter
     def state(self, entries: Mapping[Any, Any]) -> None:
         self.core.states.set_state(entries)
+
+    def average_grads(self, loss_scale: float = 1.0) -> None:
+        """See ``core.Optimizer.average_grads``. Collective: every rank."""
+        self.core.average_grads(loss_scale)
 
     def step(
         self,

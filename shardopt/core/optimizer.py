@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from shardopt._version import __version__
 from shardopt.comm.consensus import Description, Outcome, attempt
 from shardopt.comm.failure import Abort
-from shardopt.comm.node_memory.limits import Demand, memory_shortage
 from shardopt.comm.topology import Topology
-from shardopt.comm.waiting import deadline
+from shardopt.compiling import warn_of_cache_problems
+from shardopt.core.clipping import as_max_grad_norm
 from shardopt.core.listeners import StepListener
-from shardopt.core.param_values import parse_values, share_values
+from shardopt.core.param_calls import ParamCalls
 from shardopt.core.parts import make_parts
+from shardopt.core.regrouping import RegroupCall, Regrouping
 from shardopt.core.shared_params import SharedParams, UserChanges
 from shardopt.core.state_calls import StateCalls
 from shardopt.core.state_view import StateView
@@ -23,21 +24,24 @@ from shardopt.core.step import Step, StepCall
 from shardopt.errors import (
     ClosedError,
     HyperparamsError,
+    PartitionError,
     RankFailureError,
     ShardoptError,
-    SharedMemoryError,
 )
-from shardopt.layout.dtypes import wire_dtype_of
-from shardopt.layout.footprint import MemoryReport, plan_memory, plan_node_need
+from shardopt.layout.footprint import MemoryReport, plan_memory
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
-from shardopt.params.groups import Group, make_group
-from shardopt.params.registry import PlannedGroups, describe_groups
+from shardopt.params.group_values import update_groups
+from shardopt.params.groups import Group, complete_groups, make_group
 from shardopt.policy import ShardPolicy
-from shardopt.report import StepReport, diverged_warning, tell
+from shardopt.report import (
+    StepReport,
+    diverged_warning,
+    edited_warning,
+    lost_state_warning,
+    tell,
+)
 from shardopt.rule.nadam import StepCount
-
-_SMALL_NBYTES = 1 << 20
 
 
 class Optimizer(Generic[P]):
@@ -53,7 +57,8 @@ class Optimizer(Generic[P]):
         groups: The param groups, complete with every hyperparameter, or the error met in making
             them, which all ranks will raise; see ``make_groups``.
         adapter: Reads and binds the framework's parameters.
-        defaults: Hyperparameters of groups added later that do not set their own.
+        defaults: Hyperparameters of groups added later that do not set their own; read when one is
+            added.
         max_grad_norm: Clip the global L2 norm of the averaged gradient to this, as
             ``torch.nn.utils.clip_grad_norm_`` does; None leaves it alone.
         comm: The ranks that train together; None is COMM_WORLD.
@@ -68,10 +73,12 @@ class Optimizer(Generic[P]):
 
     Attributes:
         comm: The communicator given.
+        defaults: As given.
         last_step: The report of the last ``step()``.
         parts: Its parts, for checkpoints and those who look inside.
         params: The parameters in the memory of every node.
         states: The calls about the optimizer state.
+        values: The calls about the values of parameters.
     """
 
     def __init__(
@@ -79,7 +86,7 @@ class Optimizer(Generic[P]):
         groups: Outcome[list[Group]],
         *,
         adapter: Adapter[P],
-        defaults: Mapping[str, Any],
+        defaults: Group,
         max_grad_norm: float | None,
         comm: MPI.Intracomm | None,
         policy: ShardPolicy,
@@ -89,19 +96,20 @@ class Optimizer(Generic[P]):
         _require_kind("policy", policy, ShardPolicy)
         failure = Abort()
         failure.watch()
-        self.defaults = dict(defaults)
+        self.defaults = defaults
         self.last_step = StepReport()
         self._closed = False
-        self._settings: Description = {
-            "shardopt's version": __version__,
-            **policy.describe(),
-            "max_grad_norm": max_grad_norm,
-        }
-        self.parts = make_parts(self.comm, adapter, max_grad_norm, policy, failure)
+        self._is_advised = False  # that gradients should be averaged before they are changed
+        norm, error = attempt(as_max_grad_norm, max_grad_norm)
+        if groups.error is None and error is not None:
+            groups = Outcome(None, error)
+        self.parts = make_parts(self.comm, adapter, norm, policy, failure)
         state_view = StateView(self.parts)
         self.params = SharedParams(self.parts, state_view)
         self.states = StateCalls(self, state_view)
+        self.values = ParamCalls(self)
         self._step = Step(self.parts, self.params)
+        self._regrouping = Regrouping(self.parts, self.params, state_view)
         try:
             self.extend("NAdam()", groups)
         except RankFailureError:
@@ -109,6 +117,7 @@ class Optimizer(Generic[P]):
         except (ShardoptError, TypeError, ValueError):
             self._release("NAdam()")
             raise
+        warn_of_cache_problems(aloud=self.topology.rank == 0)
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -118,6 +127,7 @@ class Optimizer(Generic[P]):
         loss_scale: float = 1.0,
         overflowed: bool = False,
         error: Exception | None = None,
+        num_writes: int = 0,
     ) -> None:
         """Average the gradients over ranks and update the parameters.
 
@@ -131,19 +141,58 @@ class Optimizer(Generic[P]):
             overflowed: Whether a gradient is known not to be finite; if it is so on one rank, the
                 step is skipped on all.
             error: An error that the front end has met with, which all ranks will raise, or None.
+            num_writes: How often the front end's framework has written to each gradient since
+                backward, which is no reason for a warning.
 
         Raises:
+            CallOrderError: A backward has come after ``average_grads``.
             PartitionError: A parameter or gradient was replaced by one of another shape or dtype.
             HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
-            RankMismatchError: Ranks have different hyperparameters or make different calls.
+            RankMismatchError: Ranks have different hyperparameters or groups, or make different
+                calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.require_open()
+        self.take_over_groups("step()")
         before = self.last_step
-        self.last_step, votes = self._step.run(StepCall(loss_scale, overflowed, error), before)
-        for warning in self.last_step.warnings(before):
+        call = StepCall(loss_scale, overflowed, error, num_writes)
+        self.last_step, votes = self._step.run(call, before)
+        warnings = list(self.last_step.warnings(before))
+        if self.last_step.edited_grads and not self._is_advised:
+            self._is_advised = True
+            warnings.append(edited_warning(self.last_step.step))
+        for warning in warnings:
             tell(warning, aloud=self.topology.rank == 0)
         self._step.consensus.notify(votes)
+
+    def average_grads(self, loss_scale: float = 1.0) -> None:
+        """Average the gradients over ranks now, to look at the average or to change it.
+
+        Afterwards every rank's gradients are the average, as after the backward of DDP, in their
+        own dtype: clipping, noise, masks and logs see what they see there. The step takes them as
+        they are then, for each part of a parameter those of the rank that owns it, so change them
+        alike on all ranks. A parameter with a gradient on some rank has one on all ranks.
+
+        Call it after the last backward, before ``GradScaler.unscale_``; once more changes nothing.
+        A backward after it makes the step raise, if the framework reports it (torch does). A step
+        and ``zero_grad`` end it.
+
+        Between nodes it sends the gradients once more, (M-1)/M of them with M nodes.
+
+        Collective: every rank.
+
+        Args:
+            loss_scale: As for ``step``, by which gradients are divided now instead of there; the
+                same on every rank.
+
+        Raises:
+            CallOrderError: A backward has come after it in the same step.
+            HyperparamsError: The loss scale is no finite number > 0.
+            PartitionError: A gradient was replaced by one of another shape or dtype.
+            RankMismatchError: Ranks have different loss scales or make different calls.
+            RankFailureError: A rank stopped responding for ``policy.timeout_s``.
+        """
+        self.take_over_groups("average_grads()")
+        self._step.averaging.run(loss_scale, self.last_step.step + 1)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zero this rank's gradients in place, or leave the parameters without.
@@ -153,7 +202,10 @@ class Optimizer(Generic[P]):
         """
         self.require_open()
         parts = self.parts
+        self._step.averaging.end()
         parts.overlap.grads_zeroed()
+        if parts.registry.is_edited(self.defaults):
+            parts.registry.zero_pending(set_to_none=set_to_none)
         cleared = parts.registry.cleared_by(set_to_none=set_to_none)
         parts.registry.zero_grads()
         parts.registry.bind_grads(cleared)
@@ -162,8 +214,20 @@ class Optimizer(Generic[P]):
 
     @property
     def param_groups(self) -> list[Group]:
-        """Dicts as in torch; hyperparameters written there hold from the next step on."""
+        """Dicts as in torch; what is written there holds from the next step on.
+
+        Parameters may be edited as well, alike on all ranks: see [Note: edited param groups].
+        """
         return self.parts.registry.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        if not isinstance(groups, list):
+            raise PartitionError(
+                f"param_groups must be a list of dicts; got {type(groups).__name__}. Put the "
+                "groups into a list."
+            )
+        self.parts.registry.param_groups = groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
         """Add a group of parameters; see ``extend``. Collective: every rank."""
@@ -185,22 +249,45 @@ class Optimizer(Generic[P]):
             HyperparamsError: A hyperparameter is out of range.
             RankMismatchError: Ranks were given different groups.
         """
+        self.take_over_groups(call)
+        self._regrouping.add(RegroupCall(call, self.last_step.step, self._settings()), groups)
+        self._step.averaging.repeat()
+
+    def complete_groups(self) -> None:
+        """Complete groups that users have put together, for a call that takes nothing over.
+
+        Raises:
+            PartitionError: One is not a group.
+        """
+        if self.parts.registry.is_edited(self.defaults):
+            complete_groups(self.param_groups, self.defaults)
+
+    def take_over_groups(self, call: str) -> None:
+        """Take over groups that users have edited; see [Note: edited param groups].
+
+        Collective: every rank, if groups were edited on any.
+
+        Args:
+            call: The user's call, for messages.
+
+        Raises:
+            PartitionError: A new parameter cannot be used.
+            HyperparamsError: A hyperparameter is out of range.
+            CheckpointError: State was assigned to a new parameter that does not fit it.
+            RankMismatchError: Ranks have edited groups differently. The groups are then those from
+                before the edit; likewise with the other errors.
+        """
         self.require_open()
-        parts, step = self.parts, self.last_step.step
-        planned, error = attempt(self._plan, groups)
-        self.enter_call(call, {**self._settings, **describe_groups(planned)}, error)
-        assert planned is not None
-        self.enter_call(call, {}, self._shortage(planned))
-        parts.overlap.settle(step)
-        first_region = len(self.partition.regions)
-        with deadline(parts.policy.timeout_s, call, parts.failure):
-            parts.memory.extend(planned.partition)
-            parts.sync.extend(planned.partition, parts.memory.buffers)
-        bindings = parts.registry.register(planned, parts.memory.buffers)
-        parts.rule.extend(planned.partition)
-        self._activate(step)
-        self.params.initialize(bindings, first_region, step)
-        parts.start_step(step + 1)
+        if not self.parts.registry.is_edited(self.defaults):
+            return
+        call = f"{call} with edited param_groups"
+        lost = self._regrouping.take_over(RegroupCall(call, self.last_step.step, {}), self.defaults)
+        self._step.averaging.repeat()
+        names = {binding.name for binding in self.parts.registry.bindings}
+        if self.last_step.poisoned_param not in names:
+            self.last_step = self.last_step.without_poison()
+        if lost:
+            tell(lost_state_warning(lost), aloud=self.topology.rank == 0)
 
     # -- what users have done ----------------------------------------------------------------------
 
@@ -217,6 +304,22 @@ class Optimizer(Generic[P]):
             self.last_step = self.last_step.without_poison()
         if agreed.diverged:
             tell(diverged_warning(agreed.diverged), aloud=self.topology.rank == 0)
+
+    # -- settings ----------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> ShardPolicy:
+        """How to shard; its ``timeout_s`` may be set and holds from the next wait on."""
+        return self.parts.policy
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that gradients are clipped to, or None."""
+        return self.parts.clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self.parts.clipping.max_grad_norm = as_max_grad_norm(value)
 
     # -- for checkpoints ---------------------------------------------------------------------------
 
@@ -257,8 +360,7 @@ class Optimizer(Generic[P]):
     def continue_with(self, groups: Sequence[Group], report: StepReport) -> None:
         """Continue from other hyperparameters."""
         self.last_step = report
-        for group, values in zip(self.param_groups, groups, strict=True):
-            group.update(values)
+        update_groups(self.param_groups, groups)
 
     # -- about it ----------------------------------------------------------------------------------
 
@@ -296,66 +398,6 @@ class Optimizer(Generic[P]):
         assert addends is not None
         return self.parts.collectives.allreduce(addends, MPI.SUM, step, call)
 
-    def load_params(self, values: Mapping[str, Any] | None) -> list[str]:
-        """Load values into the parameters, without a copy of the model on each rank.
-
-        The same as writing them into the parameters on every rank, which would give each rank a
-        copy of its own until the next step. What was written to parameters before is gone.
-
-        Collective: every rank.
-
-        Args:
-            values: For each parameter's name an array of its shape, such as the model's state dict;
-                the same on every rank. Ranks that have none pass None and get those of others.
-
-        Returns:
-            The names in ``values`` that belong to no parameter, such as those of buffers, and are
-            left to you.
-
-        Raises:
-            CheckpointError: A value is missing or has another shape. Nothing has changed then.
-            RankMismatchError: Ranks have different values. Likewise.
-        """
-        self.require_open()
-        parts, call, step = self.parts, "load_params()", self.last_step.step
-        parsed, error = attempt(parse_values, values, parts.registry)
-        self.enter_call(call, {}, error)
-        loaded = share_values(parsed, parts.registry, parts.collectives, step)
-        self.params.load(loaded.arrays, step)
-        self.last_step = self.last_step.without_poison()
-        return loaded.others
-
-    def adopt(self, rank: int = 0) -> None:
-        """Set the parameters of all ranks to those of one, with what was written to them there.
-
-        What other ranks have written to theirs is gone.
-
-        Collective: every rank.
-
-        Args:
-            rank: The rank.
-
-        Raises:
-            RankMismatchError: Ranks name different ones.
-            HyperparamsError: There is no such rank.
-        """
-        self.require_open()
-        ranks = range(self.topology.world_size)
-        error: Exception | None = None
-        if rank not in ranks:
-            error = HyperparamsError(
-                f"rank must be a rank, 0 to {ranks[-1]}; got {rank!r}. Leave it out for rank 0."
-            )
-        changes, found_error = attempt(self.params.find_changes)
-        if rank == self.topology.rank:  # what others have done is to be dropped
-            error = error or found_error
-        self.enter_call("adopt()", {"rank": rank}, error)
-        step = self.last_step.step
-        self.parts.overlap.settle(step)
-        self.params.adopt_from(rank, changes or UserChanges(), step)
-        self.parts.start_step(step + 1)
-        self.last_step = self.last_step.without_poison()
-
     def close(self) -> None:
         """Release gradients and moments. Parameters stay readable, with the values they have.
 
@@ -371,38 +413,11 @@ class Optimizer(Generic[P]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _plan(self, groups: Outcome[list[Group]]) -> PlannedGroups:
-        """Lay out more groups, and compile what they need; nothing has changed yet."""
-        parts = self.parts
-        if groups.error is not None:
-            raise groups.error
-        assert groups.value is not None
-        parts.clipping.require_valid()
-        planned = parts.registry.plan(groups.value)
-        node_size, several = parts.topology.node_size, parts.topology.num_nodes > 1
-        new = planned.partition.params[len(parts.registry.bindings) :]
-        for dtype in {param.spec.dtype for param in new}:
-            wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
-            parts.backend.kernel.prepare(dtype, wire)
-        return planned
-
-    def _activate(self, step: int) -> None:
-        """Have buckets exchanged that hold parameters which some rank trains. Collective."""
-        parts = self.parts
-        if parts.topology.num_nodes > 1:
-            trained = parts.registry.mask_of_trained()
-            for mask in parts.collectives.allgather(trained, step, "activate"):
-                parts.sync.reduction.activate(mask)
-
-    def _shortage(self, planned: PlannedGroups) -> SharedMemoryError | None:
-        """Return an error if the memory of new groups cannot be had on the node."""
-        topology, adapter = self.topology, self.parts.registry.adapter
-        trained = [adapter.requires_grad(param) for param in planned.params]
-        regions = range(len(self.partition.regions), len(planned.partition.regions))
-        need = plan_node_need(planned.partition, topology.node, regions, trained)
-        if need.least_nbytes < _SMALL_NBYTES:  # thousands of small optimizers are made quickly
-            return None
-        return memory_shortage(Demand(topology.node_size, need.least_nbytes, need.view_nbytes))
+    def _settings(self) -> Description:
+        """Return the settings that must be the same on every rank."""
+        policy = self.policy.describe()
+        norm = {"max_grad_norm": self.max_grad_norm}
+        return {"shardopt's version": __version__, **policy, **norm}
 
     def require_open(self) -> None:
         """Raise after ``close``."""

@@ -112,7 +112,7 @@ def make_parts(
         policy: How to shard.
         failure: What to do about ranks that are lost.
     """
-    consensus = make_consensus(comm, policy.share_node, policy.timeout_s, failure)
+    consensus = make_consensus(comm, policy, failure)
     topology, collectives = consensus.topology, consensus.collectives
     num_nodes, node_size = topology.num_nodes, topology.node_size
     nbytes = policy.bucket_nbytes or default_bucket_nbytes(num_nodes, topology.world_size)

@@ -1,8 +1,9 @@
 """The door between an optimizer and its checkpoints: they use ``Sharded`` and nothing else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Description
@@ -14,12 +15,16 @@ from shardopt.errors import CheckpointError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY, state_specs
+from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group, group_values
-from shardopt.report import StepReport
+from shardopt.params.model import ModelContent
+from shardopt.report import StepReport, tell
 from shardopt.rule.nadam import StepCount
 from shardopt.store.buffers import ShardBuffers
 
 T = TypeVar("T")
+
+_WARNED: WeakSet[Any] = WeakSet()  # the optimizers of which a warning has been issued
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,20 @@ class Scalars:
     groups: Sequence[Group]
     num_steps: int
     loss_scale: float
+
+    def saved_groups(self) -> tuple[list[Group], dict[str, str]]:
+        """Return the groups as files can hold them.
+
+        Returns:
+            Plain values; and what had to be left out, with the name of its type.
+        """
+        both = [saved_values(group) for group in self.groups]
+        left_out = {
+            f"param_groups[{index}][{name!r}]": kind
+            for index, (_, missing) in enumerate(both)
+            for name, kind in missing.items()
+        }
+        return [saved for saved, _ in both], left_out
 
 
 class Sharded(Protocol):
@@ -120,6 +139,14 @@ class Sharded(Protocol):
         """Go on from a state whose elements have been written into ``arrays``. Collective."""
         ...
 
+    def take_over_groups(self, call: str) -> None:
+        """Take over param groups that users have edited, before anything else. Collective.
+
+        Args:
+            call: The name of the call, as users know it.
+        """
+        ...
+
     def find_changes(self) -> Any:
         """Find what users have done to parameters and state since the last step.
 
@@ -134,6 +161,28 @@ class Sharded(Protocol):
         Raises:
             RankMismatchError: Ranks have written to different parameters.
         """
+        ...
+
+    def read_model(self, model: Any, saved: Collection[str] | None) -> ModelContent:
+        """Return what a checkpoint needs of a model of the same framework.
+
+        Args:
+            model: The model.
+            saved: The names of the parameters in the checkpoint to be loaded; None for a save.
+
+        Raises:
+            CheckpointError: It is no such model.
+        """
+        ...
+
+    def load_model(
+        self, model: Any, content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        """Load values into a model, after ``restore``; see ``Adapter``."""
+        ...
+
+    def warn_once(self, warning: Warning) -> None:
+        """Issue a warning about the optimizer, on rank 0, unless there was one before."""
         ...
 
     def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
@@ -250,6 +299,10 @@ class ShardedOptimizer:
         self._core.params.publish_all(report.step)
         self.trim()
 
+    def take_over_groups(self, call: str) -> None:
+        """See ``Sharded``."""
+        self._core.take_over_groups(call)
+
     def find_changes(self) -> UserChanges:
         """See ``Sharded``."""
         return self._core.params.find_changes()
@@ -258,6 +311,23 @@ class ShardedOptimizer:
         """See ``Sharded``."""
         self._core.settle(changes)
 
+    def read_model(self, model: Any, saved: Collection[str] | None) -> ModelContent:
+        """See ``Sharded``."""
+        return self._core.parts.registry.adapter.read_model(model, self._params, saved)
+
+    def load_model(
+        self, model: Any, content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        """See ``Sharded``."""
+        adapter = self._core.parts.registry.adapter
+        return adapter.load_model(model, self._params, content, values)
+
+    def warn_once(self, warning: Warning) -> None:
+        """See ``Sharded``."""
+        if self._core not in _WARNED:
+            _WARNED.add(self._core)
+            tell(warning, aloud=self.rank == 0)
+
     def agree(self, call: str, description: Description, error: Exception | None = None) -> None:
         """See ``Sharded``."""
         self._core.enter_call(call, description, error)
@@ -265,6 +335,10 @@ class ShardedOptimizer:
     def allgather(self, value: T, call: str) -> list[T]:
         """See ``Sharded``."""
         return self._core.parts.collectives.allgather(value, self._core.last_step.step, call)
+
+    @property
+    def _params(self) -> list[Any]:
+        return [binding.param for binding in self._core.parts.registry.bindings]
 
     def _runs(self, buffers: ShardBuffers) -> Iterator[tuple[TensorShard, Span]]:
         """Yield the parts of parameters of one region, and where their state is in its arrays."""

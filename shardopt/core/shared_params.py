@@ -73,7 +73,9 @@ class SharedParams:
         topology = parts.topology
         self._writes = UserWrites(parts.memory, topology.places[topology.rank])
 
-    def initialize(self, bindings: Sequence[Binding], first_region: int, step: int) -> None:
+    def initialize(
+        self, bindings: Sequence[Binding], first_region: int, step: int, *, none_is_zero: bool
+    ) -> None:
         """Copy rank 0's values of new parameters to every node, and bind the parameters.
 
         Collective: every rank.
@@ -82,6 +84,7 @@ class SharedParams:
             bindings: The parameters.
             first_region: The first of their regions; no other parameters are in it or behind it.
             step: The last one.
+            none_is_zero: See ``Binding.bind``.
         """
         parts = self._parts
         parts.meet(step, "allocate")  # every owner has touched its pages
@@ -90,7 +93,7 @@ class SharedParams:
                 binding.fill()
         self._broadcast(0, step, first_region)
         for binding in bindings:
-            binding.bind()
+            binding.bind(none_is_zero=none_is_zero)
 
     # -- what users have done ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from shardopt.core.state_dict import OptimizerState, gather_state, part_warning
 from shardopt.core.state_loading import load_state, plan_load
 from shardopt.core.state_parsing import parse_state
 from shardopt.errors import CheckpointError
+from shardopt.params.group_values import saved_values
 from shardopt.report import tell
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class StateCalls:
         self._view.assign(entries)
 
     def reset_state(self, params: Iterable[Any] | None = None) -> None:
-        """Let moments and step counts start anew at the next step; all ranks must do so.
+        """Have moments and step counts start anew at the next step; all ranks must do so.
 
         Args:
             params: The parameters; None for all.
@@ -81,6 +82,7 @@ class StateCalls:
             CheckpointError: Something was put into ``state`` that does not belong there.
         """
         self._core.require_open()
+        self._core.complete_groups()
         topology = self._core.topology
         if topology.num_nodes > 1 and any(count.step for count in self._core.step_counts):
             node, _ = topology.places[topology.rank]
@@ -98,7 +100,7 @@ class StateCalls:
         Raises:
             CheckpointError: ``root`` is no rank.
         """
-        self._core.require_open()
+        self._core.take_over_groups("gather_state_dict()")
         ranks, error = range(self._core.topology.world_size), None
         if root not in ranks:
             error = CheckpointError(
@@ -127,7 +129,7 @@ class StateCalls:
             CheckpointError: It is of another model, or shows this optimizer at another step, or
                 ranks together lack a part. Nothing has changed then.
         """
-        self._core.require_open()
+        self._core.take_over_groups("load_state_dict()")
         call, collectives, step = (
             "load_state_dict()",
             self._core.parts.collectives,
@@ -139,8 +141,9 @@ class StateCalls:
         assert changes is not None
         plan = plan_load(loaded, self._state, collectives, step)
         steps = [count.step for count in plan.step_counts]
-        groups = {"the state's steps": steps, "the state's param_groups": plan.groups}
-        self._core.enter_call(call, groups)
+        groups = [saved_values(group)[0] for group in plan.groups]
+        same = {"the state's steps": steps, "the state's param_groups": groups}
+        self._core.enter_call(call, same)
         self._core.settle(changes.without_edits())
         load_state(loaded, plan, self._state, collectives, step)
         self._core.params.show_loaded(step, params=False, state=True)

@@ -1,4 +1,4 @@
-"""What this rank's user has done to the optimizer state, and what all users have.
+"""Edits of the optimizer state: those of this rank's user, and those of all users.
 
 [Note: what users do to the state]
 Arrays of the state are views that this rank may write to: see [Note: weights that behave as in
@@ -7,18 +7,14 @@ write. Step counts, and entries that are gone, are *edits*: all ranks must have 
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
-import numpy as np
-
-from shardopt._typing import FloatArray
 from shardopt.comm.consensus import rank_list
 from shardopt.errors import RankMismatchError
 from shardopt.params.writes import Written
-from shardopt.rule.nadam import StepCount
 
 COUNT_KEYS = ("step", "mu_product")
 RESET_KEY = "state"
@@ -26,43 +22,31 @@ EDIT_KEYS = frozenset((*COUNT_KEYS, RESET_KEY))
 """The keys of edits in what a rank has written; the value of a step count is its bits."""
 
 
-@dataclass(frozen=True)
-class ShownCounts:
-    """The step counts of some parameters, in memory that users may write to.
+@dataclass
+class StateNotes:
+    """The changes of this rank's user to entries of the state since the last step.
 
     Attributes:
-        first: Index of the first of them.
-        values: By key, [num_params] each, as users see and change them.
-        shown: The same as they were shown.
+        expected: The parameters that have an entry unless a user removes it, by number.
+        dirty: Those whose entries were written to, replaced or removed.
+        resets: Those whose entries are gone.
+        surplus: Parameters that have an entry and are not the optimizer's, or not yet.
     """
 
-    first: int
-    values: Mapping[str, FloatArray]
-    shown: Mapping[str, FloatArray]
+    expected: set[int] = field(default_factory=set)
+    dirty: dict[int, None] = field(default_factory=dict)
+    resets: set[int] = field(default_factory=set)
+    surplus: list[Any] = field(default_factory=list)
 
-    @property
-    def stop(self) -> int:
-        """Index behind the last of them."""
-        return self.first + len(self.values["step"])
+    def rearrange(self, moves: Mapping[int, int]) -> None:
+        """Follow parameters to their new numbers.
 
-    def edited(self) -> Iterator[Written]:
-        """Yield what users have changed."""
-        for key in COUNT_KEYS:
-            for offset in np.flatnonzero(self.values[key] != self.shown[key]):
-                yield Written(self.first + int(offset), key)
-
-    def show(self, counts: Sequence[StepCount]) -> None:
-        """Show other values where users have not changed them."""
-        for key in COUNT_KEYS:
-            new = [getattr(count, key) for count in counts[self.first : self.stop]]
-            is_shown = self.values[key] == self.shown[key]
-            self.shown[key][:] = new
-            self.values[key][is_shown] = self.shown[key][is_shown]
-
-    def forget(self, index: int) -> None:
-        """Drop what users have changed of a parameter."""
-        for key in COUNT_KEYS:
-            self.values[key][index - self.first] = self.shown[key][index - self.first]
+        Args:
+            moves: The new number of each parameter that stays, by the number so far.
+        """
+        self.expected = {moves[index] for index in self.expected if index in moves}
+        self.resets = {moves[index] for index in self.resets if index in moves}
+        self.dirty = {moves[index]: None for index in self.dirty if index in moves}
 
 
 class HandedOut:

@@ -13,6 +13,7 @@ from shardopt.core.state_parsing import LoadedState, Piece, require
 from shardopt.layout.partition import ParamSpec, Partition
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
+from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group
 from shardopt.rule.nadam import StepCount
 
@@ -67,7 +68,8 @@ def plan_load(
     senders = wholes[:1] or sorted({each[1:3]: n for n, each in reversed(given.items())}.values())
     mine = None
     if loaded is not None and rank in senders:
-        mine = loaded.groups, loaded.step_counts, loaded.runs()
+        groups = [saved_values(group)[0] for group in loaded.groups]
+        mine = groups, loaded.step_counts, loaded.runs()
     everyone = collectives.allgather(mine, step, _CALL)
     sent = {number: each for number, each in enumerate(everyone) if each is not None}
     runs_of = {number: each[2] for number, each in sent.items()}

@@ -8,7 +8,7 @@ ABSENT: Any = object()
 
 
 class Owner(Protocol):
-    """What stands behind the dicts."""
+    """The object behind the dicts."""
 
     def refresh(self) -> None:
         """Bring step counts up to date."""
@@ -183,7 +183,7 @@ class State(_Watched):
         """Return what is stored: an entry, None before it has been asked for, or ``ABSENT``."""
         return dict.get(self, param, ABSENT)
 
-    def put(self, param: Any, entry: Entry | None) -> None:
+    def put(self, param: Any, entry: dict[str, Any] | None) -> None:
         """Store an entry, or None for one to be made when it is asked for; the owner knows."""
         dict.__setitem__(self, param, entry)
 

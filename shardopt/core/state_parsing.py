@@ -23,7 +23,7 @@ _SCALARS = ("step", "mu_product")
 
 @dataclass(frozen=True)
 class Piece:
-    """What a state dict has of the state of one parameter.
+    """The state of one parameter in a state dict.
 
     Attributes:
         runs: Runs of the flattened parameter.

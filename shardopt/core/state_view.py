@@ -1,6 +1,5 @@
 """The optimizer state as users see it: views to read, and writes that the next step takes over."""
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from shardopt._typing import FloatArray
 from shardopt.core.parts import Parts
+from shardopt.core.shown_counts import ShownCounts
 from shardopt.core.state_dict import (
     PART_KEY,
     NodePart,
@@ -21,14 +21,16 @@ from shardopt.core.state_edits import (
     COUNT_KEYS,
     RESET_KEY,
     HandedOut,
-    ShownCounts,
+    StateNotes,
     bits_of,
     number_of,
 )
 from shardopt.core.state_mapping import ABSENT, Entry, State
 from shardopt.core.state_parsing import parse_array, parse_step_count, require
 from shardopt.errors import CheckpointError, PartitionError
+from shardopt.layout.partition import ParamSpec
 from shardopt.layout.state_spec import state_specs
+from shardopt.params.groups import Group
 from shardopt.params.writes import Written
 from shardopt.rule.nadam import Hyperparams, StepCount
 
@@ -40,17 +42,19 @@ class StateView:
 
     Args:
         parts: The optimizer's.
+
+    Attributes:
+        stored: What users have seen of it, once they have.
+        counts: The step counts as they see them.
+        notes: What they have done to entries since the last step.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._mapping: State | None = None
-        self._counts: list[ShownCounts] = []
+        self.stored: State | None = None
+        self.counts = ShownCounts(parts.registry.adapter.step_dtype)
         self._shown: tuple[int, int] | None = None  # the version and number of shown step counts
-        self._expected: set[int] = set()  # parameters that have an entry unless a user removes it
-        self._dirty: dict[int, None] = {}
-        self._surplus: list[Any] = []
-        self._resets: set[int] = set()
+        self.notes = StateNotes()
         self._places: tuple[object, list[NodePart]] = None, []  # of a partition
         self._step_counts: tuple[int, list[StepCount]] = -1, []
         self._handed_out = HandedOut()
@@ -60,33 +64,34 @@ class StateView:
     @property
     def mapping(self) -> State:
         """The entries of all parameters."""
-        if self._mapping is None:
-            self._mapping = State(owner=self)
+        if self.stored is None:
+            self.stored = State(owner=self)
         self.refresh()
-        return self._mapping
+        return self.stored
 
     def refresh(self) -> None:
         """Bring step counts up to date, and add entries of new parameters."""
         bindings, rule = self._parts.registry.bindings, self._parts.rule
         now = rule.version, len(bindings)
-        if self._mapping is None or self._shown == now:
+        if self.stored is None or self._shown == now:
             return
         counts, self._shown = rule.step_counts, now
-        start = self._counts[-1].stop if self._counts else 0
-        if start < len(bindings):
-            dtypes = {"step": self._parts.registry.adapter.step_dtype, "mu_product": "float64"}
-            new, shown = (
-                {key: np.zeros(len(bindings) - start, dtype) for key, dtype in dtypes.items()}
-                for _ in range(2)
-            )
-            self._counts.append(ShownCounts(start, new, shown))
-        for chunk in self._counts:
-            chunk.show(counts)
+        self.counts.show(counts)
         for index, (binding, count) in enumerate(zip(bindings, counts, strict=True)):
-            if index not in self._expected and has_entry(binding.param, count):
-                self._expected.add(index)
-                if self._mapping.peek(binding.param) is ABSENT:
-                    self._mapping.put(binding.param, None)
+            if index not in self.notes.expected and has_entry(binding.param, count):
+                self.notes.expected.add(index)
+                if self.stored.peek(binding.param) is ABSENT:
+                    self.stored.put(binding.param, None)
+
+    def rearrange(self, moves: Mapping[int, int]) -> None:
+        """Follow parameters to their new numbers.
+
+        Args:
+            moves: The new number of each parameter that stays, by the number so far.
+        """
+        self.counts.rearrange(moves)
+        self.notes.rearrange(moves)
+        self._shown, self._step_counts = None, (-1, [])
 
     def entry_of(self, param: Any) -> Entry:
         """Return an entry for a parameter; an empty one if its own is gone or does not exist yet.
@@ -94,10 +99,13 @@ class StateView:
         Raises:
             KeyError: The parameter is not the optimizer's.
         """
-        index = self._parts.registry.index_of(param)
-        if index is None or self._mapping is None:
+        registry = self._parts.registry
+        index = registry.index_of(param)
+        is_pending = index is None and any(param is each for each in registry.pending())
+        if self.stored is None or (index is None and not is_pending):
             raise KeyError("not a parameter of this optimizer")
-        values = {} if self._mapping.peek(param) is ABSENT else self._values(index)
+        is_gone = index is None or self.stored.peek(param) is ABSENT
+        values = {} if index is None or is_gone else self._values(index)
         missing = None
         if self._parts.topology.num_nodes > 1:
             missing = "each node has a part of it. Call gather_state_dict() for the whole, or "
@@ -108,9 +116,9 @@ class StateView:
         """See ``state_mapping.Owner``."""
         index = self._parts.registry.index_of(param)
         if index is not None:
-            self._dirty[index] = None
-        elif not any(param is each for each in self._surplus):
-            self._surplus.append(param)
+            self.notes.dirty[index] = None
+        elif not any(param is each for each in self.notes.surplus):
+            self.notes.surplus.append(param)
 
     def assign(self, entries: Mapping[Any, Any]) -> None:
         """Put other entries in the place of all."""
@@ -127,8 +135,12 @@ class StateView:
             PartitionError: One is not the optimizer's.
         """
         registry = self._parts.registry
-        chosen = [b.param for b in registry.bindings] if params is None else list(params)
-        if any(registry.index_of(param) is None for param in chosen):
+        chosen = list(params or ())
+        if params is None:
+            chosen = [*(binding.param for binding in registry.bindings), *self.notes.surplus]
+        elif {id(p) for p in chosen if registry.index_of(p) is None} - set(
+            map(id, registry.pending())
+        ):
             raise PartitionError(
                 "params must be parameters of this optimizer; got another one. Leave them out to "
                 "reset all."
@@ -142,25 +154,36 @@ class StateView:
         Raises:
             CheckpointError: An entry of ``opt.state`` has been changed into something else.
         """
-        topology, params, places = self._parts.topology, state.partition.params, self.places()
-        version, is_whole, entries = self._parts.rule.version, topology.num_nodes == 1, {}
-        counts = self._changed_counts(self.find_edits())
-        for index, (param, count) in enumerate(zip(state.params, counts, strict=True)):
-            if index in self._resets or not has_entry(param, count):
-                continue
-            entry = state.new_entry(count)
-            if not is_whole:
-                entry["slices"] = [(run.start, run.stop) for run in places[index].runs]
-            for key, array in self.arrays(index).items():
-                shaped = array.reshape(params[index].spec.shape) if is_whole else array
-                entry[key] = state.adapter.from_array(shaped, param if is_whole else None)
-                self._handed_out.add(entry[key], version)
-            entries[index] = entry
+        registry, is_whole = self._parts.registry, self._parts.topology.num_nodes == 1
+        counts, entries = self._changed_counts(self.find_edits()), {}
+        for number, param in enumerate(state.params):  # edits of groups may be pending
+            index = registry.index_of(param)
+            if index is None:
+                assigned = ABSENT if self.stored is None else self.stored.peek(param)
+                if isinstance(assigned, Mapping) and assigned:
+                    entries[number] = dict(assigned.items())
+            elif index not in self.notes.resets and has_entry(param, counts[index]):
+                entries[number] = self._shown_entry(index, counts[index], state)
         part: StateDict = {}
         if not is_whole:
+            topology = self._parts.topology
             node, _ = topology.places[topology.rank]
             part = {PART_KEY: {"node": node, "num_nodes": topology.num_nodes}}
         return {"state": entries, "param_groups": packed_groups(state.groups), **part}
+
+    def _shown_entry(self, index: int, count: StepCount, state: OptimizerState) -> StateDict:
+        """Return the entry of a parameter in a state dict."""
+        param, entry = self._parts.registry.bindings[index].param, state.new_entry(count)
+        shape = None
+        if self._parts.topology.num_nodes == 1:
+            shape = state.partition.params[index].spec.shape
+        else:
+            entry["slices"] = [(run.start, run.stop) for run in self.places()[index].runs]
+        for key, array in self.arrays(index).items():
+            shaped = array if shape is None else array.reshape(shape)
+            entry[key] = state.adapter.from_array(shaped, None if shape is None else param)
+            self._handed_out.add(entry[key], self._parts.rule.version)
+        return entry
 
     def arrays(self, index: int) -> dict[str, FloatArray]:
         """Return new views of the node's part of the state of a parameter, flat."""
@@ -179,9 +202,9 @@ class StateView:
 
     def release(self) -> None:
         """Leave users with what they hold: dicts like any other, with the values that they have."""
-        if self._mapping is not None:
-            self._mapping.detach()
-            self._mapping = None
+        if self.stored is not None:
+            self.stored.detach()
+            self.stored = None
 
     # -- views that were handed out ----------------------------------------------------------------
 
@@ -218,17 +241,16 @@ class StateView:
             CheckpointError: An entry has been changed into something else.
         """
         registry = self._parts.registry
-        if self._mapping is None:
+        if self.stored is None:
             return {}
-        if self._dirty or self._surplus:
-            self._take_over(self._mapping)
-        edits = {Written(index, RESET_KEY): 0 for index in sorted(self._resets)}
-        for chunk in self._counts:
-            for edit in chunk.edited():
-                if edit.param not in self._resets:
-                    offset, name = edit.param - chunk.first, registry.bindings[edit.param].name
-                    parse_step_count({key: chunk.values[key][offset] for key in COUNT_KEYS}, name)
-                    edits[edit] = bits_of(chunk.values[edit.key][offset])
+        if self.notes.dirty or self.notes.surplus:
+            self._take_over(self.stored)
+        edits = {Written(index, RESET_KEY): 0 for index in sorted(self.notes.resets)}
+        for edit in self.counts.edited():
+            if edit.param not in self.notes.resets:
+                values = self.counts.values(edit.param)
+                parse_step_count(values, registry.bindings[edit.param].name)
+                edits[edit] = bits_of(values[edit.key])
         return edits
 
     def adopt(self, edits: Mapping[Written, int]) -> None:
@@ -238,35 +260,34 @@ class StateView:
         parts = self._parts
         resets = {index for index, key in edits if key == RESET_KEY}
         counts = self._changed_counts(edits)
-        for _, arrays in self._owned(resets):
+        for _, arrays in self.owned(resets):
             for array in arrays.values():
                 array[:] = 0
         parts.rule.set_step_counts(counts)
-        self._expected -= resets
-        self._resets -= resets
-        if self._mapping is not None:
+        self.notes.expected -= resets
+        self.notes.resets -= resets
+        if self.stored is not None:
             for index in resets:
-                self._mapping.discard(parts.registry.bindings[index].param)
-                self._chunk(index).forget(index)
+                self.stored.discard(parts.registry.bindings[index].param)
+                self.counts.forget(index)
             self.refresh()
 
     def forget(self) -> None:
         """Drop what this rank's user has done: other values are there now."""
-        if self._mapping is None:
+        if self.stored is None:
             return
-        for index in [*self._dirty, *self._resets]:
+        for index in [*self.notes.dirty, *self.notes.resets]:
             param = self._parts.registry.bindings[index].param
-            self._mapping.discard(param)
-            if index in self._expected:
-                self._mapping.put(param, None)
-        for param in self._surplus:
-            self._mapping.discard(param)
-        self._dirty.clear()
-        self._resets.clear()
-        self._surplus.clear()
-        for chunk in self._counts:
-            for edit in list(chunk.edited()):
-                chunk.forget(edit.param)
+            self.stored.discard(param)
+            if index in self.notes.expected:
+                self.stored.put(param, None)
+        for param in self.notes.surplus:
+            self.stored.discard(param)
+        self.notes.dirty.clear()
+        self.notes.resets.clear()
+        self.notes.surplus.clear()
+        for edit in self.counts.edited():
+            self.counts.forget(edit.param)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -274,71 +295,67 @@ class StateView:
         """Return the values of an entry."""
         registry = self._parts.registry
         adapter, param = registry.adapter, registry.bindings[index].param
-        chunk = self._chunk(index)
-        values = {
-            key: adapter.from_array(chunk.values[key][index - chunk.first, ...], None)
-            for key in COUNT_KEYS
-        }
+        counts = self.counts.values(index)
+        values = {key: adapter.from_array(count, None) for key, count in counts.items()}
         if self._parts.topology.num_nodes == 1:
             shape = registry.partition.params[index].spec.shape
             for key, array in self.arrays(index).items():
                 values[key] = adapter.from_array(array.reshape(shape), param)
         return values
 
-    def _chunk(self, index: int) -> ShownCounts:
-        return self._counts[bisect_right(self._counts, index, key=lambda chunk: chunk.first) - 1]
-
     def _take_over(self, mapping: State) -> None:
         """Copy what users have put into entries to where the state is."""
-        bindings = self._parts.registry.bindings
-        left = [param for param in self._surplus if param in mapping]
+        registry = self._parts.registry
+        bindings = registry.bindings
+        pending = set(map(id, registry.pending())) if self.notes.surplus else set()
+        left = [p for p in self.notes.surplus if p in mapping and id(p) not in pending]
         rule, got = "have entries for the parameters of this optimizer only", f"{left!r:.80}"
         require(not left, "opt.state", rule, got, _AS_STATE)
         resets, changed = set(), {}
-        for index in self._dirty:
+        for index in self.notes.dirty:
             entry = mapping.peek(bindings[index].param)
             if entry is ABSENT or (isinstance(entry, Mapping) and not entry):
-                resets |= {index} & self._expected
+                resets |= {index} & self.notes.expected
             elif entry is not None:
-                changed[index] = self._parse(index, entry)
+                spec = registry.partition.params[index].spec
+                changed[index] = self.parse(spec, registry.param_groups[spec.group], entry)
         views = [piece.view for _, piece in self._parts.memory.pieces]
         copies = [  # before anything is written, as they may be views of one another
-            (self.arrays(index)[key], new.copy() if _overlaps_any(new, views) else new)
+            (self.arrays(index)[key], new.copy() if overlaps_any(new, views) else new)
             for index, (_, arrays) in changed.items()
             for key, new in arrays.items()
+            if not _is_same(new, self.arrays(index)[key])
         ]
         for array, new in copies:
             array[:] = new
         for index, (numbers, _) in changed.items():
-            chunk = self._chunk(index)
+            counts = self.counts.values(index)
             for key, number in numbers.items():
-                chunk.values[key][index - chunk.first] = number
+                counts[key][...] = number
             entry, param = mapping.peek(bindings[index].param), bindings[index].param
             if isinstance(entry, Entry) and entry.is_of(self, param):
                 entry.restore(self._values(index))
             else:
                 mapping.put(param, None)
-        self._resets = (self._resets - set(changed)) | resets
-        self._dirty.clear()
-        self._surplus.clear()
+        self.notes.resets = (self.notes.resets - set(changed)) | resets
+        self.notes.dirty.clear()
+        self.notes.surplus = [param for param in self.notes.surplus if id(param) in pending]
 
-    def _parse(
-        self, index: int, entry: Any
-    ) -> tuple[Mapping[str, float], Mapping[str, FloatArray]]:
-        """Return the step count of a changed entry, and the arrays that are not the views."""
-        registry = self._parts.registry
-        spec, adapter = registry.partition.params[index].spec, registry.adapter
+    def parse(
+        self, spec: ParamSpec, group: Group, entry: Any
+    ) -> tuple[Mapping[str, float], dict[str, FloatArray]]:
+        """Return the step count of an entry that a user has put together, and its arrays, flat."""
+        adapter = self._parts.registry.adapter
         specs = state_specs(spec.dtype) if self._parts.topology.num_nodes == 1 else ()
         name, keys = f"opt.state of {spec.name!r}", [*COUNT_KEYS, *(each.key for each in specs)]
         rule = f"be a dict with the keys {', '.join(keys)}"
         is_dict = isinstance(entry, Mapping)
         require(is_dict, name, rule, f"a {type(entry).__name__}", _AS_STATE)
-        hyper = Hyperparams.from_group(registry.param_groups[spec.group])
+        hyper = Hyperparams.from_group(group)
         try:
             values = adapter.read_entry(entry, hyper)
             require(set(values) == set(keys), name, rule, sorted(values), _AS_STATE)
             numbers = {key: float(values[key]) for key in COUNT_KEYS}
-            views = self.arrays(index)
             arrays = {
                 each.key: parse_array(values[each.key], each, spec.name, spec.shape)
                 for each in specs
@@ -348,7 +365,7 @@ class StateView:
                 raise
             got = f"{type(error).__name__} ({error}) where it was read"
             raise CheckpointError(f"{name} must {rule}; got {got}. {_AS_STATE}.") from error
-        return numbers, {k: new for k, new in arrays.items() if not _is_same(new, views[k])}
+        return numbers, arrays
 
     def _changed_counts(self, edits: Mapping[Written, int]) -> list[StepCount]:
         """Return all step counts as they are with some edits."""
@@ -365,7 +382,7 @@ class StateView:
                 )
         return counts
 
-    def _owned(self, indices: set[int]) -> Iterator[tuple[int, Mapping[str, FloatArray]]]:
+    def owned(self, indices: set[int]) -> Iterator[tuple[int, Mapping[str, FloatArray]]]:
         """Yield the state that this rank owns of some parameters."""
         parts = self._parts
         state = OptimizerState(
@@ -386,5 +403,6 @@ def _is_same(left: FloatArray, right: FloatArray) -> bool:
     )
 
 
-def _overlaps_any(array: FloatArray, others: Sequence[Any]) -> bool:
+def overlaps_any(array: FloatArray, others: Sequence[Any]) -> bool:
+    """Whether an array may share memory with one of several."""
     return any(np.may_share_memory(array, other) for other in others)

@@ -10,15 +10,14 @@ from mpi4py import MPI
 
 from shardopt.backends.base import ALL_FINITE, UpdatePlan
 from shardopt.comm.consensus import attempt
+from shardopt.core.averaging import Averaging, require_loss_scale
 from shardopt.core.consensus import StepConsensus
 from shardopt.core.parts import Parts
 from shardopt.core.shared_params import AgreedChanges, SharedParams, UserChanges
-from shardopt.errors import HyperparamsError
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.span import Span
 from shardopt.params.inputs import AgreedInputs, LocalInputs
 from shardopt.report import StepReport, Stopwatch
-from shardopt.rule.nadam import as_real
 from shardopt.transport.sync import ReducedShard
 
 _NO_PARAM = 1 << 62
@@ -33,15 +32,17 @@ class StepCall:
         loss_scale: See ``Optimizer.step``.
         overflowed: Likewise.
         error: An error that the front end has met with, to be raised on every rank, or None.
+        num_writes: How often the front end's framework has written to each gradient since backward.
     """
 
     loss_scale: float = 1.0
     overflowed: bool = False
     error: Exception | None = None
+    num_writes: int = 0
 
 
 class _Result(NamedTuple):
-    """What a step has come to, for its report; see ``StepReport``.
+    """The outcome of a step, for its report; see ``StepReport``.
 
     Attributes:
         norm: Of the averaged gradient, or None.
@@ -65,10 +66,12 @@ class Step:
 
     Attributes:
         consensus: The meetings of all ranks around a step.
+        averaging: Averages gradients before a step.
     """
 
     def __init__(self, parts: Parts, params: SharedParams) -> None:
         self.consensus = StepConsensus(parts.consensus)
+        self.averaging = Averaging(parts, self.consensus)
         self._parts = parts
         self._params = params
 
@@ -99,7 +102,9 @@ class Step:
         poisoned = _NO_PARAM
         if factor is not None:
             parts.rule.plan(agreed.present, agreed.hypers, self._grad_scale(agreed) * factor)
-            for shard in parts.sync.reduced():  # reduce-scatter; on one node: where they lie
+            averaged = self.averaging.is_done
+            shards = parts.sync.averaged() if averaged else parts.sync.reduced()
+            for shard in shards:  # reduce-scatter; on one node: where they lie
                 plan = self._plan(shard)
                 with parts.memory.state.open(shard.shard) as state:
                     position = kernel.update(shard.sources, shard.targets, state, plan)
@@ -120,6 +125,7 @@ class Step:
         result = _Result(norm, factor, copied_nbytes, changes.diverged)
         report = self._report(number, agreed, result, watch.seconds)
         parts.start_step(number + 1, was_changed=agreed.changed != 0)
+        self.averaging.end()
         known = before.without_poison() if changes.params else before
         return report.with_poison(self._name_of(poisoned), known), votes
 
@@ -133,24 +139,29 @@ class Step:
         """
         if call.error is not None:
             raise call.error
-        loss_scale = as_real("loss_scale", call.loss_scale)
-        if not 0.0 < loss_scale < math.inf:
-            raise HyperparamsError(
-                f"loss_scale must be a finite number > 0; got {call.loss_scale}. "
-                "Leave it out for 1."
-            )
-        overlap = self._parts.overlap
-        changed = overlap.hold()  # before other gradients are copied in
+        averaging, registry = self.averaging, self._parts.registry
+        averaging.require_unmixed()
+        loss_scale = require_loss_scale(call.loss_scale)
+        changed = self._parts.overlap.hold()  # before other gradients are copied in
+        edited = registry.adapter.were_grads_written(call.num_writes)
         changes = self._params.find_changes()
-        inputs = LocalInputs(
+        hypers = registry.read_hypers()
+        present, copied_nbytes = registry.take_grads()
+        return LocalInputs(
+            hypers=hypers,
             replaced=changes.replaced,
             written=changes.written,
+            present=present,
             loss_scale=loss_scale,
             overflowed=bool(call.overflowed),
-            changed=changed,
-            copied_nbytes=overlap.copied_nbytes,
+            changed=averaging.changed if averaging.is_done else changed,
+            edited=edited and self._parts.topology.world_size > 1,
+            copied_nbytes=copied_nbytes + averaging.copied_nbytes,
+            same={
+                "max_grad_norm": self._parts.clipping.max_grad_norm,
+                **averaging.describe(loss_scale, present),
+            },
         )
-        return self._parts.registry.inspect(inputs)
 
     def _adopt(
         self, inputs: LocalInputs, agreed: AgreedInputs, changes: AgreedChanges, step: int
@@ -171,7 +182,8 @@ class Step:
         if agreed.rescaled:  # everything sent so far had the old scale
             changed = parts.overlap.sent_by_any(step)
         changed |= parts.sync.reduction.activate(agreed.present)
-        parts.sync.reduction.resend(changed)
+        if not self.averaging.is_done:
+            parts.sync.resend(changed)
         return copied_nbytes
 
     def _global_norm(self, agreed: AgreedInputs, step: int) -> float | None:
@@ -186,13 +198,14 @@ class Step:
             return 0.0
         # Each chunk has one owner, so that the allreduce only adds zeros to its sum; chunks are
         # added up in flat order. So the bits do not depend on how they are shared out.
-        mine = parts.sync.square_sums(agreed.present)
+        mine = parts.sync.square_sums(agreed.present, averaged=self.averaging.is_done)
         square_sums = parts.collectives.allreduce(mine, MPI.SUM, step, "reduce")
         return math.sqrt(np.cumsum(square_sums)[-1]) * self._grad_scale(agreed)
 
     def _grad_scale(self, agreed: AgreedInputs) -> float:
-        """Return the factor on the sum of gradients that makes it the average."""
-        return 1.0 / self._parts.topology.world_size / agreed.loss_scale
+        """Return the factor that makes the average of what is to be summed."""
+        num_sources = 1 if self.averaging.is_done else self._parts.topology.world_size
+        return 1.0 / num_sources / agreed.loss_scale
 
     # -- the update and after ----------------------------------------------------------------------
 
@@ -229,7 +242,8 @@ class Step:
             diverged=result.diverged,
             clip_factor=1.0 if factor is None else factor,
             skipped=factor is None,
-            loss_scale=agreed.loss_scale,
+            loss_scale=agreed.loss_scale * self.averaging.loss_scale,
+            edited_grads=agreed.edited,
             num_updated=None if none else agreed.present.bit_count(),
             seconds=seconds,
             waited_s=parts.sync.waited_s,

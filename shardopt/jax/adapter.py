@@ -1,11 +1,4 @@
-"""The adapter of JAX: pytrees as lists of leaves, and jax arrays as NumPy arrays and back.
-
-[Note: arrays that never change]
-``jax.device_put`` and DLPack make a jax array share the memory of a NumPy buffer that starts on a
-multiple of 64 bytes, even with ``may_alias=False``, and parameters in shared memory start on such
-multiples. Arrays handed out are therefore made from copies that nobody else holds. These copies
-start on such a multiple, too, so that JAX adopts them without copying again.
-"""
+"""The adapter of JAX: pytrees as lists of leaves."""
 
 from __future__ import annotations
 
@@ -16,16 +9,24 @@ import numpy as np
 from jax import numpy as jnp
 
 from shardopt.errors import PartitionError
+from shardopt.jax.arrays import name_of
+from shardopt.jax.model import load_tree, read_tree
 from shardopt.layout.dtypes import DTYPES
 from shardopt.params.adapter import ArrayAdapter, array_error
+from shardopt.params.binding import require_like
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from shardopt._typing import FloatArray
+    from shardopt.params.model import ModelContent
 
 _ARGUMENTS = {"data": "params", "grad": "grads"}
-_ALIGNMENT_NBYTES = 64  # XLA's; see [Note: arrays that never change]
+_REMEDIES = {
+    "c": "Make its real and imaginary parts two leaves, as optax.contrib.split_real_and_imaginary "
+    "does around shardopt.jax.nadam",
+    **dict.fromkeys("iub", "Leave it out, for example by optax.masked or equinox.partition"),
+}
 
 
 class Leaf:
@@ -38,7 +39,7 @@ class Leaf:
         placement: The sharding that the user chose for it, or None to leave the choice to JAX.
     """
 
-    __slots__ = ("data", "grad", "name", "placement")
+    __slots__ = ("__weakref__", "data", "grad", "name", "placement")
 
     def __init__(self, name: str, data: FloatArray, placement: Any) -> None:
         self.name = name
@@ -74,6 +75,18 @@ class JaxAdapter(ArrayAdapter[Leaf]):
         """See ``Adapter.grad``; ``flatten_like`` has checked the array."""
         return param.grad
 
+    def read_model(
+        self, model: Any, params: Sequence[Leaf], saved: Collection[str] | None
+    ) -> ModelContent:
+        """See ``Adapter.read_model``: any pytree is a model."""
+        return read_tree(model, params, saved)
+
+    def load_model(
+        self, model: Any, params: Sequence[Leaf], content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        """See ``Adapter.load_model``."""
+        return load_tree(model, params, content, values), []
+
 
 def make_leaves(params: Any) -> tuple[list[Leaf], Any]:
     """Flatten the parameters.
@@ -88,7 +101,7 @@ def make_leaves(params: Any) -> tuple[list[Leaf], Any]:
     leaves: list[Leaf] = []
     starts: set[int] = set()
     for path, value in paths:
-        name = _name_of(path)
+        name = name_of(path)
         array = _dense_array("data", name, value)
         if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
             raise array_error(
@@ -118,7 +131,8 @@ def flatten_like(
         tree: The tree.
 
     Raises:
-        PartitionError: The tree has another structure, or a leaf is not an array.
+        PartitionError: The tree has another structure, or a leaf is no array of the parameter's
+            shape and dtype.
     """
     try:
         values = structure.flatten_up_to(tree)
@@ -128,19 +142,28 @@ def flatten_like(
             f"{_ARGUMENTS[role]} must be a tree like the optimizer's params; got {difference}. "
             "Pass what jax.grad returns for these params, or the params themselves."
         ) from error
-    return [
+    arrays = [
         None if value is None else _dense_array(role, leaf.name, value)
         for value, leaf in zip(values, leaves, strict=True)
     ]
+    for leaf, array in zip(leaves, arrays, strict=True):
+        if array is not None:
+            require_like(role, leaf.name, array, leaf.data)
+    return arrays
 
 
-def aligned_copy(array: FloatArray) -> FloatArray:
-    """Return a copy in memory of its own; see [Note: arrays that never change]."""
-    raw = np.empty(array.nbytes + _ALIGNMENT_NBYTES, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT_NBYTES
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+def require_untraced() -> None:
+    """Refuse to run where JAX traces, even if all arguments are known: it would run just once.
+
+    Raises:
+        PartitionError: JAX is tracing.
+    """
+    if isinstance(jnp.add(0, 0), jax.core.Tracer):
+        raise PartitionError(
+            "the optimizer must be called outside of jax.jit, jax.lax.cond and the like; got a "
+            "call that is traced. Compile what computes the gradients instead; see "
+            "docs/frameworks.md for the wrappers of optax that trace."
+        )
 
 
 def _describe_difference(tree: Any, leaves: Sequence[Leaf]) -> str | None:
@@ -149,17 +172,13 @@ def _describe_difference(tree: Any, leaves: Sequence[Leaf]) -> str | None:
         paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is None)
     except ValueError:  # a dict whose keys cannot be sorted
         return None
-    given = {_name_of(path): value for path, value in paths}
+    given = {name_of(path): value for path, value in paths}
     wanted = [leaf.name for leaf in leaves]
     for name in wanted:
         if name not in given:
             return f"nothing for {name!r}"
     others = (name for name, value in given.items() if name not in wanted and value is not None)
     return next((f"something for {name!r}" for name in others), None)
-
-
-def _name_of(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "params"  # a single array is a tree, too
 
 
 def _dense_array(role: str, name: str, value: Any) -> FloatArray:
@@ -170,7 +189,7 @@ def _dense_array(role: str, name: str, value: Any) -> FloatArray:
             name,
             rule="known when the optimizer is called",
             got="a tracer",
-            remedy="Call it outside of jax.jit",
+            remedy="Call it outside of jax.jit, and compile what computes the gradients",
         )
     if type(value) is float:
         return np.asarray(value, jnp.result_type(float))
@@ -190,6 +209,6 @@ def _dense_array(role: str, name: str, value: Any) -> FloatArray:
             name,
             rule=f"of dtype {', '.join(DTYPES)}",
             got=array.dtype if hasattr(value, "dtype") else type(value).__name__,
-            remedy="Convert it, or keep it elsewhere",
+            remedy=_REMEDIES.get(array.dtype.kind, "Convert it, or keep it elsewhere"),
         )
     return array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,17 +10,33 @@ import numpy as np
 from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.front_end import ArrayFrontEnd
 from shardopt.core.optimizer import Optimizer
-from shardopt.jax.adapter import JaxAdapter, aligned_copy, flatten_like, make_leaves
+from shardopt.jax.adapter import JaxAdapter, flatten_like, make_leaves, require_untraced
+from shardopt.jax.arrays import aligned_copy
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mpi4py import MPI
 
     from shardopt._typing import FloatArray
+    from shardopt.jax.adapter import Leaf
     from shardopt.params.groups import Group
 
-__all__ = ["NAdam"]
+__all__ = ["Inputs", "NAdam", "raise_on_all"]
+
+
+class Inputs(NamedTuple):
+    """The arguments of a step, flat.
+
+    Attributes:
+        grads: For each parameter its gradient, or None.
+        data: For each parameter its value before the step, or None if it has not changed.
+    """
+
+    grads: list[FloatArray | None]
+    data: list[FloatArray | None]
 
 
 class NAdam(ArrayFrontEnd):
@@ -28,7 +44,8 @@ class NAdam(ArrayFrontEnd):
 
     Arrays that are handed out never change: every step makes new ones, which is a copy on each rank
     besides the node's own in shared memory. They are put on the devices where the initial ones
-    were. Parameters are named by their paths in the tree and form one param group.
+    were. Parameters are named by their paths in the tree and form one param group, from which they
+    may be moved to others.
 
     Steps run on the host, outside of ``jax.jit``: compile what computes the gradients.
 
@@ -97,7 +114,7 @@ class NAdam(ArrayFrontEnd):
     @property
     def count(self) -> int:
         """The number of steps taken, including those of a loaded state."""
-        return max(count.step for count in self.core.step_counts)
+        return max((count.step for count in self.core.step_counts), default=0)
 
     def step(
         self,
@@ -126,34 +143,78 @@ class NAdam(ArrayFrontEnd):
 
         Raises:
             PartitionError: ``grads`` or ``params`` has another structure than the optimizer's
-                parameters, or holds an array of another shape or dtype, or a tracer.
+                parameters, or holds an array of another shape or dtype, or the call is traced.
             HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
             RankMismatchError: Ranks have different hyperparameters or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s`` seconds.
         """
+        self.advance(
+            attempt(self.read, self._structure, grads, params),
+            loss_scale=loss_scale,
+            overflowed=overflowed,
+        )
+        return self.params
+
+    @property
+    def leaves(self) -> Sequence[Leaf]:
+        """The parameters, in the order of the flattened tree."""
+        return self._leaves
+
+    def read(self, structure: Any, grads: Any, params: Any) -> Inputs:
+        """Check the arguments of ``step``; nothing changes.
+
+        Args:
+            structure: The structure that the trees must have, with as many leaves as the
+                optimizer's.
+            grads: See ``step``.
+            params: Likewise.
+
+        Raises:
+            PartitionError: They do not fit, or the call is traced.
+        """
+        inputs = Inputs(
+            flatten_like(structure, self._leaves, "grad", grads),
+            [None] * len(self._leaves)
+            if params is None
+            else flatten_like(structure, self._leaves, "data", params),
+        )
+        require_untraced()
+        return inputs
+
+    def advance(self, inputs: Outcome[Inputs], *, loss_scale: Any, overflowed: Any) -> None:
+        """Take a step.
+
+        Collective: every rank.
+
+        Args:
+            inputs: The gradients and the changed parameters, or an error that all ranks will raise.
+            loss_scale: See ``step``, as for the errors.
+            overflowed: Likewise.
+        """
+        self.core.take_over_groups("step()")  # before leaves are lent to the adapter
         views = [leaf.data for leaf in self._leaves]
-        _, error = attempt(self._take, grads, params)
+        if inputs.value is not None:
+            for leaf, grad, data in zip(self._leaves, *inputs.value, strict=True):
+                leaf.grad = grad
+                if data is not None and not _is_same(data, leaf.data):
+                    leaf.data = data
         try:
-            self.core.step(loss_scale=loss_scale, overflowed=overflowed, error=error)
+            self.core.step(loss_scale=loss_scale, overflowed=overflowed, error=inputs.error)
         finally:  # a step that raised adopts nothing
             for leaf, view in zip(self._leaves, views, strict=True):
                 leaf.data, leaf.grad = view, None
-        return self.params
-
-    def _take(self, grads: Any, params: Any) -> None:
-        """Put the arguments of ``step`` where the adapter finds them."""
-        new_grads = flatten_like(self._structure, self._leaves, "grad", grads)
-        new_data: list[FloatArray | None] = [None] * len(self._leaves)
-        if params is not None:
-            new_data = flatten_like(self._structure, self._leaves, "data", params)
-        for leaf, grad, data in zip(self._leaves, new_grads, new_data, strict=True):
-            leaf.grad = grad
-            if data is not None and not _is_same(data, leaf.data):
-                leaf.data = data
 
 
-# The optimizer is not data: for tree_map, and as the state of optax, it has no leaves.
-jax.tree_util.register_pytree_node(NAdam, lambda opt: ((), opt), lambda opt, _: opt)
+def raise_on_all(error: Exception, comm: MPI.Intracomm | None, policy: ShardPolicy | None) -> None:
+    """Raise an error of this rank on all ranks, which build an optimizer. Collective."""
+    Optimizer(
+        Outcome(None, error),
+        adapter=JaxAdapter(),
+        defaults={},
+        max_grad_norm=None,
+        comm=comm,
+        policy=policy or ShardPolicy(),
+    )
 
 
 def _is_same(left: FloatArray, right: FloatArray) -> bool:

@@ -1,6 +1,6 @@
 """The memory that a partition takes, computed before anything is allocated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,8 @@ def plan_memory(
     for region in regions:
         itemsize = np.dtype(region.dtype).itemsize
         frozen = [i for i in region.param_indices if trained is not None and not trained[i]]
-        trained_numel = region.numel - sum(partition.params[index].numel for index in frozen)
+        trained_numel = region.numel - partition.removed_numel(region)
+        trained_numel -= sum(partition.params[index].numel for index in frozen)
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
         for spec in state_specs(region.dtype):
@@ -117,22 +118,22 @@ class NodeNeed:
 
 
 def plan_node_need(
-    partition: Partition, node: int, regions: range, trained: Sequence[bool]
+    partition: Partition, node: int, regions: range, trained: Mapping[int, bool]
 ) -> NodeNeed:
     """Compute the memory that the parameters of some regions take on a node.
 
     Args:
         partition: The layout.
         node: The node.
-        regions: The new regions, the last ones.
-        trained: For each new parameter whether it requires a gradient; others have neither
-            gradients nor state.
+        regions: The new regions.
+        trained: For the number of each parameter in them whether it requires a gradient; others
+            have neither gradients nor state.
     """
     params = plan_param_arrays(partition, regions)
     state = plan_state_arrays(partition, node, regions)
     params_nbytes = trained_nbytes = 0
-    new = partition.params[len(partition.params) - len(trained) :]
-    for param, is_trained in zip(new, trained, strict=True):
+    for index, is_trained in trained.items():
+        param = partition.params[index]
         itemsize = np.dtype(param.spec.dtype).itemsize
         params_nbytes += param.numel * itemsize
         state_nbytes = sum(spec.nbytes(param.numel) for spec in state_specs(param.spec.dtype))

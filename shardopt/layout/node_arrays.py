@@ -1,7 +1,7 @@
 """The arrays of a region in the memory of a node, and where each of them begins."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,6 +54,10 @@ class NodeArrays:
 
     arrays: tuple[NodeArray, ...]
     nbytes: int
+
+    def of_region(self, index: int) -> "NodeArrays":
+        """Return the same of one region whose number is another now."""
+        return NodeArrays(tuple(replace(a, region=index) for a in self.arrays), self.nbytes)
 
 
 def plan_param_arrays(partition: Partition, regions: Iterable[int]) -> NodeArrays:

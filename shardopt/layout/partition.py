@@ -11,19 +11,23 @@ into ``num_nodes`` *shards*, each owned by one rank. All these cuts fall on mult
 ``CHUNK_NUMEL``, so a chunk has one owner however many ranks there are: sums kept by chunk are
 the same for every world size and bucket size, and no two ranks write to one cache line or page.
 
+Parameters are numbered in the order of the param groups. That is the order of their positions
+until groups are edited: then each stays at its place within its region, whatever its number is now.
+
 [Note: the state of a node]
 The optimizer state of all shards of a node stands end to end, in flat order, in arrays that the
 ranks of the node share. So the part of a parameter's state that a node has is one piece, and on a
 single node that piece is the whole.
 
 [Note: padding stays zero]
-Elements between parameters belong to nobody. Segments cover parameters only, so that no kernel
-writes to padding, gradients are zeroed as a whole, and sums over a chunk may include it.
+Elements between parameters belong to nobody, and neither do those of a parameter that was removed
+from a region. Segments cover parameters only, so that no kernel writes to padding, gradients are
+zeroed as a whole, and sums over a chunk may include it.
 """
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,7 +73,12 @@ class PlacedParam(Span):
 
 @dataclass(frozen=True, slots=True)
 class DtypeRegion(Span):
-    """The parameters of one dtype that were added together; they share one piece of memory."""
+    """The parameters of one dtype that were added together; they share one piece of memory.
+
+    Attributes:
+        dtype: NumPy's name of it.
+        param_indices: Numbers of the parameters, in the order of their positions.
+    """
 
     dtype: str
     param_indices: tuple[int, ...]
@@ -137,6 +146,12 @@ class Partition:
         """Elements of parameters, padding left out."""
         return sum(param.numel for param in self.params)
 
+    def removed_numel(self, region: DtypeRegion) -> int:
+        """Return the elements of a region whose parameters are gone, in whole chunks."""
+        params = [self.params[index] for index in region.param_indices]
+        used = sum(_round_up(param.numel, ALIGNMENT_NUMEL) for param in params)
+        return region.numel - _round_up(used, CHUNK_NUMEL)
+
     def shards(self, node: int, node_rank: int, region: int) -> tuple[Shard, ...]:
         """Return the shards of a region that a rank owns, one per bucket; some may be empty."""
         return self.node_shards(node, region)[node_rank :: self.node_size]
@@ -176,13 +191,13 @@ class Partition:
         Args:
             mask: Bit mask of the parameters.
         """
-        numbers: list[int] = []
+        numbers: set[int] = set()
         for index, param in enumerate(self.params):
             if mask >> index & 1 and param:
                 first = bisect_right(self.buckets, param.start, key=lambda bucket: bucket.stop)
                 last = bisect_left(self.buckets, param.stop, key=lambda bucket: bucket.start)
-                numbers += range(max(first, numbers[-1] + 1 if numbers else 0), last)
-        return numbers
+                numbers.update(range(first, last))
+        return sorted(numbers)
 
     def params_in(self, region: int, span: Span) -> Iterator[tuple[int, Span]]:
         """Yield the index of each parameter in ``span``, and which part of it that is.
@@ -246,6 +261,66 @@ class Partition:
             else:
                 segments.append(Segment(span.start, span.stop, cohort))
         return segments
+
+    def rearrange(self, specs: Sequence[ParamSpec], sources: Sequence[int | None]) -> "Partition":
+        """Lay out other parameters, of which those that are there already stay where they are.
+
+        They keep their places within their regions, and regions keep their cuts, so that neither
+        they nor their state move. The place of a parameter that is gone becomes padding; a region
+        without parameters is dropped, and those behind it close up. New parameters come last.
+
+        Args:
+            specs: The parameters, in the order of ``param_groups``.
+            sources: For each of them its number in this partition; None for a new one.
+
+        Raises:
+            PartitionError: Two parameters have one name.
+        """
+        pairs = list(zip(specs, sources, strict=True))
+        order = [i for i, source in enumerate(sources) if source is not None]
+        order += [i for i, source in enumerate(sources) if source is None]
+        kept = self._select([(source, spec) for spec, source in pairs if source is not None])
+        full = kept.extend([spec for spec, source in pairs if source is None])
+        place_of = {index: place for place, index in enumerate(order)}
+        return full._select([(place_of[index], spec) for index, spec in enumerate(specs)])
+
+    def regions_with(self, indices: Iterable[int]) -> list[int]:
+        """Return the regions with some of the parameters ``indices``, in order."""
+        return sorted({self.params[index].region for index in indices})
+
+    def _select(self, chosen: Sequence[tuple[int, ParamSpec]]) -> "Partition":
+        """Leave out all parameters but some.
+
+        Args:
+            chosen: Their numbers so far, and what they are called now, in their new order.
+        """
+        new_index = {old: new for new, (old, _) in enumerate(chosen)}
+        regions: list[DtypeRegion] = []
+        moved: dict[int, tuple[int, int]] = {}  # new number of each region, and how far it moves
+        for number, region in enumerate(self.regions):
+            indices = tuple(new_index[i] for i in region.param_indices if i in new_index)
+            if indices:
+                start = regions[-1].stop if regions else 0
+                moved[number] = len(regions), start - region.start
+                regions.append(DtypeRegion(start, start + region.numel, region.dtype, indices))
+        buckets = [
+            Bucket(bucket.start + shift, bucket.stop + shift, number)
+            for bucket in self.buckets
+            if bucket.region in moved
+            for number, shift in [moved[bucket.region]]
+        ]
+        params = []
+        for old, spec in chosen:
+            param = self.params[old]
+            number, shift = moved[param.region]
+            params.append(PlacedParam(param.start + shift, param.stop + shift, spec, number))
+        return replace(
+            self,
+            params=tuple(params),
+            regions=tuple(regions),
+            buckets=tuple(buckets),
+            names=frozenset(spec.name for _, spec in chosen),
+        )
 
     def extend(self, specs: Sequence[ParamSpec]) -> "Partition":
         """Append parameters at the end of the flat index space; all others stay where they are.

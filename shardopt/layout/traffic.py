@@ -80,8 +80,9 @@ def plan_traffic(
     """Compute the traffic of one rank in a step.
 
     Of each bucket a rank sends the others' shards of its lane part, summed over its node, and its
-    own shard, updated, to each of the others; empty shards are not sent. Over all ranks of a node
-    that is (M-1)/M of all gradients and (M-1)/M of all parameters, for M nodes.
+    own shard, updated, to each of the others; empty shards are not sent, nor are buckets whose
+    parameters are all gone. Over all ranks of a node that is (M-1)/M of all gradients and (M-1)/M
+    of all parameters, for M nodes.
 
     Args:
         partition: The layout.
@@ -91,7 +92,10 @@ def plan_traffic(
     """
     nbytes = messages = 0
     others = partition.num_nodes - 1
-    for part in lane_parts(partition, node_rank, wire_dtype):
+    sent_buckets = set(partition.buckets_of((1 << len(partition.params)) - 1))
+    for number, part in enumerate(lane_parts(partition, node_rank, wire_dtype)):
+        if number not in sent_buckets:
+            continue
         own = part.shards[node]
         sent = [shard for shard in part.shards if shard is not own]
         nbytes += sum(shard.numel for shard in sent) * np.dtype(part.wire_dtype).itemsize

@@ -20,13 +20,7 @@ _MAX_BACKOFF = 64
 
 
 class Overlap(Protocol):
-    """Communication that runs beside backward, as a step sees it.
-
-    Attributes:
-        copied_nbytes: Bytes of gradients that were copied early since ``start_step``.
-    """
-
-    copied_nbytes: int
+    """Communication that runs beside backward, as a step sees it."""
 
     def grads_zeroed(self) -> None:
         """Note that all gradients are about to be zeroed."""
@@ -68,9 +62,6 @@ class Overlap(Protocol):
 
 class NoOverlap:
     """All communication happens in ``step``; see ``Overlap``."""
-
-    def __init__(self) -> None:
-        self.copied_nbytes = 0
 
     def grads_zeroed(self) -> None:
         """See ``Overlap.grads_zeroed``."""
@@ -125,7 +116,6 @@ class BackwardOverlap:
         memory: Memory,
         sync: BucketSync,
     ) -> None:
-        self.copied_nbytes = 0
         self.thread = ProgressThread(memory, sync)
         self._pid = os.getpid()
         self._collectives = collectives
@@ -158,11 +148,9 @@ class BackwardOverlap:
         if num_expected != 0:
             return
         binding = self._registry.bindings[index]
-        copied_nbytes = binding.take_grad()
-        if copied_nbytes is None:
-            self._halted = True  # the step will report what is wrong with it
+        if not binding.holds_grad():
+            self._halted = True  # the step will copy it, or report what is wrong with it
             return
-        self.copied_nbytes += copied_nbytes
         self._version[index] = binding.grad_version()
         self._readiness.mark_ready(index)
         if not self._halted and not self._backoff:
@@ -221,7 +209,7 @@ class BackwardOverlap:
             self._lay_out(self._registry.partition)
         self._readiness.start_step()
         self._version = [None] * len(self._registry.bindings)
-        self._changed, self._halted, self.copied_nbytes = 0, False, 0
+        self._changed, self._halted = 0, False
         self.thread.collect(step)
 
     def free(self) -> None:
@@ -241,6 +229,9 @@ class BackwardOverlap:
         self._changed |= self._readiness.mask_of(index, self.thread.num_announced)
 
     def _lay_out(self, partition: Partition) -> None:
+        known = self._partition.params if self._partition is not None else ()
+        if partition.params[: len(known)] != known:  # numbers mean other parameters now
+            self._readiness = Readiness()
         self._partition = partition
         buckets = [partition.buckets[plan.bucket] for plan in self._sync.reduction.plans]
         params_of = [

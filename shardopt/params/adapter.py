@@ -1,12 +1,13 @@
 """How the core reads and binds a framework's parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from shardopt._typing import FloatArray
-from shardopt.errors import PartitionError
+from shardopt.errors import CheckpointError, PartitionError
+from shardopt.params.model import ModelContent
 from shardopt.rule.nadam import Hyperparams
 
 P = TypeVar("P", contravariant=True)
@@ -23,11 +24,14 @@ class Adapter(Protocol[P]):
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
         step_dtype: Of step counts in the state.
+        copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
+            it to 0.
     """
 
     grads_from_start: bool
     reports_grads: bool
     step_dtype: str
+    copied_nbytes: int
 
     def name(self, param: P) -> str | None:
         """Return the parameter's own name, or None."""
@@ -126,12 +130,73 @@ class Adapter(Protocol[P]):
         """Call ``listener`` with each parameter whose gradient backward has accumulated into."""
         ...
 
+    def on_backward(self, listener: Callable[[], None] | None) -> None:
+        """Call ``listener`` whenever backward has accumulated into a gradient, or no longer.
+
+        It is called before ``on_grad_ready``'s, and before the gradient is moved anywhere.
+        """
+        ...
+
     def grad_version(self, param: P) -> object:
         """Return an object that differs once the framework has seen a write to the gradient."""
         ...
 
+    def were_grads_written(self, num_allowed: int) -> bool:
+        """Whether a gradient was written to since the last backward that reached it.
+
+        Only what has happened since the last call counts, as far as the framework sees it.
+
+        Args:
+            num_allowed: The number of writes to each gradient that do not count.
+        """
+        ...
+
+    def detach(self, param: P) -> None:
+        """Take away whatever the adapter attached to the parameter; its gradient stays."""
+        ...
+
     def release(self, param: P) -> None:
         """Leave the parameter without a gradient and without anything the adapter attached."""
+        ...
+
+    def read_model(
+        self, model: Any, params: Sequence[P], saved: Collection[str] | None
+    ) -> ModelContent:
+        """Return what a checkpoint needs of a model; its tensors are not copied.
+
+        Args:
+            model: The model.
+            params: The parameters of the optimizer.
+            saved: The names of the parameters in the checkpoint to be loaded; None for a save.
+
+        Raises:
+            CheckpointError: It is no model of this framework.
+        """
+        ...
+
+    def load_model(
+        self, model: Any, params: Sequence[P], content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        """Load values into a model.
+
+        Args:
+            model: The model.
+            params: The parameters of the optimizer, which have been loaded.
+            content: What ``read_model`` has returned, with the versions of the checkpoint.
+            values: Tensors, arrays and others, by the names of ``content.values``.
+
+        Returns:
+            The model, a new one where models never change; and the names of the values that it did
+            not take.
+        """
+        ...
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check those settings of a param group that only its framework knows.
+
+        Raises:
+            HyperparamsError: One asks for what a step cannot do.
+        """
         ...
 
 
@@ -149,6 +214,7 @@ class ArrayAdapter(Adapter[A]):
     grads_from_start = False
     reports_grads = False
     step_dtype = "float64"
+    copied_nbytes = 0
 
     def name(self, param: A) -> str | None:
         """Return None; see ``Adapter.name``."""
@@ -208,12 +274,37 @@ class ArrayAdapter(Adapter[A]):
     def on_grad_ready(self, listener: Callable[[Any], None]) -> None:
         """Do nothing: gradients are written at any time; see ``reports_grads``."""
 
+    def on_backward(self, listener: Callable[[], None] | None) -> None:
+        """Do nothing; see ``on_grad_ready``."""
+
     def grad_version(self, param: A) -> None:
         """Return None; see ``Adapter.grad_version``."""
+
+    def were_grads_written(self, num_allowed: int) -> bool:
+        """Return False: arrays do not count writes."""
+        return False
+
+    def detach(self, param: A) -> None:
+        """Do nothing: nothing is attached."""
 
     def release(self, param: A) -> None:
         """See ``Adapter.release``."""
         param.grad = None
+
+    def read_model(
+        self, model: Any, params: Sequence[A], saved: Collection[str] | None
+    ) -> ModelContent:
+        """Refuse the model: there is no class of models for arrays alone."""
+        raise model_error("None for an optimizer of arrays", model, "Save arrays in extra")
+
+    def load_model(
+        self, model: Any, params: Sequence[A], content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        """Return the model, as there is nothing to load."""
+        return model, []
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Accept any; see ``Adapter.check_group``."""
 
 
 def array_error(role: str, name: str, *, rule: str, got: object, remedy: str) -> PartitionError:
@@ -227,6 +318,11 @@ def array_error(role: str, name: str, *, rule: str, got: object, remedy: str) ->
         remedy: A sentence without its full stop.
     """
     return PartitionError(f"{role} of parameter {name!r} must be {rule}; got {got}. {remedy}.")
+
+
+def model_error(rule: str, got: object, remedy: str) -> CheckpointError:
+    """Return the error for a model that is none of the optimizer's framework."""
+    return CheckpointError(f"model must be {rule}; got a {type(got).__name__}. {remedy}.")
 
 
 def _is_view(array: Any, view: FloatArray) -> bool:

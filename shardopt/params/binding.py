@@ -1,6 +1,7 @@
 """One parameter and the shared memory it lives in."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ class Binding:
 
     Attributes:
         name: The parameter's name, for messages.
+        own_name: The same if it was given; None if it is made from its position.
         param: The framework's object.
         is_live: Whether its gradient has ever been in use. The memory of one that has not, such as
             that of a frozen parameter, is zero and has never been touched: it costs nothing.
@@ -33,6 +35,7 @@ class Binding:
         "is_live",
         "name",
         "own_data",
+        "own_name",
         "param",
     )
 
@@ -40,6 +43,7 @@ class Binding:
         self, name: str, param: Any, adapter: Adapter[Any], arrays: tuple[FloatArray, ...]
     ) -> None:
         self.name = name
+        self.own_name: str | None = None
         self.param = param
         self.is_live = False
         self.data, self.own_data, self.grad = arrays
@@ -51,13 +55,18 @@ class Binding:
         """Copy the parameter's value into shared memory."""
         self.data[...] = self._adapter.data(self.param, self.name)
 
-    def bind(self) -> None:
-        """Make the parameter live in shared memory, and copy its gradient there if it has one."""
+    def bind(self, *, none_is_zero: bool) -> None:
+        """Make the parameter live in shared memory, and copy its gradient there if it has one.
+
+        Args:
+            none_is_zero: Whether one without a gradient gets zeros, if its framework has gradients
+                from the start.
+        """
         grad = self._adapter.grad(self.param, self.name)
         self.bind_data()
         if grad is not None:
             self.write_grad(grad)
-        elif self._adapter.grads_from_start:
+        elif none_is_zero and self._adapter.grads_from_start:
             self.bind_grad()
         else:
             self.clear_grad()
@@ -92,23 +101,6 @@ class Binding:
         if self.holds_grad():
             return not self._adapter.is_clear(self.param, self._grad_view)
         return self._adapter.grad(self.param, self.name) is not None
-
-    def take_grad(self) -> int | None:
-        """Copy a gradient that is elsewhere into shared memory.
-
-        Returns:
-            Bytes copied, 0 if it is there already; None if there is no gradient that fits.
-        """
-        if self.holds_grad():
-            return 0
-        try:
-            array = self.find_new_grad()[1]
-        except PartitionError:
-            return None
-        if array is None:
-            return None
-        self.write_grad(array)
-        return array.nbytes
 
     def find_new_data(self) -> FloatArray | None:
         """Return the array that has taken the place of the view, or None.
@@ -146,10 +138,49 @@ class Binding:
         if self.is_live:
             self.grad[...] = 0
 
+    def copy_out(self) -> "Departure":
+        """Copy value and gradient, as far as they live in shared memory; nothing changes."""
+        adapter, param = self._adapter, self.param
+        is_bound = adapter.holds_data(param, self._data_view)
+        has_grad = self.holds_grad() and not adapter.is_clear(param, self._grad_view)
+        return Departure(
+            self, self.own_data.copy() if is_bound else None, self.grad.copy() if has_grad else None
+        )
+
+    def leave(self, departure: "Departure") -> None:
+        """Leave the parameter to its user, with memory of its own."""
+        adapter, param = self._adapter, self.param
+        if departure.data is not None:
+            adapter.bind_data(param, adapter.view(param, departure.data))
+        if departure.grad is not None:
+            adapter.bind_grad(param, adapter.view(param, departure.grad))
+        elif self.holds_grad():
+            adapter.unbind_grad(param)
+        adapter.detach(param)
+
     def release(self) -> None:
         """Leave the parameter without a gradient; its value stays where it is."""
         self._adapter.release(self.param)
+        self.forget()
+
+    def forget(self) -> None:
+        """Release all memory."""
         del self.data, self.own_data, self.grad, self._data_view, self._grad_view
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Departure:
+    """A parameter that is about to leave the optimizer.
+
+    Attributes:
+        binding: Its own.
+        data: Memory for its value, which it has already; None if it lives elsewhere.
+        grad: Memory for its gradient, likewise; None if it lives elsewhere or there is none.
+    """
+
+    binding: Binding
+    data: FloatArray | None
+    grad: FloatArray | None
 
 
 def require_like(what: str, name: str, array: FloatArray, wanted: FloatArray) -> None:

@@ -1,6 +1,7 @@
 """Param groups, as in torch.optim, completed with every hyperparameter."""
 
-from collections.abc import Iterable, Mapping, MappingView, Sequence, Set
+from collections.abc import Iterable, Mapping, Reversible, Sequence, Set
+from operator import is_
 from typing import Any
 
 from shardopt.errors import HyperparamsError, PartitionError
@@ -57,9 +58,25 @@ def make_group(entry: Any, defaults: Mapping[str, Any]) -> Group:
     return group
 
 
-def name_params(groups: Sequence[Group], adapter: Adapter[Any], first_index: int) -> list[str]:
-    """Return each parameter's given name, else its own, else one made from its position."""
-    names: list[str] = []
+def complete_groups(groups: Sequence[Any], defaults: Mapping[str, Any]) -> None:
+    """Complete groups that users have put together, in place; see ``make_group``.
+
+    Lists of parameters stay the ones that users have in their hands.
+
+    Raises:
+        PartitionError: One is not a group.
+    """
+    for entry in groups:
+        made = make_group(entry, defaults)
+        is_list = type(entry["params"]) is list and len(entry["params"]) == len(made["params"])
+        if is_list and all(map(is_, entry["params"], made["params"])):
+            made["params"] = entry["params"]
+        entry.update(made)
+
+
+def own_names(groups: Sequence[Group], adapter: Adapter[Any]) -> list[str | None]:
+    """Return the name that each parameter was given, else its own, else None."""
+    names: list[str | None] = []
     for group in groups:
         own = [adapter.name(param) for param in group["params"]]
         given = group.get("param_names") or own
@@ -68,8 +85,13 @@ def name_params(groups: Sequence[Group], adapter: Adapter[Any], first_index: int
                 f"param_names must have one name for each of {len(own)} params; got {len(given)}. "
                 "Pass (name, parameter) pairs."
             )
-        names += [name or f"param{first_index + len(names) + i}" for i, name in enumerate(given)]
+        names += given
     return names
+
+
+def complete_names(names: Iterable[str | None], first_index: int = 0) -> list[str]:
+    """Return names, made from their position for parameters that have none."""
+    return [name or f"param{index}" for index, name in enumerate(names, first_index)]
 
 
 def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
@@ -141,10 +163,18 @@ def _as_list(name: str, values: Any) -> list[Any]:
             f"{name} must be an iterable of parameters or dicts; got {type(values).__name__}. "
             "Put a single parameter into a list."
         )
-    if isinstance(values, Set) and not isinstance(values, MappingView):
-        # Sets are ordered differently on every rank; a dict's views have an order.
+    require_ordered(name, values)
+    return list(values)
+
+
+def require_ordered(name: str, values: Any) -> None:
+    """Refuse sets, which are ordered differently on every rank.
+
+    Raises:
+        PartitionError: It is a set. The views of a dict, and other sets with an order, are none.
+    """
+    if isinstance(values, Set) and not isinstance(values, Reversible):
         raise PartitionError(
             f"{name} must be in order; got {type(values).__name__}. Pass a list in the same order "
             "on every rank."
         )
-    return list(values)

@@ -25,6 +25,7 @@ class Shares(NamedTuple):
         overflowed: Whether a gradient is known not to be finite.
         changed: Bit mask of the buckets that must be sent again; see [Note: gradients sent during
             backward].
+        edited: Whether the user has changed gradients before they are averaged.
     """
 
     present: int
@@ -33,12 +34,13 @@ class Shares(NamedTuple):
     loss_scale: float
     overflowed: bool
     changed: int = 0
+    edited: bool = False
 
     def fingerprint(self) -> list[str]:
         """Return strings for a digest, in hex because decimal digits of long masks are slow."""
         masks = map(hex, (self.present, self.replaced, self.changed))
         written = xxhash.xxh3_64_hexdigest(repr(self.written).encode()) if self.written else ""
-        return [*masks, written, str(self.loss_scale), str(self.overflowed)]
+        return [*masks, written, str(self.loss_scale), str(self.overflowed), str(self.edited)]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class LocalInputs:
         loss_scale: See ``Shares``.
         overflowed: See ``Shares``.
         changed: See ``Shares``.
+        edited: See ``Shares``.
         copied_nbytes: Bytes of gradients that had to be copied into shared memory.
+        same: Anything else that must be the same on all ranks, by name; names must read well in
+            "<name> must be the same".
     """
 
     hypers: Sequence[Hyperparams] = ()
@@ -63,7 +68,9 @@ class LocalInputs:
     loss_scale: float = 1.0
     overflowed: bool = False
     changed: int = 0
+    edited: bool = False
     copied_nbytes: int = 0
+    same: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def shares(self) -> Shares:
@@ -76,6 +83,7 @@ class LocalInputs:
             self.loss_scale,
             self.overflowed,
             self.changed,
+            self.edited,
         )
 
 
@@ -92,6 +100,7 @@ class AgreedInputs:
         loss_scale: The lowest of all ranks, so that no gradient grows.
         overflowed: Whether a gradient on some rank is known not to be finite.
         changed: Bit mask of the buckets that some rank must send again.
+        edited: Whether the user of some rank has changed gradients before they are averaged.
         rescaled: Whether loss scales differ between ranks.
     """
 
@@ -102,6 +111,7 @@ class AgreedInputs:
     loss_scale: float
     overflowed: bool
     changed: int
+    edited: bool
     rescaled: bool
 
     @classmethod
@@ -117,6 +127,7 @@ class AgreedInputs:
             loss_scale=min(scales, default=math.inf),
             overflowed=any(each.overflowed for each in everyone),
             changed=reduce(or_, (each.changed for each in everyone), 0),
+            edited=any(each.edited for each in everyone),
             rescaled=len(scales) > 1,
         )
 

@@ -2,40 +2,22 @@
 
 from bisect import bisect_right, insort
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
 from shardopt._typing import FloatArray
-from shardopt.layout.partition import ParamSpec, Partition
+from shardopt.errors import PartitionError
+from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
-from shardopt.params.binding import (
-    Binding,
-    byte_bounds,
-    read_before_write,
-    require_disjoint,
-    require_like,
-)
-from shardopt.params.groups import Group, HyperparamsReader, name_params, require_distinct
-from shardopt.params.inputs import LocalInputs
+from shardopt.params.binding import Binding, byte_bounds, read_before_write
+from shardopt.params.groups import Group, HyperparamsReader, complete_groups
+from shardopt.params.known_groups import KnownGroups, params_in
 from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
 from shardopt.store.buffers import ShardBuffers
 
-
-@dataclass(frozen=True)
-class PlannedGroups:
-    """Groups about to be added, and the partition with them in it; nothing has changed yet."""
-
-    groups: list[Group]
-    names: list[str]
-    partition: Partition
-    first_group: int
-
-    @property
-    def params(self) -> list[Any]:
-        """The new parameters in order."""
-        return [param for group in self.groups for param in group["params"]]
+if TYPE_CHECKING:
+    from shardopt.params.planning import PlannedGroups
 
 
 class Registry(Generic[P]):
@@ -65,68 +47,91 @@ class Registry(Generic[P]):
         self._buffers: Sequence[ShardBuffers] = ()
         self._live: tuple[list[bool], list[FloatArray]] = [], []
         self._of_mask: tuple[int, list[P]] = 0, []  # the last mask's parameters: it seldom changes
+        self._known = KnownGroups()
 
     # -- parameters come and go --------------------------------------------------------------------
 
-    def plan(self, groups: list[Group]) -> PlannedGroups:
-        """Lay out new groups behind the present ones.
+    def is_edited(self, defaults: Mapping[str, Any]) -> bool:
+        """Whether users have changed which parameters are in which groups, or in which order.
 
-        Raises:
-            PartitionError: A parameter is listed twice, shares memory with another, or cannot be
-                used.
-            HyperparamsError: A hyperparameter is out of range.
-        """
-        for group in groups:
-            Hyperparams.from_group(group)
-        names = name_params(groups, self.adapter, len(self.bindings))
-        params = [param for group in groups for param in group["params"]]
-        known = self.bindings if any(id(param) in self._index_of for param in params) else []
-        known_names = [binding.name for binding in known]
-        require_distinct([binding.param for binding in known] + params, known_names + names)
-        arrays = [self.adapter.data(param, name) for param, name in zip(params, names, strict=True)]
-        known = self.bindings if any(map(self._may_overlap, arrays)) else []
-        known_names = [binding.name for binding in known]
-        require_disjoint(known_names + names, [b.own_data for b in known] + arrays)
-        for param, name, array in zip(params, names, arrays, strict=True):
-            grad = self.adapter.grad(param, name)
-            if grad is not None:
-                require_like("grad", name, grad, array)
-        first_group = len(self.param_groups)
-        group_of = [first_group + i for i, group in enumerate(groups) for _ in group["params"]]
-        specs = [
-            ParamSpec(name, tuple(array.shape), array.dtype.name, group)
-            for name, array, group in zip(names, arrays, group_of, strict=True)
-        ]
-        return PlannedGroups(groups, names, self.partition.extend(specs), first_group)
-
-    def register(self, planned: PlannedGroups, buffers: Sequence[ShardBuffers]) -> list[Binding]:
-        """Add planned groups, and return the bindings of their parameters, not bound yet.
+        Groups that are other dicts with the same parameters, such as copies, just take the place of
+        those that were there.
 
         Args:
-            planned: See ``plan``.
+            defaults: Hyperparameters for groups that lack some.
+        """
+        groups, known = self.param_groups, self._known
+        if known.is_same(groups):
+            return False
+        try:
+            complete_groups(groups, defaults)
+        except PartitionError:
+            return True  # whoever takes them over meets it again
+        if not known.has_params_of(groups):
+            return True
+        known.replace(groups)
+        return False
+
+    def restore_groups(self) -> None:
+        """Undo what users have edited."""
+        self._known.restore(self.param_groups)
+
+    def pending(self) -> list[Any]:
+        """Return what users have put into groups and no call has taken over yet."""
+        return [param for param in params_in(self.param_groups) if self.index_of(param) is None]
+
+    def take(self, planned: "PlannedGroups", buffers: Sequence[ShardBuffers]) -> list[Binding]:
+        """Take over planned groups, and return the bindings of new parameters, not bound yet.
+
+        Args:
+            planned: The groups.
             buffers: The memory of all regions.
         """
-        first = len(self.bindings)
-        for param, name in zip(planned.params, planned.names, strict=True):
+        before, added = self.bindings, []
+        if planned.kept_regions is None:
+            self.param_groups += planned.groups
+        else:
+            self.bindings, self._index_of = [], {}
+            self.shared.clear()
+            self._bounds.clear()
+        for member in planned.members:
             placed = planned.partition.params[len(self.bindings)]
-            memory = buffers[placed.region]
-            views = memory.node_param(placed), memory.own_param(placed), memory.own_grad(placed)
-            self._index_of[id(param)] = len(self.bindings)
-            self.bindings.append(Binding(name, param, self.adapter, views))
-        self.param_groups += planned.groups
-        self.partition = planned.partition
-        self._buffers = buffers
+            if member.source is None:
+                memory = buffers[placed.region]
+                arrays = memory.node_param(placed), memory.own_param(placed)
+                views = *arrays, memory.own_grad(placed)
+                added.append(Binding(placed.spec.name, member.param, self.adapter, views))
+                added[-1].own_name = member.own_name
+            binding = added[-1] if member.source is None else before[member.source]
+            binding.name = placed.spec.name
+            self._index_of[id(member.param)] = len(self.bindings)
+            self.bindings.append(binding)
+        self.partition, self._buffers = planned.partition, buffers
+        self._live, self._of_mask = ([], []), (0, [])
         for each in buffers[len(self._bounds) :]:
             self.shared += each.params, each.own_params, each.grads
             insort(self._bounds, byte_bounds(each.own_params))
-        return self.bindings[first:]
+        self._note_groups(planned)
+        return added
+
+    def _note_groups(self, planned: "PlannedGroups") -> None:
+        """Remember the groups as they are now; after an edit names follow their parameters."""
+        if planned.kept_regions is None:
+            self._known.extend(planned.groups)
+            return
+        names = iter(self.bindings)
+        for group in planned.groups:
+            own = [next(names).name for _ in group["params"]]
+            if "param_names" in group and group["param_names"] != own:
+                group["param_names"] = own
+        self._known.replace(planned.groups)
 
     def mask_of_trained(self) -> int:
         """Return the bit mask of the parameters that require a gradient."""
         trained = (self.adapter.requires_grad(binding.param) for binding in self.bindings)
         return sum(1 << index for index, wanted in enumerate(trained) if wanted)
 
-    def _may_overlap(self, array: FloatArray) -> bool:
+    def may_overlap(self, array: FloatArray) -> bool:
         """Whether an array may share memory with a parameter."""
         start, stop = byte_bounds(array)
         before = bisect_right(self._bounds, (stop,)) - 1  # regions do not overlap each other
@@ -147,23 +152,27 @@ class Registry(Generic[P]):
 
     # -- around a step -----------------------------------------------------------------------------
 
-    def inspect(self, inputs: LocalInputs) -> LocalInputs:
-        """Look at everything users may have changed since the last step; copy gradients in.
+    def read_hypers(self) -> Sequence[Hyperparams]:
+        """Return the hyperparameters of each param group as they are now.
+
+        Raises:
+            HyperparamsError: One is out of range.
+        """
+        return self._reader.read(self.param_groups)
+
+    def take_grads(self) -> tuple[int, int]:
+        """Copy gradients that are elsewhere into shared memory.
 
         Only this rank reads its gradients now, so copying them before the ranks have agreed
         changes nothing for the others.
 
-        Args:
-            inputs: As far as they are known.
-
         Returns:
-            The same, with hyperparameters and gradients.
+            Bit mask of the parameters that have a gradient on this rank; and the bytes copied, with
+            those that the adapter has copied since the last call.
 
         Raises:
             PartitionError: A gradient was replaced by one that does not fit.
-            HyperparamsError: A hyperparameter is out of range.
         """
-        hypers = self._reader.read(self.param_groups)
         present = 0
         new_grads: dict[int, FloatArray] = {}
         for index, binding in enumerate(self.bindings):
@@ -171,17 +180,9 @@ class Registry(Generic[P]):
             present |= has_grad << index
             if grad is not None:
                 new_grads[index] = grad
-        copied_nbytes = inputs.copied_nbytes + self._take_grads(present, new_grads)
-        return LocalInputs(
-            hypers=hypers,
-            replaced=inputs.replaced,
-            written=inputs.written,
-            present=present,
-            loss_scale=inputs.loss_scale,
-            overflowed=inputs.overflowed,
-            changed=inputs.changed,
-            copied_nbytes=copied_nbytes,
-        )
+        copied_nbytes = self._copy_grads(present, new_grads) + self.adapter.copied_nbytes
+        self.adapter.copied_nbytes = 0
+        return present, copied_nbytes
 
     def find_replaced(self) -> dict[int, FloatArray]:
         """Find arrays that have taken the place of parameters' views, by parameter index.
@@ -244,6 +245,20 @@ class Registry(Generic[P]):
             return [False] * len(self.bindings)
         return [not binding.has_grad() for binding in self.bindings]
 
+    def zero_pending(self, *, set_to_none: bool) -> None:
+        """Zero the gradients of parameters that no call has taken over yet, or remove them."""
+        for param in self.pending():
+            if not hasattr(param, "grad"):
+                continue  # whoever takes it over reports it
+            if set_to_none:
+                param.grad = None
+                continue
+            grad = self.adapter.grad(param, "of an edited group")
+            if grad is not None:
+                grad[...] = 0
+            elif self.adapter.grads_from_start:
+                param.grad = np.zeros_like(self.adapter.data(param, "of an edited group"))
+
     def zero_grads(self) -> None:
         """Zero this rank's gradients in shared memory."""
         for grads in self._live_grads():
@@ -267,6 +282,16 @@ class Registry(Generic[P]):
             self._live = is_live, grads
         return self._live[1]
 
+    def bind_present(self, params: int) -> None:
+        """Bind the gradients of a bit mask of parameters, which count as present from now on."""
+        for index, binding in enumerate(self.bindings):
+            if params >> index & 1:
+                binding.bind_grad()
+
+    def names_of(self, params: int) -> list[str]:
+        """Return the names of a bit mask of parameters."""
+        return [b.name for index, b in enumerate(self.bindings) if params >> index & 1]
+
     def bind_grads(self, cleared: Sequence[bool]) -> None:
         """Bind gradients that have been zeroed in shared memory, or leave parameters without.
 
@@ -279,7 +304,7 @@ class Registry(Generic[P]):
             else:
                 binding.bind_grad()
 
-    def _take_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
+    def _copy_grads(self, present: int, new_grads: Mapping[int, FloatArray]) -> int:
         """Copy all gradients that are elsewhere into shared memory, and return their bytes."""
         values = read_before_write(new_grads, self.shared)
         for index, binding in enumerate(self.bindings):
@@ -288,26 +313,6 @@ class Registry(Generic[P]):
             elif not present >> index & 1:
                 binding.zero_grad()
         return sum(array.nbytes for array in values.values())
-
-
-def describe_groups(planned: PlannedGroups | None) -> dict[str, object]:
-    """Describe new groups, in an order in which a difference between ranks explains itself."""
-    if planned is None:
-        return {}
-    specs, num_new = planned.partition.params, len(planned.params)
-    first = len(specs) - num_new  # what was there before has been compared before
-    hypers = [Hyperparams.from_group(group) for group in planned.groups]
-    description: dict[str, object] = {
-        "the number of param groups": planned.first_group + len(hypers),
-        "the number of parameters": len(specs),
-        **describe_hypers(hypers, planned.first_group),
-    }
-    for index, spec in enumerate([param.spec for param in specs[first:]], first):
-        description[f"the name of parameter {index}"] = spec.name
-        description[f"the shape of parameter {spec.name!r}"] = spec.shape
-        description[f"the dtype of parameter {spec.name!r}"] = spec.dtype
-        description[f"the group of parameter {spec.name!r}"] = spec.group
-    return description
 
 
 def describe_hypers(hypers: Sequence[Hyperparams], first_group: int = 0) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What users have written into parameters and optimizer state since the last step.
+"""Writes of users into parameters and optimizer state since the last step.
 
 [Note: weights that behave as in DDP]
 A parameter that a framework holds is a *view*: a private mapping of the node's one copy. A page
@@ -70,7 +70,8 @@ class UserWrites:
     def __init__(self, memory: Memory, place: tuple[int, int]) -> None:
         self._memory = memory
         self._place = place
-        self._parts: list[_Parts | None] = []
+        self._partition: Partition | None = None
+        self._parts: list[_Parts | None] = []  # of each piece, in that partition
         self._found: list[tuple[_Spans, NDArray[np.int64]]] = []
         self._before: frozenset[Written] = frozenset()
         self._adopted: frozenset[Written] = frozenset()
@@ -86,7 +87,9 @@ class UserWrites:
         written: dict[Written, int] = {}
         self._found = []
         is_shown = self._memory.state.is_shown
-        self._parts += [None] * (len(self._memory.pieces) - len(self._parts))
+        if self._partition is not partition:  # parameters may have other numbers
+            self._partition, self._before = partition, frozenset()
+            self._parts = [None] * len(self._memory.pieces)
         for number, (layout, view) in enumerate(self._memory.pieces):
             is_reachable = is_shown or layout.arrays[0].key == PARAM_KEY
             spans = view.find_writes() if is_reachable else ()

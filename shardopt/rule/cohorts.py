@@ -66,12 +66,26 @@ class Cohorts:
         self.partition = partition
         self._present = None
 
+    def rearrange(self, partition: Partition, sources: Sequence[int | None]) -> None:
+        """Take over a partition of other parameters.
+
+        Args:
+            partition: The layout.
+            sources: For each parameter its number so far; None for a new one.
+        """
+        counts = self.step_counts
+        self.partition = partition
+        self._set_counts([StepCount() if i is None else counts[i] for i in sources])
+
     def set_step_counts(self, step_counts: Sequence[StepCount]) -> None:
         """Continue from other step counts, one for each parameter."""
+        self._set_counts(step_counts)
+        self.version += 1
+
+    def _set_counts(self, step_counts: Sequence[StepCount]) -> None:
         pairs = zip(self.partition.params, step_counts, strict=True)
         self._cohort_of = [Cohort(param.spec.group, count) for param, count in pairs]
         self._present = None
-        self.version += 1
 
     def plan(self, present: int, hypers: Sequence[Hyperparams], grad_scale: float) -> None:
         """Compute the coefficients of a step; nothing is counted before ``commit``.

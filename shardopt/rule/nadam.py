@@ -71,6 +71,8 @@ class Hyperparams:
                 )
             object.__setattr__(self, name, value)
         object.__setattr__(self, "betas", _as_betas(self.betas))
+        for name in ("decoupled_weight_decay", "maximize"):
+            object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         if self.variant not in VARIANTS:
             raise HyperparamsError(
                 f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}. "
@@ -85,7 +87,8 @@ class Hyperparams:
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> "Hyperparams":
         """Read the hyperparameters out of a ``param_groups`` entry."""
-        return cls(**{name: group[name] for name in HYPERPARAM_NAMES})
+        values: list[Any] = [group.get(name) for name in HYPERPARAM_NAMES]
+        return cls(*values)
 
     def values(self) -> tuple[object, ...]:
         """Return the values in the order of ``HYPERPARAM_NAMES``."""
@@ -196,15 +199,33 @@ def step_coefficients(hyper: Hyperparams, count: StepCount, grad_scale: float) -
 
 
 def as_real(name: str, value: object) -> float:
-    """Return a number, a 0-d array or a one-element tensor as a float.
+    """Return a number, or an array or tensor of one element, as a float.
 
     Raises:
         HyperparamsError: It is not a real number.
     """
     with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # tensors raise the second
         if not isinstance(value, str):  # float() would parse it
-            return float(value)  # type: ignore[arg-type]  # duck-typed: they have __float__
+            return float(_item(value))
     raise HyperparamsError(f"{name} must be a real number; got {value!r}. Pass a float.")
+
+
+def as_flag(name: str, value: object) -> bool:
+    """Return a bool, or what counts as one, as a bool.
+
+    Raises:
+        HyperparamsError: It is text, or has no truth value.
+    """
+    with suppress(RuntimeError, TypeError, ValueError):
+        if not isinstance(value, str):  # any text, even "false", counts as true
+            return bool(_item(value))
+    raise HyperparamsError(f"{name} must be True or False; got {value!r}. Pass a bool.")
+
+
+def _item(value: Any) -> Any:
+    """Return the element of an array or tensor, even of one with a graph, and all else as is."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value
 
 
 def _as_betas(betas: object) -> tuple[float, float]:

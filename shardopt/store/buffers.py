@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from shardopt._typing import FloatArray
-    from shardopt.layout.partition import DtypeRegion, Partition, PlacedParam
+    from shardopt.layout.partition import DtypeRegion, Partition, PlacedParam, Shard
     from shardopt.layout.span import Span
 
 
@@ -54,6 +54,7 @@ class ShardBuffers:
             [Note: weights that behave as in DDP].
         grads: [region_numel], this rank's gradients.
         all_grads: The gradients of all ranks of the node.
+        node_grads: [region_numel] each, the same as arrays.
         sums: [node_numel] gradients of the node's shards, summed over all nodes; empty on a single
             node, where the kernel reads them in place.
     """
@@ -61,15 +62,22 @@ class ShardBuffers:
     def __init__(
         self, partition: Partition, index: int, place: tuple[int, int], arrays: RegionArrays
     ) -> None:
-        self.region: DtypeRegion = partition.regions[index]
-        self.shards = partition.shards(*place, index)
+        self.region: DtypeRegion
+        self.shards: tuple[Shard, ...]
+        self.place(partition, index, place)
         self.params = arrays.params
         self.own_params = arrays.own_params
         self.grads = arrays.grads[place[1]]
         self.all_grads = Rows.of(*arrays.grads)
+        self.node_grads = arrays.grads
         self.sums = arrays.sums
         self._targets = Rows.of(self.params)
         self._touch_first()
+
+    def place(self, partition: Partition, index: int, place: tuple[int, int]) -> None:
+        """Note where the region is, in a partition that has just been made or rearranged."""
+        self.region = partition.regions[index]
+        self.shards = partition.shards(*place, index)
 
     @property
     def owned_numel(self) -> int:
@@ -106,8 +114,9 @@ class ShardBuffers:
         return self.grads[self.local(param).slice].reshape(param.spec.shape)
 
     def free(self) -> None:
-        """Let go of all memory but that of the parameters, which users may hold."""
-        del self.params, self.own_params, self.grads, self.all_grads, self.sums, self._targets
+        """Release all memory but that of the parameters, which users may hold."""
+        del self.params, self.own_params, self.sums, self._targets
+        del self.grads, self.all_grads, self.node_grads
 
     def _touch_first(self) -> None:
         """Write to each part from the rank that will update it: its pages are near its core."""

@@ -1,6 +1,7 @@
 """All memory of an optimizer on this rank: a region's buffers after the other, and the state."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,27 @@ from shardopt.layout.state_spec import PARAM_KEY
 from shardopt.store.buffers import RegionArrays, ShardBuffers
 from shardopt.store.state import StateStore
 
-_Arrays = Mapping[int, dict[str, FloatArray]]
-"""The arrays of regions, by index and key."""
+_Arrays = dict[str, FloatArray]
+"""The arrays of a region, by key."""
+
+_NUM_PIECES = 2  # of each region that users can write to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionMemory:
+    """The memory of one region, from the node's arena.
+
+    Attributes:
+        buffers: Its parameters and gradients.
+        state: The optimizer state of the node's shards of it, by key.
+        own_state: The same, as this rank may write to it.
+        pieces: See ``Memory.pieces``: that of the parameters, and that of the state.
+    """
+
+    buffers: ShardBuffers
+    state: _Arrays
+    own_state: _Arrays
+    pieces: tuple[tuple[NodeArrays, PrivateView], tuple[NodeArrays, PrivateView]]
 
 
 class Memory:
@@ -39,8 +59,8 @@ class Memory:
         arena: As given.
         buffers: One for each region.
         state: See ``StateStore``.
-        pieces: The memory of parameters and of state, as it was allocated: its layout, and this
-            rank's view of it.
+        pieces: The memory of parameters and that of state, of one region after another: its layout,
+            and this rank's view of it.
     """
 
     def __init__(self, place: tuple[int, int], arena: Arena, backend: Backend) -> None:
@@ -51,28 +71,55 @@ class Memory:
         self.arena = arena
         self._backend = backend
 
-    def extend(self, partition: Partition) -> None:
-        """Allocate the regions that are new in a partition. Collective over the node."""
-        regions = range(len(self.buffers), len(partition.regions))
-        if not regions:
-            return
+    def allocate(self, partition: Partition, index: int) -> RegionMemory:
+        """Allocate a region, which is not in use before ``extend``.
+
+        Collective over the node.
+
+        Args:
+            partition: The layout.
+            index: Number of the region.
+        """
         node = self._place[0]
-        pieces = [
-            plan_param_arrays(partition, regions),
-            plan_state_arrays(partition, node, regions),
-        ]
-        views = [self._share_twice(layout) for layout in pieces]
-        params, state = (_arrays(p, view.shared) for p, view in zip(pieces, views, strict=True))
-        own_params, own_state = (_arrays(p, v.view) for p, v in zip(pieces, views, strict=True))
-        layout = plan_grad_arrays(partition, node, regions)
+        params_layout = plan_param_arrays(partition, [index])
+        state_layout = plan_state_arrays(partition, node, [index])
+        params, state = self._share_twice(params_layout), self._share_twice(state_layout)
+        layout = plan_grad_arrays(partition, node, [index])
         grads = _arrays(layout, self._share(layout, private=False).memory)
-        self.pieces += zip(pieces, views, strict=True)
-        for index in regions:
-            of_params, own_of_params = params[index][PARAM_KEY], own_params[index][PARAM_KEY]
-            sums = grads[index].pop("sum", np.empty(0, of_params.dtype))
-            arrays = RegionArrays(of_params, own_of_params, [*grads[index].values()], sums)
-            self.buffers.append(ShardBuffers(partition, index, self._place, arrays))
-            self.state.append(state[index], own_state[index])
+        of_params = _arrays(params_layout, params.shared)[PARAM_KEY]
+        own_params = _arrays(params_layout, params.view)[PARAM_KEY]
+        sums = grads.pop("sum", np.empty(0, of_params.dtype))
+        arrays = RegionArrays(of_params, own_params, [*grads.values()], sums)
+        return RegionMemory(
+            buffers=ShardBuffers(partition, index, self._place, arrays),
+            state=_arrays(state_layout, state.shared),
+            own_state=_arrays(state_layout, state.view),
+            pieces=((params_layout, params), (state_layout, state)),
+        )
+
+    def extend(self, regions: Sequence[RegionMemory]) -> None:
+        """Add regions behind the present ones."""
+        for region in regions:
+            self.buffers.append(region.buffers)
+            self.state.append(region.state, region.own_state)
+            self.pieces += region.pieces
+
+    def select(self, partition: Partition, kept: Sequence[int]) -> None:
+        """Release all regions but some, which are the first ones of a partition.
+
+        Args:
+            partition: The new layout.
+            kept: Their numbers so far, in order.
+        """
+        pieces = self.pieces
+        self.buffers = [self.buffers[number] for number in kept]
+        self.state.select(kept)
+        self.pieces = []
+        for index, number in enumerate(kept):
+            self.buffers[index].place(partition, index, self._place)
+            first = _NUM_PIECES * number
+            of_region = pieces[first : first + _NUM_PIECES]
+            self.pieces += [(layout.of_region(index), view) for layout, view in of_region]
 
     @property
     def overflows_easily(self) -> bool:
@@ -88,7 +135,7 @@ class Memory:
         full_fence()
 
     def free(self) -> None:
-        """Let go of everything; arrays that users hold stay valid."""
+        """Release everything; arrays that users hold stay valid."""
         for buffers in self.buffers:
             buffers.free()
         self.buffers.clear()
@@ -111,8 +158,5 @@ class Memory:
 
 
 def _arrays(layout: NodeArrays, memory: NDArray[np.uint8]) -> _Arrays:
-    """Return the arrays of each region by key."""
-    regions: dict[int, dict[str, FloatArray]] = {}
-    for array in layout.arrays:
-        regions.setdefault(array.region, {})[array.key] = memory[array.slice].view(array.dtype)
-    return regions
+    """Return the arrays of a region by key."""
+    return {array.key: memory[array.slice].view(array.dtype) for array in layout.arrays}

@@ -1,6 +1,6 @@
 """The optimizer state of a node's shards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from shardopt._typing import FloatArray
@@ -32,13 +32,18 @@ class StateStore:
         self._regions.append(arrays)
         self._own.append(own)
 
+    def select(self, kept: Sequence[int]) -> None:
+        """Release all regions but some."""
+        self._regions = [self._regions[index] for index in kept]
+        self._own = [self._own[index] for index in kept]
+
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Mapping[str, FloatArray]]:
         """Yield the state of a shard, [shard_numel] each; writes hold when the block is left."""
         yield {key: array[shard.local.slice] for key, array in self._regions[shard.region].items()}
 
     def free(self) -> None:
-        """Let go of all arrays."""
+        """Release all arrays."""
         self._regions.clear()
         self._own.clear()
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardopt.errors import PartitionError
+from shardopt.errors import HyperparamsError, PartitionError
 from shardopt.params.adapter import Adapter, array_error
+from shardopt.torch.module import load_module, read_module
 from shardopt.torch.tensors import as_array, as_complex, as_tensor, layout_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from shardopt._typing import FloatArray
+    from shardopt.params.model import ModelContent
     from shardopt.rule.nadam import Hyperparams
 
 _SCAN_NUMEL = 1 << 14
+_SAMPLE_NUMEL = 64
+_MAX_SAMPLED = 8  # clipping changes all gradients: a few tell
 _DTYPES = {
     torch.float16,
     torch.bfloat16,
@@ -38,22 +42,37 @@ class _TorchAdapter(Adapter[Tensor]):
     parameters backward has reached. Users may write into ``p.grad`` without leaving a trace
     (``p.grad.data.copy_``, ``p.grad.numpy()``), and GradScaler and clip_grad_norm_ write to zeros
     as well. A view without a hook call therefore counts as a gradient only if it is not all zero.
+
+    Where ``p.grad`` is None, as ``model.zero_grad()`` leaves it, autograd makes a tensor of its
+    own. The post-accumulate hook copies it into shared memory while it is in cache, and binds the
+    view, to which later backward passes add in place. That takes less time than to bind zeros
+    beforehand. A gradient with a graph of its own (``create_graph``) stays as it is until the step.
     """
 
     grads_from_start = False
     reports_grads = True
     step_dtype = "float32"
 
-    def __init__(self) -> None:
-        self._touched: set[Tensor] = set()
-        self._hooks: dict[Tensor, Any] = {}
-        self._listener: Callable[[Tensor], None] | None = None
+    def __init__(self, names: Mapping[Tensor, str], comm_size: int) -> None:
+        self.copied_nbytes = 0
+        self._num_sampled = 0
+        self._names = dict(names)  # no weak references: torch swaps no tensor that has one
+        self._comm_size = comm_size
+        self._records: dict[Tensor, _Record] = {}
+        self._on_ready: Callable[[Tensor], None] | None = None
+        self._on_backward: Callable[[], None] | None = None
 
-    def name(self, param: Tensor) -> None:
-        return None
+    def name(self, param: Tensor) -> str | None:
+        if not isinstance(param, Tensor):
+            raise PartitionError(
+                f"params must hold tensors; got {type(param).__name__}. Pass the model's "
+                "parameters, such as model.parameters()."
+            )
+        return self._names.get(param)
 
     def data(self, param: Tensor, name: str) -> FloatArray:
         _require_ordinary(param, name)
+        _require_whole(param, name, self._comm_size)
         return _dense_array("data", name, param)
 
     def value(self, value: Any, name: str) -> FloatArray:
@@ -76,33 +95,50 @@ class _TorchAdapter(Adapter[Tensor]):
         return _View(array, param.is_complex())
 
     def on_grad_ready(self, listener: Callable[[Tensor], None]) -> None:
-        self._listener = listener
+        self._on_ready = listener
+
+    def on_backward(self, listener: Callable[[], None] | None) -> None:
+        self._on_backward = listener
 
     def grad_version(self, param: Tensor) -> object:
         grad = param.grad
         return None if grad is None or grad.is_inference() else (id(grad), grad._version)
 
+    def were_grads_written(self, num_allowed: int) -> bool:
+        """See ``Adapter``.
+
+        A clip that leaves gradients alone multiplies them by 1, and torch counts the write. So the
+        first writes that it counts only have samples taken after each later backward.
+        """
+        written = []
+        for param, record in self._records.items():
+            if (left := record.left_by_backward) is not None:
+                record.left_by_backward = None
+                grad = param.grad
+                if grad is left.grad and grad._version > left.version + num_allowed:
+                    if left.sample is None:
+                        record.is_sampled = record.is_sampled or self._num_sampled < _MAX_SAMPLED
+                        self._num_sampled += record.is_sampled
+                    elif not torch.equal(_sample_of(grad), left.sample):
+                        written.append(grad)
+        # Zeros are what is left of a gradient that nobody wants; see [Note: None unless touched].
+        return not _others_average() and any(bool(grad.any()) for grad in written)
+
     def bind_data(self, param: Tensor, view: _View) -> None:
         param.data = view.tensor()
 
     def bind_grad(self, param: Tensor, view: _View) -> None:
-        if self._listener is not None:
-            self._watch(param)
-        self._show_grad(param, view)
-        self._touched.add(param)
+        self._show_grad(param, view, is_touched=True)
 
     def clear_grad(self, param: Tensor, view: _View) -> None:
-        self._watch(param)
-        self._show_grad(param, view)
-        self._touched.discard(param)
+        self._show_grad(param, view, is_touched=False)
 
     def requires_grad(self, param: Tensor) -> bool:
         return param.requires_grad
 
     def unbind_grad(self, param: Tensor) -> None:
-        self._watch(param)  # it may be unfrozen
+        self._watch(param).reset(None)  # it may be unfrozen
         param.grad = None
-        self._touched.discard(param)
 
     def holds_data(self, param: Tensor, view: _View) -> bool:
         return view.is_shown_by(param)
@@ -111,27 +147,51 @@ class _TorchAdapter(Adapter[Tensor]):
         return view.is_shown_by(param.grad)
 
     def is_clear(self, param: Tensor, view: _View) -> bool:
-        return param not in self._touched and not _any_nonzero(view.array)
+        return not self._records[param].is_touched and not _any_nonzero(view.array)
 
     def bump_version(self, params: Sequence[Tensor]) -> None:
         # torch does not see the kernel's writes: a graph that saved the old values must not run.
         torch.autograd.graph.increment_version(params)
 
+    def detach(self, param: Tensor) -> None:
+        self._names.pop(param, None)
+        record = self._records.pop(param, None)
+        if record is not None:
+            record.hook.remove()
+            self._num_sampled -= record.is_sampled
+
     def release(self, param: Tensor) -> None:
         param.grad = None
-        self._touched.discard(param)
-        hook = self._hooks.pop(param, None)
-        if hook is not None:
-            hook.remove()
+        self.detach(param)
 
-    def _show_grad(self, param: Tensor, view: _View) -> None:
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        for name in ("capturable", "differentiable"):
+            if group.get(name):
+                raise HyperparamsError(
+                    f"{name} must be False; got {group[name]}. The step is one pass of a kernel "
+                    "that neither CUDA graphs nor autograd can record: use torch.optim.NAdam."
+                )
+
+    def read_model(
+        self, model: Any, params: Sequence[Tensor], saved: Collection[str] | None
+    ) -> ModelContent:
+        return read_module(model, params)
+
+    def load_model(
+        self, model: Any, params: Sequence[Tensor], content: ModelContent, values: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[str]]:
+        return load_module(model, content, values)
+
+    def _show_grad(self, param: Tensor, view: _View, *, is_touched: bool) -> None:
+        self._watch(param).reset(view, is_touched=is_touched)
         grad = param.grad
         if grad is None or grad.requires_grad or not view.is_shown_by(grad):
             param.grad = view.tensor()
 
-    def _watch(self, param: Any) -> None:
-        if param in self._hooks:
-            return
+    def _watch(self, param: Any) -> _Record:
+        record = self._records.get(param)
+        if record is not None:
+            return record
         frozen = not param.requires_grad
         param.requires_grad_(True)  # the hook demands it, and frozen ones may thaw
         adapter = weakref.ref(self)  # torch keeps hooks where Python finds no garbage
@@ -140,15 +200,70 @@ class _TorchAdapter(Adapter[Tensor]):
             if (alive := adapter()) is not None:
                 alive._accumulated(param)
 
-        self._hooks[param] = param.register_post_accumulate_grad_hook(accumulated)
+        record = _Record(param.register_post_accumulate_grad_hook(accumulated))
+        self._records[param] = record
         if frozen:
             param.requires_grad_(False)
+        return record
 
     def _accumulated(self, param: Tensor) -> None:
-        self._touched.add(param)
-        # A gradient with a graph of its own (create_graph) stays as it is until the step.
-        if self._listener is not None and not (param.grad is None or param.grad.requires_grad):
-            self._listener(param)
+        if self._on_backward is not None:
+            self._on_backward()
+        record, grad = self._records[param], param.grad
+        record.is_touched, record.left_by_backward = True, None
+        if grad is None or grad.requires_grad or grad.layout is not torch.strided:
+            return  # the step will copy it, or refuse it
+        view = record.view
+        if view is not None and grad is not view.latest and view.takes(grad):
+            param.grad = grad = view.latest
+            self.copied_nbytes += view.array.nbytes
+        sample = _sample_of(grad) if record.is_sampled else None
+        record.left_by_backward = _Left(grad, grad._version, sample)
+        if self._on_ready is not None:
+            self._on_ready(param)
+
+
+class _Left(NamedTuple):
+    """A gradient as backward has left it.
+
+    Attributes:
+        grad: The gradient.
+        version: Its version.
+        sample: Some of its values, or None.
+    """
+
+    grad: Tensor
+    version: int
+    sample: Tensor | None
+
+
+class _Record:
+    """The hook on a parameter, and its findings.
+
+    Args:
+        hook: Removes it.
+
+    Attributes:
+        hook: As given.
+        view: Where the gradient is to be; None for a parameter that has never had one.
+        is_touched: Whether it counts as a gradient; see [Note: None unless touched].
+        left_by_backward: The gradient as the last backward has left it; None if none has come, or
+            it was looked at since.
+        is_sampled: Whether a sample of it is taken then.
+    """
+
+    __slots__ = ("hook", "is_sampled", "is_touched", "left_by_backward", "view")
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.is_sampled = False
+        self.reset(None)
+
+    def reset(self, view: _View | None, *, is_touched: bool = False) -> None:
+        """Forget what backward has done so far."""
+        self.view = view
+        self.is_touched = is_touched
+        self.left_by_backward: _Left | None = None
 
 
 class _View:
@@ -157,9 +272,13 @@ class _View:
     Each call of ``tensor`` makes a new tensor, and the layout is kept as plain values, because
     torch may replace the memory of an existing tensor in place (``model.to()`` that of gradients,
     ``share_memory()`` even that of the storage).
+
+    Attributes:
+        array: The memory.
+        latest: The tensor made last.
     """
 
-    __slots__ = ("_complex", "_layout", "array")
+    __slots__ = ("_complex", "_layout", "array", "latest")
 
     def __init__(self, array: FloatArray, is_complex: bool) -> None:
         self.array = array
@@ -169,7 +288,18 @@ class _View:
     @torch.inference_mode(False)  # so that backward can write to it later
     def tensor(self) -> Tensor:
         tensor = as_tensor(self.array)
-        return as_complex(tensor) if self._complex else tensor
+        self.latest = as_complex(tensor) if self._complex else tensor
+        return self.latest
+
+    def takes(self, grad: Tensor) -> bool:
+        """Copy a gradient into ``latest``, if it fits and is not there already."""
+        layout = layout_of(grad)
+        if layout[0] == self._layout[0] or layout[1:3] != self._layout[1:3]:
+            return False
+        if self.latest.requires_grad or not self.is_shown_by(self.latest):
+            self.tensor()
+        self.latest.copy_(grad)
+        return True
 
     def is_shown_by(self, tensor: Tensor | None) -> bool:
         return (
@@ -179,15 +309,31 @@ class _View:
         )
 
 
+def _sample_of(grad: Tensor) -> Tensor:
+    """Return a copy of some values of a gradient."""
+    flat = grad.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE_NUMEL)].clone()
+
+
+def _others_average() -> bool:
+    """Whether torch's own processes, such as DDP's, may average gradients in place, as they do."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _any_nonzero(array: FloatArray) -> bool:
     """Return whether any element is not zero; fast if many are."""
     flat = array.reshape(-1)
     return any(flat[i : i + _SCAN_NUMEL].any() for i in range(0, flat.size, _SCAN_NUMEL))
 
 
-def make_adapter() -> Adapter[Tensor]:
-    """Return a new adapter; each optimizer needs its own."""
-    return _TorchAdapter()
+def make_adapter(names: Mapping[Tensor, str], comm_size: int) -> Adapter[Tensor]:
+    """Return a new adapter; each optimizer needs its own.
+
+    Args:
+        names: The names of parameters, as far as they are known from where they came from.
+        comm_size: Number of ranks that train together.
+    """
+    return _TorchAdapter(names, comm_size)
 
 
 def _require_ordinary(param: Tensor, name: str) -> None:
@@ -203,6 +349,27 @@ def _require_ordinary(param: Tensor, name: str) -> None:
         problem += "gradients of 16 bits are summed in float32"
     if problem is not None:
         raise PartitionError(f"parameter {name!r} must be {problem}.")
+
+
+def _require_whole(param: Tensor, name: str, comm_size: int) -> None:
+    """Refuse the shards of other libraries.
+
+    FSDP keeps a shard of its own on every rank, and averages gradients itself. Averaged once more,
+    the shards would overwrite each other; an optimizer of each rank's own updates them as they are.
+    """
+    if hasattr(param, "device_mesh"):
+        raise PartitionError(
+            f"parameter {name!r} must be a whole tensor; got a DTensor, as fully_shard() and "
+            "tensor parallelism make them. Pass the parameters of the plain model: shardopt shards "
+            "moments and updates itself."
+        )
+    if comm_size > 1 and hasattr(param, "_fsdp_flattened"):
+        raise PartitionError(
+            f"parameter {name!r} must be a whole tensor; got a shard of "
+            "FullyShardedDataParallel. Pass comm=MPI.COMM_SELF, so that each rank updates its own "
+            "shard with the gradients that FSDP has averaged, or do not wrap the model: shardopt "
+            "shards moments and updates itself."
+        )
 
 
 def _dense_array(role: str, name: str, tensor: Tensor) -> FloatArray:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.front_end import FrontEnd
 from shardopt.core.optimizer import Optimizer
-from shardopt.errors import HyperparamsError, ShardoptError
-from shardopt.params.groups import defaults_of
+from shardopt.errors import ShardoptError
+from shardopt.params.groups import defaults_of, require_ordered
 from shardopt.policy import ShardPolicy
 from shardopt.torch.adapter import make_adapter
+from shardopt.torch.module import named_parameters, names_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from mpi4py import MPI
 
     from shardopt.params.groups import Group
 
@@ -44,11 +46,13 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
     moments are float32. Complex parameters are pairs of reals, as in torch.
 
-    Collective: construction, ``step``, ``add_param_group``, ``load_state_dict``,
+    Collective: construction, ``step``, ``average_grads``, ``add_param_group``, ``load_state_dict``,
     ``gather_state_dict`` and ``close``. If one rank raises, all ranks raise.
 
     Args:
-        params: Tensors, (name, tensor) pairs, or dicts with ``params`` and hyperparameters.
+        params: A module, tensors, (name, tensor) pairs, or dicts with ``params`` and
+            hyperparameters. A module, its ``parameters()`` and pairs give parameters the names that
+            messages and checkpoints show.
         lr: Learning rate, a number or a tensor of one element.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
@@ -61,7 +65,8 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         differentiable: Must be False.
         variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
         max_grad_norm: Clip the global norm of the averaged gradient to this. Use it instead of
-            ``clip_grad_norm_``, which would only see this rank's gradient.
+            ``clip_grad_norm_``, which would only see this rank's gradient, unless
+            ``average_grads`` comes before.
         comm: The ranks that train together; None is COMM_WORLD.
         policy: How to shard.
 
@@ -75,6 +80,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf to step
+    _takes_any_name = True  # torch's own tools attach things to optimizers
 
     def __init__(
         self,
@@ -101,19 +107,28 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        _, error = attempt(super().__init__, params, defaults)  # it checks as torch does
+        if isinstance(params, torch.nn.Module):
+            params = named_parameters(params)
+        names = names_behind(params)
+        entries, error = attempt(_in_order, params)
+        if error is None:
+            checked: Any = entries  # torch checks it
+            error = attempt(super().__init__, checked, defaults).error
         groups: Outcome[list[Group]] = Outcome(None, error)
         if error is None:
-            groups = attempt(_require_plain, self.param_groups)
+            groups = Outcome(self.param_groups, None)
         self.core = Optimizer(
             groups,
-            adapter=make_adapter(),
+            adapter=make_adapter(
+                names, getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1)
+            ),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
             policy=policy or ShardPolicy(),
         )
-        self.param_groups = self.core.param_groups
+        del self._groups  # the core has them now
+        del vars(self)["defaults"]  # the core has the same dict
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -136,6 +151,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             PartitionError: A parameter or gradient was replaced by one of another shape or dtype,
                 or a gradient is sparse.
             HyperparamsError: A hyperparameter in ``param_groups`` is out of range.
+            CallOrderError: A backward has come after ``average_grads``.
             RankMismatchError: Ranks have different hyperparameters or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s`` seconds.
         """
@@ -148,12 +164,29 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             self.core.step(
                 loss_scale=1.0 if scale is None else float(scale),
                 overflowed=found_inf is not None and bool(found_inf),
+                num_writes=0 if found_inf is None else _num_writes_of_scaler(),
             )
         except Exception:  # GradScaler deletes the attributes that it has set only after a step
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
             raise
         return loss
+
+    @torch.no_grad()
+    def average_grads(self, loss_scale: float = 1.0) -> None:
+        """Average the gradients over ranks now; ``p.grad`` is then as after the backward of DDP.
+
+        In this order: the backward passes of a step, ``average_grads``, ``GradScaler.unscale_``,
+        ``clip_grad_norm_`` and whatever else changes or logs gradients, ``step``. See
+        ``core.Optimizer.average_grads`` for the rules and the errors.
+
+        Collective: every rank.
+
+        Args:
+            loss_scale: Divide the gradients by this; leave it out with a ``GradScaler``, which
+                divides them itself.
+        """
+        self.core.average_grads(loss_scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero this rank's gradients in place; clone gradients that you want to keep.
@@ -178,11 +211,26 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         if not hasattr(self, "core"):  # called by torch's own __init__
             super().add_param_group(param_group)
             return
-        _, error = attempt(super().add_param_group, param_group)  # it checks as torch does
+        _, error = attempt(_in_order, [param_group])
+        if error is None:  # it checks as torch does
+            error = attempt(super().add_param_group, param_group).error
         groups: Outcome[list[Group]] = Outcome(None, error)
         if error is None:
-            groups = attempt(_require_plain, [self.param_groups.pop()])
+            groups = Outcome([self.param_groups.pop()], None)
         self.core.extend("add_param_group()", groups)
+
+    @property  # type: ignore[override,unused-ignore]  # of torch, where it is an attribute
+    def param_groups(self) -> list[Group]:
+        """See ``core.Optimizer.param_groups``."""
+        groups: list[Group] = self.core.param_groups if hasattr(self, "core") else self._groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        if hasattr(self, "core"):
+            self.core.param_groups = groups
+        else:  # torch's own __init__ begins with an empty one
+            self._groups = groups
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -265,13 +313,20 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         )
 
 
-def _require_plain(groups: list[Group]) -> list[Group]:
-    """Return the groups, none of which may ask for CUDA graphs or differentiable steps."""
-    for group in groups:
-        for name in ("capturable", "differentiable"):
-            if group[name]:
-                raise HyperparamsError(
-                    f"{name} must be False; got {group[name]}. The step is one pass of a kernel "
-                    "that neither CUDA graphs nor autograd can record: use torch.optim.NAdam."
-                )
-    return groups
+def _in_order(params: Any) -> Any:
+    """Return the parameters, maybe in a list, unless they or those of a group have no order."""
+    require_ordered("params", params)
+    if isinstance(params, Iterator):
+        params = list(params)
+    for entry in params if isinstance(params, Sequence) else ():
+        if isinstance(entry, dict) and not isinstance(entry.get("params"), set):  # torch refuses it
+            require_ordered("params of a group", entry.get("params"))
+    return params
+
+
+@functools.cache
+def _num_writes_of_scaler() -> int:
+    """Return how many writes to a gradient torch counts when GradScaler divides it."""
+    grad, found_inf, factor = (torch.ones(1, dtype=torch.float32) for _ in range(3))
+    torch._amp_foreach_non_finite_check_and_unscale_([grad], found_inf, factor)
+    return grad._version

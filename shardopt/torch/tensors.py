@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,3 +47,37 @@ def layout_of(tensor: Tensor) -> tuple[object, ...]:
         tensor.is_conj(),
         tensor.is_neg(),
     )
+
+
+def to_stored(tensor: Tensor) -> tuple[Any, str]:
+    """Return an array over a tensor's memory, or a copy of one on a device, and its form.
+
+    Raises:
+        TypeError: The tensor is sparse, quantized or without memory, or NumPy lacks its dtype.
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"{tensor.layout}, quantized or meta")
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    form = str(tensor.dtype)
+    if tensor.dtype is torch.bfloat16:
+        return as_array(tensor), form
+    if form.startswith("torch.float8"):
+        tensor = tensor.view(torch.uint8)
+    return tensor.numpy(), form
+
+
+def from_stored(array: FloatArray, form: str) -> Tensor:
+    """Return a tensor over an array's memory.
+
+    Raises:
+        TypeError: There is no such form.
+        ValueError: The array is not of that form.
+    """
+    tensor, dtype = as_tensor(array), getattr(torch, form.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"the form {form!r}")
+    if tensor.dtype is torch.uint8 and form.startswith("torch.float8"):
+        tensor = tensor.view(dtype)
+    if tensor.dtype is not dtype:
+        raise ValueError(f"{tensor.dtype} in the form {form!r}")
+    return tensor

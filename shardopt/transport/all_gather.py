@@ -1,16 +1,17 @@
-"""All-gather between nodes: updated shards to the memory of every node."""
+"""All-gather between nodes: the shards of an array to the memory of every node."""
 
 from collections import deque
 
+from shardopt._typing import FloatArray
 from shardopt.transport.base import Transfer, Transport
 from shardopt.transport.buckets import BucketPlan
 
-_MAX_IN_TRANSIT = 4  # buckets of parameters
-_PARAMS = 2  # tag
+_MAX_IN_TRANSIT = 4  # buckets
+_SHARDS = 2  # tag
 
 
 class AllGather:
-    """Sends updated shards to all other nodes, and receives theirs.
+    """Sends shards to all other nodes, and receives theirs.
 
     Args:
         transport: To the other nodes.
@@ -20,16 +21,21 @@ class AllGather:
         self._transport = transport
         self._in_transit: deque[tuple[BucketPlan, Transfer]] = deque()
 
-    def start(self, plan: BucketPlan) -> None:
-        """Send this rank's shard, which must not change now, and receive the others'."""
+    def start(self, plan: BucketPlan, array: FloatArray) -> None:
+        """Send this rank's shard, which must not change now, and receive the others'.
+
+        Args:
+            plan: The bucket.
+            array: [region_numel], which the shards are parts of: parameters or gradients.
+        """
         transport = self._transport
         receives = [
-            (node, transport.post_receive(plan.params(node), node, _PARAMS))
+            (node, transport.post_receive(plan.part(array, node), node, _SHARDS))
             for node in transport.others
             if plan.node_shards[node]
         ]
         sends = [
-            (node, transport.post_send(plan.params(transport.node), node, _PARAMS))
+            (node, transport.post_send(plan.part(array, transport.node), node, _SHARDS))
             for node in transport.others
             if plan.shard
         ]

@@ -50,9 +50,14 @@ class BucketPlan:
         """The chunks of this rank's shard, among all of the flat index space."""
         return slice(self.shard.start // CHUNK_NUMEL, self.shard.stop // CHUNK_NUMEL)
 
-    def params(self, node: int) -> FloatArray:
-        """Return the parameters that a node's rank of the lane owns."""
-        return self.buffers.params[self.buffers.local(self.node_shards[node]).slice]
+    def part(self, array: FloatArray, node: int) -> FloatArray:
+        """Return the part of an array of the region that a node's rank of the lane owns.
+
+        Args:
+            array: [region_numel], such as the parameters.
+            node: The node.
+        """
+        return array[self.buffers.local(self.node_shards[node]).slice]
 
 
 def plan_buckets(

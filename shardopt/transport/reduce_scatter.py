@@ -174,6 +174,8 @@ class ReduceScatter:
         self.plans.clear()
         self._free.clear()
         self._square_sums = np.zeros(0)
+        self._partition, self._seen = None, 0
+        self._active.clear()
 
     @property
     def awaited(self) -> tuple[int, list[int]]:

@@ -1,6 +1,6 @@
 """The gradients of a bucket become sums over all ranks: the protocol, and the way on one node."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -96,7 +96,7 @@ class Reduction(Protocol):
         ...
 
     def free(self) -> None:
-        """Release all memory; nothing may be in transit."""
+        """Release all buckets and memory; nothing may be in transit."""
         ...
 
     @property
@@ -108,6 +108,36 @@ class Reduction(Protocol):
     def staging_nbytes(self) -> int:
         """Bytes of memory for buckets in transit."""
         ...
+
+
+class PresentChunks:
+    """Finds the whole chunks that hold parameters with gradients; all others are zero."""
+
+    def __init__(self) -> None:
+        self._partition: Partition | None = None
+        self._runs_of: tuple[int, dict[int, list[Span]]] = 0, {}  # the mask seldom changes
+
+    def extend(self, partition: Partition) -> None:
+        """Take over another layout."""
+        self._partition, self._runs_of = partition, (0, {})
+
+    def within(self, region: int, span: Span, present: int) -> Iterator[Span]:
+        """Yield runs of them within a span of a region; all in the flat index space.
+
+        Args:
+            region: Index of the region.
+            span: Whole chunks of it.
+            present: Bit mask of the parameters that have a gradient.
+        """
+        if self._runs_of[0] != present:
+            self._runs_of = present, {}
+        runs = self._runs_of[1]
+        if region not in runs:
+            assert self._partition is not None
+            runs[region] = self._partition.runs(region, present, CHUNK_NUMEL)
+        for run in runs[region]:
+            if part := run.intersect(span):
+                yield part
 
 
 class InPlaceReduction:
@@ -131,17 +161,17 @@ class InPlaceReduction:
         self._kernel = kernel
         self._own = slice(node_rank, node_rank + 1)
         self._num_chunks = 0
+        self._num_buckets = 0
         self._has_sums = False
-        self._partition: Partition | None = None
-        self._runs_of: tuple[int, dict[int, list[Span]]] = 0, {}  # the mask seldom changes
+        self._chunks = PresentChunks()
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """See ``Reduction.extend``."""
-        first = len(self._partition.buckets) if self._partition is not None else 0
-        plans = plan_buckets(partition, buffers, self._own.start, None, first)
+        plans = plan_buckets(partition, buffers, self._own.start, None, self._num_buckets)
         self.plans += [plan for plan in plans if plan.shard]
         self._num_chunks = partition.numel // CHUNK_NUMEL
-        self._partition, self._runs_of = partition, (0, {})
+        self._num_buckets = len(partition.buckets)
+        self._chunks.extend(partition)
         self.reset()
 
     def reset(self) -> None:
@@ -174,6 +204,7 @@ class InPlaceReduction:
     def free(self) -> None:
         """See ``Reduction.free``."""
         self.plans.clear()
+        self._num_buckets = 0
 
     def sources(self, plan: BucketPlan) -> Rows:
         """See ``Reduction.sources``."""
@@ -186,22 +217,10 @@ class InPlaceReduction:
         for plan in self.plans:
             buffers = plan.buffers
             keeps_sums = buffers.holds_sums and len(buffers.all_grads) > 1
-            for run in self._runs(plan.shard.region, present):
-                if not (part := run.intersect(plan.shard)):
-                    continue
+            for part in self._chunks.within(plan.shard.region, plan.shard, present):
                 span = buffers.local(part)
                 out = buffers.grads[span.slice] if keeps_sums else None
                 squares = square_sums[part.start // CHUNK_NUMEL : part.stop // CHUNK_NUMEL]
                 self._kernel.reduce(buffers.all_grads, out, span, squares)
         self._has_sums = True
         return square_sums
-
-    def _runs(self, region: int, present: int) -> list[Span]:
-        """Return the whole chunks of a region that hold parameters with gradients."""
-        if self._runs_of[0] != present:
-            self._runs_of = present, {}
-        runs = self._runs_of[1]
-        if region not in runs:
-            assert self._partition is not None
-            runs[region] = self._partition.runs(region, present, CHUNK_NUMEL)
-        return runs[region]

@@ -19,6 +19,7 @@ from shardopt.layout.span import Span
 from shardopt.layout.traffic import Traffic
 from shardopt.store.buffers import ShardBuffers
 from shardopt.transport.all_gather import AllGather
+from shardopt.transport.averaging import AveragedGrads
 from shardopt.transport.base import Transport
 from shardopt.transport.buckets import BucketPlan
 from shardopt.transport.local import LocalTransport
@@ -27,6 +28,8 @@ from shardopt.transport.reduce_scatter import ReduceScatter
 from shardopt.transport.reduction import InPlaceReduction, Reduction
 
 T = TypeVar("T")
+
+_ALL = -1  # the bit mask of all buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class BucketSync:
     Args:
         transport: To the other nodes.
         reduction: Sums gradients.
+        averages: Averages them before the step, if users want to see them so.
         collectives: For waits.
         piece_numel: The update of a shard is cut into pieces of this many elements, between which
             messages make progress; None leaves shards whole.
@@ -76,10 +80,13 @@ class BucketSync:
         self,
         transport: Transport,
         reduction: Reduction,
+        averages: AveragedGrads,
         collectives: Collectives,
         piece_numel: int | None,
     ) -> None:
         self.reduction = reduction
+        self._averages = averages
+        self._is_spent = False  # all gradients have been reduced for an average
         self.step = 0
         self.waited_s = 0.0
         self._transport = transport
@@ -90,6 +97,12 @@ class BucketSync:
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """Prepare for the buckets of a larger partition; nothing may be in transit."""
         self.reduction.extend(partition, buffers)
+        self._averages.extend(partition)
+
+    def lay_out(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
+        """Prepare for the buckets of another partition; nothing may be in transit."""
+        self.reduction.free()
+        self.extend(partition, buffers)
 
     def reset(self, step: int) -> None:
         """Get ready for step ``step``; everything of the one before is complete."""
@@ -97,6 +110,7 @@ class BucketSync:
         self.reduction.reset()
         self._transport.reset()
         self.waited_s = 0.0
+        self._is_spent = False
 
     @property
     def traffic(self) -> Traffic:
@@ -109,36 +123,66 @@ class BucketSync:
 
     # -- gradients ---------------------------------------------------------------------------------
 
+    def resend(self, changed: int) -> None:
+        """Reduce what has changed since it was reduced; see ``Reduction.resend``."""
+        self.reduction.resend(_ALL if self._is_spent else changed)
+
     def reduced(self) -> Iterator[ReducedShard]:
         """Yield this rank's shards as soon as their gradients are summed over all ranks.
 
         Collective: every rank iterates to the end.
         """
         for plan in self._reduced_plans():
-            sources, whole = self.reduction.sources(plan), Span(0, plan.shard.numel)
-            pieces = [whole]
-            if self._piece_numel is not None and whole:
-                pieces = list(whole.chunks(self._piece_numel))
-            for piece in pieces:
-                yield ReducedShard(plan, piece, sources, plan.targets)
-                self._translated(self._advance)
+            yield from self._pieces(plan, self.reduction.sources(plan))
 
-    def square_sums(self, present: int) -> NDArray[np.float64]:
+    def square_sums(self, present: int, *, averaged: bool = False) -> NDArray[np.float64]:
         """Reduce all gradients and return the sums of squares; see ``Reduction.square_sums``.
 
         Collective: every rank.
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank.
+            averaged: Whether gradients are averaged already: there is nothing to reduce then.
         """
+        if averaged:
+            return self._averages.square_sums(self.reduction.plans, present)
         for _ in self._reduced_plans():
             pass
         self.drain()
         return self.reduction.square_sums(present)
+
+    def average(self, present: int, factor: float) -> None:
+        """Write the average over all ranks into every rank's gradients.
+
+        Collective: every rank. Other ranks of the node may look once all ranks are done; see
+        [Note: averaged gradients].
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank.
+            factor: On the sum of gradients.
+        """
+        for shard in self.reduced():
+            self._averages.write(shard.plan, shard.span, shard.sources, present, factor)
+        self.drain()  # from here on nothing is sent from the rows that shards are received into
+        plans = [plan for plan in self.reduction.plans if self.reduction.is_active(plan)]
+        for plan in plans:
+            self._gather(plan, plan.buffers.grads)
+        self.drain()
+        for plan in plans:
+            self._averages.spread(plan, present)
+        self._is_spent = True
+
+    def averaged(self) -> Iterator[ReducedShard]:
+        """Yield this rank's shards of gradients that are averaged already."""
+        for plan in self.reduction.plans:
+            yield from self._pieces(plan, self._averages.sources(plan))
 
     # -- parameters --------------------------------------------------------------------------------
 
     def publish(self, updated: ReducedShard) -> None:
         """Send a shard to the other nodes once its last piece is updated, and receive theirs."""
         if updated.is_last and self.reduction.is_active(updated.plan):
-            self._publish(updated.plan)
+            self._gather(updated.plan, updated.plan.buffers.params)
 
     def publish_all(self) -> None:
         """Send every shard as it is now, so that all nodes have the same parameters. Collective."""
@@ -147,7 +191,7 @@ class BucketSync:
     def publish_plans(self, plans: Sequence[BucketPlan]) -> None:
         """Send the shards of some buckets as they are now. Collective: every rank."""
         for plan in plans:
-            self._publish(plan)
+            self._gather(plan, plan.buffers.params)
         self.drain()
 
     def drain(self) -> None:
@@ -189,10 +233,21 @@ class BucketSync:
             self._wait(is_reduced, "exchange", lambda: reduction.awaited)
             yield plan
 
-    def _publish(self, plan: BucketPlan) -> None:
+    def _pieces(self, plan: BucketPlan, sources: Rows) -> Iterator[ReducedShard]:
+        """Yield this rank's shard of a bucket in pieces, between which messages make progress."""
+        whole = Span(0, plan.shard.numel)
+        pieces = [whole]
+        if self._piece_numel is not None and whole:
+            pieces = list(whole.chunks(self._piece_numel))
+        for piece in pieces:
+            yield ReducedShard(plan, piece, sources, plan.targets)
+            self._translated(self._advance)
+
+    def _gather(self, plan: BucketPlan, array: FloatArray) -> None:
+        """Send this rank's shard of an array of the region, and receive those of other nodes."""
         all_gather = self._all_gather
         self._wait(all_gather.has_room, "publishing", lambda: all_gather.awaited)
-        self._translated(all_gather.start, plan)
+        self._translated(all_gather.start, plan, array)
 
     def _advance(self) -> None:
         self._all_gather.advance()
@@ -239,9 +294,10 @@ def make_sync(
         wire_dtype: As in ``ShardPolicy``.
     """
     kernel, place = backend.kernel, (topology.node, topology.node_rank)
+    averages = AveragedGrads(kernel, *place)
     if topology.num_nodes == 1:
-        local = LocalTransport(topology.rank)
-        return BucketSync(local, InPlaceReduction(kernel, topology.node_rank), collectives, None)
+        local, in_place = LocalTransport(topology.rank), InPlaceReduction(kernel, place[1])
+        return BucketSync(local, in_place, averages, collectives, None)
     transport = MpiTransport(topology, collectives.number)
     reduction = ReduceScatter(transport, backend, place, wire_dtype)
-    return BucketSync(transport, reduction, collectives, kernel.piece_numel)
+    return BucketSync(transport, reduction, averages, collectives, kernel.piece_numel)

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from shardopt.checkpoint import Checkpointer, load
+from shardopt.checkpoint import Checkpointer, Restored, load
 from shardopt.errors import CheckpointError, RankMismatchError
 from tests.support.errors import BOTH_WAYS, errs, is_last, refused
 from tests.support.models import build, content, params_of, train
@@ -186,7 +186,7 @@ def test_a_peek_loads_nothing(comm, mpi_tmp_path):
         checkpointer.wait()
         extra = {"width": 5, "per_rank": list(range(comm.size))}
         path = mpi_tmp_path / "saved" / "step-000000000005"
-        assert checkpointer.peek() == (5, extra, path)
+        assert checkpointer.peek() == Restored(5, extra, path)
         comm.Barrier()
         if comm.rank == 0:
             (path / "manifest.json").write_text("{")

@@ -274,7 +274,7 @@ def test_an_intact_checkpoint_loads_after_a_damaged_one(comm, paths, stepped):
         comm.Barrier()
         with refused_alike(comm):
             load(damaged, opt)
-        assert len(load(intact, opt)["big"]) == 200_000
+        assert len(load(intact, opt).extra["big"]) == 200_000
         assert standing(opt)[0] == expected
         step(opt, 0.5)
         assert opt.last_step.step == 2

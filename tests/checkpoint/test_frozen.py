@@ -24,7 +24,7 @@ def test_frozen_parameters_take_their_values_only(comm, mpi_tmp_path):
 
     group = comm.Dup()  # an arena of its own
     params = [torch.nn.Parameter(torch.ones(n), requires_grad=n < 9) for n in (NUMEL, 8)]
-    opt = NAdam(params, comm=group)
+    opt = NAdam([("frozen", params[0]), ("trained", params[1])], comm=group)
     group.Barrier()
     before = file_nbytes(opt)
     assert NUMEL * 4 <= before < NUMEL * 4.5

@@ -147,7 +147,7 @@ def test_what_is_removed_while_it_is_loaded_is_loaded_or_refused(comm, mpi_tmp_p
         path = opt.comm.bcast(names[0] if names else directory / "none")
         fill(opt, Origin(10**6))
         try:
-            extra = load(path, opt)
+            extra = load(path, opt).extra
         except DamagedCheckpointError:
             extra = Origin(10**6).extra  # as it was
         except CheckpointError as error:
@@ -170,13 +170,13 @@ def test_restore_looks_again_when_all_it_knew_of_are_gone(comm, mpi_tmp_path, mo
         checkpointer.wait()
         removed = []
 
-        def load_late(path, target):
+        def load_late(path, target, **options):
             if not removed:
                 removed.append(path)
                 fill(opt, Origin(2))
                 checkpointer.save(2, opt, Origin(2).extra)
                 checkpointer.wait()
-            return load(path, target)
+            return load(path, target, **options)
 
         monkeypatch.setattr(module, "load", load_late)
         restored = Checkpointer(directory).restore(opt)

@@ -8,11 +8,12 @@ from mpi4py import MPI
 
 from shardopt import NAdam
 from shardopt.checkpoint import load, save
-from shardopt.errors import CheckpointError
-from tests.support.errors import BOTH_WAYS, errs, is_last, refused
+from shardopt.errors import CheckpointError, CheckpointWarning
+from tests.support.errors import BOTH_WAYS, errs, is_last, refused, warned
 from tests.support.models import build, content, make_params, params_of, train
 
 pytestmark = pytest.mark.mpi
+BY_ORDER = "6 of the parameters, as they have"
 
 
 def part_of(comm, num_ranks):
@@ -40,7 +41,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(
     loaders = part_of(comm, num_loaders)
     if loaders is not None:
         with build(loaders, seed=9, bucket_nbytes=70_000) as opt:
-            assert load(mpi_tmp_path / "a", opt) == {"per_rank": list(range(num_savers))}
+            assert load(mpi_tmp_path / "a", opt).extra == {"per_rank": list(range(num_savers))}
             assert content(opt) == saved
             assert opt.last_step.step == 3
             assert opt.param_groups[0]["lr"] == 0.05
@@ -133,7 +134,7 @@ def test_extra_comes_back_as_it_was(comm, mpi_tmp_path):
     }
     with build(comm) as opt:
         save(mpi_tmp_path / "a", opt, extra=extra)
-        loaded = load(mpi_tmp_path / "a", opt)
+        loaded = load(mpi_tmp_path / "a", opt).extra
     assert list(loaded) == list(extra)  # in its order, too
     for key in ("average", "mask", "wave"):
         value = loaded.pop(key)
@@ -150,11 +151,11 @@ def test_extra_comes_back_as_it_was(comm, mpi_tmp_path):
 def test_extra_is_rank_0s_but_for_what_is_per_rank(comm, mpi_tmp_path):
     with build(comm) as opt:
         save(mpi_tmp_path / "a", opt, extra={"from": comm.rank})
-        assert load(mpi_tmp_path / "a", opt) == {"from": 0}
+        assert load(mpi_tmp_path / "a", opt).extra == {"from": 0}
         save(mpi_tmp_path / "b", opt)
-        assert load(mpi_tmp_path / "b", opt) is None
+        assert load(mpi_tmp_path / "b", opt).extra is None
         save(mpi_tmp_path / "c", opt, extra={"per_rank": 5} if is_last(comm) else {})
-        assert load(mpi_tmp_path / "c", opt) == {"per_rank": [None] * (comm.size - 1) + [5]}
+        assert load(mpi_tmp_path / "c", opt).extra == {"per_rank": [None] * (comm.size - 1) + [5]}
 
 
 @BOTH_WAYS
@@ -188,7 +189,7 @@ def test_nothing_is_overwritten(comm, mpi_tmp_path):
 def test_folders_above_are_made(comm, mpi_tmp_path):
     with build(comm) as opt:
         save(mpi_tmp_path / "new" / "er" / "a", opt)
-        assert load(str(mpi_tmp_path / "new" / "er" / "a"), opt) is None
+        assert load(str(mpi_tmp_path / "new" / "er" / "a"), opt).extra is None
 
 
 def test_files_are_the_same_bytes_every_time(comm, mpi_tmp_path):
@@ -207,13 +208,18 @@ def test_parameters_without_names_are_matched_by_position(comm, mpi_tmp_path):
     with build(comm) as opt, NAdam(nameless, comm=comm) as other:
         train(opt, range(2))
         save(mpi_tmp_path / "a", opt)
-        load(mpi_tmp_path / "a", other)
+        with warned(comm, CheckpointWarning, BY_ORDER):
+            report = load(mpi_tmp_path / "a", other).report
+        assert report.matched_by_order == len(nameless)
         assert [p.data.tobytes() for p in params_of(opt)] == [p.data.tobytes() for p in nameless]
         train(opt, range(2, 3))
         train(other, range(2, 3))
-        save(mpi_tmp_path / "b", other)
+        with warned(comm, CheckpointWarning, "6 of 6 parameters have no names"):
+            save(mpi_tmp_path / "b", other)
+        save(mpi_tmp_path / "c", other)  # one warning is enough
         train(opt, range(3, 4))
-        load(mpi_tmp_path / "b", opt)
+        with warned(comm, CheckpointWarning, BY_ORDER):
+            load(mpi_tmp_path / "b", opt)
         assert [p.data.tobytes() for p in params_of(opt)] == [p.data.tobytes() for p in nameless]
 
 

@@ -27,8 +27,9 @@ failure = Abort()
 failure.watch()
 
 def make_collectives(share_node=False):
-    consensus = make_consensus(comm, share_node, 30, failure)  # starting may take its time
-    return Collectives(consensus.group, 30 if last else 2, failure, 1)
+    policy = ShardPolicy(share_node=share_node, timeout_s=30)  # starting may take its time
+    consensus = make_consensus(comm, policy, failure)
+    return Collectives(consensus.group, ShardPolicy(timeout_s=30 if last else 2), failure, 1)
 
 def meet(collectives, step):
     collectives.allreduce(np.zeros(1), MPI.SUM, step, "finish")

@@ -21,13 +21,14 @@ from shardopt.errors import (
     RankFailureError,
     RankMismatchError,
 )
+from shardopt.policy import ShardPolicy
 
 TEST = {"step": 0, "phase": "test"}
 
 
 @pytest.fixture
 def consensus(comm):
-    consensus = make_consensus(comm, True, 60, Abort())
+    consensus = make_consensus(comm, ShardPolicy(timeout_s=60), Abort())
     yield consensus
     consensus.free()
 

@@ -117,6 +117,21 @@ live_on()
     assert re.search(told + re.escape(LAST_SEEN) + r"\. Check", job.stderr), job.output
 
 
+def test_a_deadline_that_was_set_on_the_way_holds(run):
+    job = run(
+        2,
+        """
+opt = build(timeout_s=600)
+opt.step()
+opt.policy.timeout_s = 1
+if last:
+    live_on()
+opt.step()
+""",
+    )
+    assert_ended_by(job, RAISED + "timed out")
+
+
 def test_a_job_that_catches_the_failure_of_a_rank_ends_nevertheless(run):
     job = run(
         2,

@@ -8,6 +8,7 @@ from shardopt.comm.consensus import digest_of, make_consensus
 from shardopt.comm.failure import Abort
 from shardopt.errors import RankMismatchError, ShardoptError, ThreadError
 from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.policy import ShardPolicy
 from shardopt.transport.mpi import NUM_KINDS, MpiTransport
 from tests.support.errors import assert_steps, make_optimizer, refused
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.mpi
 
 
 def join(comm, share_node=True):
-    return make_consensus(comm, share_node, 60, Abort())
+    return make_consensus(comm, ShardPolicy(share_node=share_node, timeout_s=60), Abort())
 
 
 def assert_agree(*consensuses):

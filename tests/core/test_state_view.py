@@ -337,7 +337,7 @@ def test_what_one_rank_does_alone_is_refused_until_ranks_agree(comm, big_opt, ca
     assert "'big'" in text
     assert told in text
     source = comm.size - 1 if of == "the last" else 0
-    big_opt.core.adopt(source)
+    big_opt.adopt(source)
     after = gathered(big_opt)
     if of == "none":
         assert repr(after) == repr(before)
@@ -354,7 +354,7 @@ def test_ranks_that_write_different_steps_are_refused(comm, big_opt):
     big_opt.state[params_of(big_opt)[0]]["step"][...] = 10 + comm.rank
     with pytest.raises(RankMismatchError, match=r"a step of 10.0 on rank 0 and a step of 11.0 on"):
         big_opt.step()
-    big_opt.core.adopt(1)
+    big_opt.adopt(1)
     assert gathered(big_opt)[0]["step"] == 11
 
 
@@ -458,7 +458,7 @@ def test_a_step_looks_at_nothing_that_was_not_asked_for(comm, monkeypatch):
         take_step(opt)
         view = opt.core.states._view
         monkeypatch.setattr(view, "_take_over", None)
-        assert view._mapping is None
+        assert view.stored is None
         take_step(opt)
         entry = opt.state[params_of(opt)[0]]
         take_step(opt)  # nor at what was only read

@@ -110,7 +110,7 @@ def test_repairs_after_a_mismatch(comm, share, way, repair):
             for param, value in zip(model.params, before, strict=True):
                 param.data[...] = value
         elif repair == "adopt":
-            model.opt.core.adopt(0)
+            model.opt.adopt(0)
         else:
             model.params[0].data[...] = 2
             model.params[5].data[4000:] = 2
@@ -135,7 +135,7 @@ def test_adopting_the_values_of_one_rank(comm, share, way, root):
             elif index % 2:
                 param.data[...] = comm.rank + 1
         model.params[4].data[comm.rank] = 9
-        model.opt.core.adopt(root)
+        model.opt.adopt(root)
 
         def expected(array, index):
             if index % 2 and index != 3:
@@ -151,7 +151,7 @@ def test_adopting_the_values_of_one_rank(comm, share, way, root):
 def test_a_rank_that_does_not_exist_cannot_be_adopted(comm):
     with Replicas(comm, True, values_of()) as model:
         with pytest.raises(HyperparamsError, match=f"0 to {comm.size - 1}; got {comm.size}"):
-            model.opt.core.adopt(comm.size)
+            model.opt.adopt(comm.size)
         model.step()
 
 

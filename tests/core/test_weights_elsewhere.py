@@ -155,6 +155,8 @@ JOBS = {
                 with torch.no_grad():
                     value = self.model.weight.sum().item()
                     self.model.weight.fill_(100)
+                self.model.zero_grad()
+                self.model.weight.square().sum().backward()
                 return torch.full((4,), 1.0), value
 
 
@@ -164,12 +166,13 @@ JOBS = {
         with TorchNAdam(model.parameters(), comm=comm, policy=ShardPolicy(timeout_s=20)) as opt:
             for epoch in range(2):
                 before = model.weight.sum().item()
+                opt.zero_grad()
                 loader = torch.utils.data.DataLoader(
                     Data(model), batch_size=8, num_workers=1, multiprocessing_context="fork"
                 )
                 for inputs, seen in loader:
                     require(abs(float(seen[0]) - before) < 1e-6, "a worker saw other weights")
-                    opt.zero_grad()
+                    require(not model.weight.grad.any(), "a worker wrote gradients")
                     model(inputs).sum().backward()
                     opt.step()
                 require(float(model.weight.detach().max()) < 50, "a worker wrote the weights")

@@ -81,7 +81,8 @@ def test_gradients_that_change_after_a_save_of_written_weights_count(comm, mpi_t
     ours = [torch.nn.Parameter(torch.randn(9000)) for _ in range(3)]
     theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
     policy = ShardPolicy(share_node=False, bucket_nbytes=4 * 4096, timeout_s=30)
-    opt, ref = TorchNAdam(ours, lr=0.1, policy=policy), torch.optim.NAdam(theirs, lr=0.1)
+    named = zip("abc", ours, strict=True)
+    opt, ref = TorchNAdam(named, lr=0.1, policy=policy), torch.optim.NAdam(theirs, lr=0.1)
     for step in range(3):
         for optimizer, params in (opt, ours), (ref, theirs):
             optimizer.zero_grad()

@@ -16,7 +16,10 @@ torch = require("torch")
 
 from shardopt.torch import NAdam  # noqa: E402
 
-pytestmark = pytest.mark.mpi(min_size=2)
+pytestmark = [
+    pytest.mark.mpi(min_size=2),
+    pytest.mark.filterwarnings("ignore:gradients were changed"),  # when they have left already
+]
 
 WIDTH, DEPTH = 90, 4
 BUCKET_NBYTES = 20_000  # a layer is some two buckets

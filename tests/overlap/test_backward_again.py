@@ -23,6 +23,7 @@ def restore(job, folder):
     load(folder, job.opt)
 
 
+@pytest.mark.filterwarnings("ignore::shardopt.errors.CheckpointWarning")  # it has no names
 @pytest.mark.parametrize("begin_anew", [add_group, restore])
 def test_what_was_announced_does_not_count_when_a_step_begins_anew(comm, mpi_tmp_path, begin_anew):
     for number, share in enumerate(several_nodes(comm)):

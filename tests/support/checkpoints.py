@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from shardopt.checkpoint.format.manifest import (
 )
 from shardopt.checkpoint.format.names import file_name, tensor_name
 from shardopt.checkpoint.format.parsing import from_text
-from shardopt.checkpoint.format.values import encode
+from shardopt.checkpoint.format.values import Encoder
 from shardopt.cli import main
 from shardopt.layout.span import Span
 
@@ -41,8 +40,9 @@ def zero_state(params):
 def make(path, params, state=None, step=7, num_files=2, extra=None, lr=0.1):
     """Write a checkpoint as ``num_files`` ranks would; ``params`` are arrays by name."""
     state = zero_state(params) if state is None else state
-    arrays: list[Any] = []
-    json_extra = encode(extra or {}, "extra", 0, arrays)
+    encoder = Encoder(0)
+    json_extra = encoder.encode(extra or {}, "extra")
+    arrays = [array for array, _ in encoder.arrays]
     path.mkdir(parents=True)
     slices = [{key: [] for key in ("param", *state[name])} for name in params]
     files = []

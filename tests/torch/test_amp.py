@@ -83,6 +83,7 @@ def test_gradients_are_not_divided_in_a_pass_of_their_own(comm):
         assert 2.0**9 < ratio < 2.0**11  # still scaled
 
 
+@pytest.mark.filterwarnings("ignore:gradients were changed")
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("where", ["every rank", "last rank"])
 def test_an_inf_skips_the_step_on_all_ranks(comm, unscale, where):
@@ -112,6 +113,7 @@ def test_one_rank_may_unscale_and_another_not(comm):
         twins.assert_same()
 
 
+@pytest.mark.filterwarnings("ignore:gradients were changed")
 def test_clipping_between_unscale_and_step(comm):
     scaler = make_scaler()
     with scaled_twins(comm, scaler, lr=0.1, eps=1.0) as twins:
@@ -161,7 +163,7 @@ def test_a_refused_step_leaves_no_scale_behind(comm):
         param = params_of(twins.opt)[0]
         usual = param.data
         param.data = usual.double().new_ones(2)
-        with refused(comm, PartitionError, "data of parameter 'param0' must keep shape"):
+        with refused(comm, PartitionError, "data of parameter '0.weight' must keep shape"):
             scaler.step(twins.opt)
         param.data = usual
         scaler.step(twins.opt)

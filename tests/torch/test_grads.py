@@ -121,6 +121,7 @@ TOUCHES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:gradients were changed")
 @pytest.mark.parametrize("touch", TOUCHES)
 def test_what_touches_all_gradients_makes_none_of_them_present(comm, touch):
     with branch_twins(comm, lambda step, rank: [0, 2], weight_decay=0.1) as twins:
@@ -203,14 +204,69 @@ def test_gradients_set_to_none_by_hand(comm):
         assert_in_step(twins)
 
 
-def test_the_models_zero_grad_does_as_well(comm):
+@pytest.mark.parametrize("num_backwards", [1, 3])
+def test_after_the_models_zero_grad_backward_puts_gradients_in_their_place(comm, num_backwards):
     with Twins(comm, lr=0.1) as twins:
+        before, params = addresses(twins), params_of(twins.opt)
+        for _ in range(3):
+            for model in twins.models:
+                model.zero_grad()
+            for _ in range(num_backwards):
+                twins.backward()
+            assert addresses(twins) == before  # the step has nothing left to copy
+            for opt in twins.both:
+                opt.step()
+            twins.assert_same()
+            nbytes = sum(param.nbytes for param in params)
+            assert twins.opt.last_step.copied_nbytes == nbytes  # the first of the backward passes
+
+
+def test_gradients_of_other_strides_are_put_in_their_place(comm):
+    def model():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return torch.nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+
+    def loss(model, step, rank):
+        image = torch.linspace(-1, 1 + step + rank, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+        plain = model(image.to(memory_format=torch.channels_last)).square().mean()
+        return plain + (model.bias.expand(5, 4) * 0.1).sum()
+
+    with Twins(comm, model, loss=loss, lr=0.1) as twins:
+        before = addresses(twins)
+        for _ in range(2):
+            for each in twins.models:
+                each.zero_grad()
+            twins.step(zero_grad=False)
+            assert addresses(twins) == before
+            twins.assert_same()
+
+
+def test_users_own_hooks_see_gradients_in_their_place(comm):
+    seen = []
+    with Twins(comm, lr=0.1) as twins:
+        weight = twins.ours[0].weight
+        address = weight.grad.data_ptr()
+        weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad.data_ptr()))
+        for _ in range(2):
+            for model in twins.models:
+                model.zero_grad()
+            twins.step(zero_grad=False)
+        assert seen == [address, address]
+        twins.assert_same()
+
+
+def test_what_model_zero_grad_takes_away_is_gone(comm):
+    def reached(step, rank):
+        return [0, 1] if step == 0 else [0]
+
+    with branch_twins(comm, reached) as twins:
         for _ in range(3):
             for model in twins.models:
                 model.zero_grad()
             twins.step(zero_grad=False)
-            twins.assert_same()
-            assert twins.opt.last_step.copied_nbytes > 0  # they had left shared memory
+            assert_in_step(twins)
+        assert step_counts(twins)[0] == [3, 1, 0, 0]
 
 
 # -- accumulation ----------------------------------------------------------------------------------

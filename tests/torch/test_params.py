@@ -136,13 +136,26 @@ def test_a_sparse_gradient_of_its_own_is_refused(comm, alone):
     with NAdam(model.parameters(), comm=comm, policy=POLICY) as opt:
         model.weight.grad = None
         model(torch.tensor([1])).sum().backward()
-        told = "grad of parameter 'param0' must be dense; got layout torch.sparse_coo. Call"
+        told = "grad of parameter 'weight' must be dense; got layout torch.sparse_coo. Call"
         with refused(comm, PartitionError, told, "sparse=False", alone=alone):
             opt.step()
         opt.zero_grad()
         model(torch.tensor([1])).sum().backward()
         opt.step()
         assert opt.last_step.num_updated == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_sparse_gradient_is_refused_where_edits_of_dense_ones_were_looked_for(comm):
+    model = torch.nn.Embedding(4, 2, sparse=True)
+    with NAdam(model.parameters(), comm=comm, policy=POLICY) as opt:
+        model(torch.tensor([1])).sum().backward()
+        model.weight.grad.mul_(1.0)
+        opt.step()
+        model.weight.grad = None
+        model(torch.tensor([1])).sum().backward()
+        with refused(comm, PartitionError, "grad of parameter 'weight' must be dense"):
+            opt.step()
 
 
 def retained():

@@ -328,7 +328,7 @@ def test_a_sparse_gradient_is_refused_from_the_start(comm, alone):
     model = make_model()
     if errs(comm, alone):
         model[2].weight.grad = torch.ones(6, 7).to_sparse()
-    with refused(comm, PartitionError, "grad of parameter 'param2' must be dense", alone=alone):
+    with refused(comm, PartitionError, "grad of parameter '2.weight' must be dense", alone=alone):
         NAdam(model.parameters(), comm=comm, policy=POLICY)
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
 

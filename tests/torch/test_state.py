@@ -248,7 +248,7 @@ def change(state, key, value):
 
 
 MISFITS = {
-    "shape": (lambda state: change(state, "exp_avg", torch.ones(3)), "exp_avg of 'param0'"),
+    "shape": (lambda state: change(state, "exp_avg", torch.ones(3)), "exp_avg of 'matrix'"),
     "int": (lambda state: change(state, "exp_avg", torch.ones(2, dtype=int)), "be floating point"),
     "step": (lambda state: change(state, "step", torch.tensor(0.5)), "be a whole number"),
     "sparse": (

@@ -357,7 +357,7 @@ def test_an_embedding_with_max_norm_is_refused_with_the_remedy(comm, share):
         out.sum().backward()
         with pytest.raises(RankMismatchError, match=r"Embedding\(max_norm"):
             opt.step()
-        opt.core.adopt(0)
+        opt.adopt(0)
         opt.step()
         assert_equal_on_all_ranks(comm, [model.weight.detach().numpy()])
 

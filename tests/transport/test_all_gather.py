@@ -19,8 +19,13 @@ def gathers(cluster):
     """An all-gather for each rank, whose parameters show their owner."""
     for number, rank in enumerate(cluster.ranks):
         for plan in rank.reduction.plans:
-            plan.params(rank.place.node)[:] = number + 1
+            plan.part(rank.buffers[0].params, rank.place.node)[:] = number + 1
     return [AllGather(rank.transport) for rank in cluster.ranks]
+
+
+def start(gather, plan):
+    """Send and receive the parameters of a bucket."""
+    gather.start(plan, plan.buffers.params)
 
 
 def owners(cluster):
@@ -41,7 +46,7 @@ def test_every_node_has_all_shards(world, numel, seed):
     for _ in range(100_000):
         gather, _ = order.choice(running)
         if left[id(gather)] and gather.has_room():
-            gather.start(left[id(gather)].pop(0))
+            start(gather, left[id(gather)].pop(0))
         if not any(left.values()) and all(gather.advance() == 0 for gather, _ in running):
             break
     for rank in cluster.ranks:
@@ -53,7 +58,7 @@ def test_it_takes_no_more_buckets_than_it_has_room_for():
     gather, plans = gathers(cluster)[0], cluster.ranks[0].reduction.plans
     started = 0
     while gather.has_room():
-        gather.start(plans[started])
+        start(gather, plans[started])
         started += 1
     assert 1 < started < len(plans)
     assert gather.awaited == (plans[0].bucket, [1])
@@ -62,7 +67,7 @@ def test_it_takes_no_more_buckets_than_it_has_room_for():
 def test_a_broken_connection_is_raised_where_progress_is_made():
     cluster = Cluster(2, 1, [2 * CHUNK_NUMEL])
     gather = gathers(cluster)[0]
-    gather.start(cluster.ranks[0].reduction.plans[0])
+    start(gather, cluster.ranks[0].reduction.plans[0])
     cluster.networks[0].cut(1)
     with pytest.raises(Broken):
         gather.advance()
@@ -72,6 +77,6 @@ def test_on_one_node_there_is_nothing_to_send():
     cluster = Cluster(1, 2, [3 * CHUNK_NUMEL])
     gather = AllGather(LocalTransport(0))
     for plan in cluster.ranks[0].reduction.plans:
-        gather.start(plan)
+        start(gather, plan)
         assert gather.advance() == 0
     assert gather.awaited == (0, [])

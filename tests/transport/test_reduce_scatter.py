@@ -77,7 +77,7 @@ def test_owners_get_the_sums_over_all_ranks(world, numels, seed, bucket_nbytes):
 
 def published(rank):
     """The shards that would be sent to each other node after the update."""
-    params = [plan.params(rank.place.node) for plan in rank.reduction.plans]
+    params = [plan.part(rank.buffers[0].params, rank.place.node) for plan in rank.reduction.plans]
     return params * len(rank.transport.others)
 
 

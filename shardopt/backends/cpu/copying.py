@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from shardopt.comm.node_memory.fence import fence
+from shardopt.compiling import compiled
 
 _LINE_NBYTES = 64
 _VECTOR_NBYTES = 32
@@ -47,7 +48,7 @@ _TARGET = types.Array(types.uint8, 1, "C")
 _SOURCE = types.Array(types.uint8, 1, "C", readonly=True)
 
 
-@njit(types.void(_TARGET, _SOURCE), nogil=True, cache=True)
+@compiled(types.void(_TARGET, _SOURCE))
 def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> None:
     first = min(target.size, -target.ctypes.data % 64)
     last = first + (target.size - first) // 64 * 64

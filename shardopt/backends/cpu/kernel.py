@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from shardopt._typing import FloatArray, IntArray
 from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
 from shardopt.backends.cpu import loops
+from shardopt.backends.cpu.copying import copy_past_cache
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
@@ -57,6 +58,7 @@ class CpuKernel:
         coefficients = np.zeros((1, NUM_COEFFICIENTS), full)
         plan = UpdatePlan(span, np.zeros((0, 3), np.int64), coefficients)
         self.update(sources, Rows.of(param), state, plan)
+        copy_past_cache(np.empty(0, np.uint8), np.empty(0, np.uint8))  # for checkpoints
 
     def update(
         self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan

@@ -28,7 +28,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
-import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
@@ -37,6 +36,7 @@ from numba.extending import intrinsic, overload
 from numba.np.numpy_support import carray
 
 from shardopt._typing import FloatArray
+from shardopt.compiling import compiled
 
 STAND_INS = {
     np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16),
@@ -49,11 +49,8 @@ _NUM_ACCUMULATORS = 64
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first use, and keep the code on disk if a cache folder is writable."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # a read-only installation and no home folder
-        return numba.njit(nogil=True, error_model="numpy")(function)
+    """Compile on first use."""
+    return compiled(error_model="numpy")(function)
 
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic

@@ -87,6 +87,10 @@ class Fields:
             raise damaged(self.where, f"have the field {name!r}", "none")
         return self._value[name]
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a field, which earlier versions may not have written."""
+        return name in self._value
+
     def text(self, name: str) -> str:
         """Return a string."""
         return str(self._typed(name, str, "a string"))
@@ -120,6 +124,24 @@ class Fields:
     def object(self, name: str) -> "Fields":
         """Return an object."""
         return Fields(self.get(name), f"{name} of {self.where}")
+
+    def pairs(self, name: str) -> dict[str, Any]:
+        """Return a list of [text, value], each text once, as a dict."""
+        return Fields.as_dict(self.get(name), f"{name} of {self.where}")
+
+    @staticmethod
+    def as_dict(value: Any, where: str) -> dict[str, Any]:
+        """Return a list of [text, value], each text once, as a dict."""
+        rule = "be a list of [text, value], each text once"
+        if not isinstance(value, list):
+            raise damaged(where, rule, type(value).__name__)
+        result: dict[str, Any] = {}
+        for pair in value:
+            is_pair = isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is str
+            if not is_pair or pair[0] in result:
+                raise damaged(where, rule, pair)
+            result[pair[0]] = pair[1]
+        return result
 
     def objects(self, name: str) -> Iterator["Fields"]:
         """Yield the objects of a list."""

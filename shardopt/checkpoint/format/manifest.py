@@ -8,7 +8,7 @@ follows, which is one JSON object. It says for every tensor (a parameter, or an 
 which of its elements lie in which file at which byte; these slices tile the flattened tensor. It
 has a digest, xxh3-128, of every ``CHUNK_NBYTES`` of every file. Within a version fields are only
 ever added, and readers ignore those they do not know; what an older reader cannot read has a higher
-``min_reader_version``.
+``min_reader_version``. Added so far: ``model``, and the ``form`` of arrays.
 
 Nothing in a manifest is trusted: it may come from elsewhere, or be made to harm.
 """
@@ -105,16 +105,29 @@ class Slice(Span):
 
 @dataclass(frozen=True, slots=True)
 class ArrayEntry:
-    """An array of ``extra``, which lies in one file from byte ``offset`` on."""
+    """An array of ``extra`` or of the model, which lies in one file from byte ``offset`` on.
+
+    Attributes:
+        dtype: NumPy's name for the type of its elements.
+        shape: Its shape.
+        offset: The byte of the file where it begins.
+        form: What it was, such as ``torch.float32``; empty for an array of NumPy.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    form: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * itemsize(self.dtype)
+        return self.numel * itemsize(self.dtype)
 
     @property
     def place(self) -> Span:
@@ -131,7 +144,7 @@ class FileEntry:
         nbytes: Its size.
         header_nbytes: Size of the header; data begin behind it.
         digests: The digests of its chunks, one after another, in hexadecimal digits.
-        arrays: The arrays of ``extra`` that it holds.
+        arrays: The arrays of ``extra`` and of the model that it holds.
     """
 
     name: str
@@ -148,6 +161,30 @@ class FileEntry:
     def digest(self, chunk: int) -> str:
         """Return the digest of a chunk, in hexadecimal digits."""
         return self.digests[chunk * DIGEST_LENGTH : (chunk + 1) * DIGEST_LENGTH]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """The values of the model that were saved besides the parameters of the optimizer.
+
+    Attributes:
+        values: Buffers, other parameters and further state by name, encoded; see ``values``.
+        per_rank: Likewise for each rank, what it has saved as its own; None if nothing was.
+        aliases: Further names of tied tensors, each with the name that the tensor has elsewhere.
+        versions: What the framework wants to know when it loads the values, encoded.
+    """
+
+    values: Mapping[str, Any]
+    per_rank: Sequence[Mapping[str, Any]] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    versions: Any = None
+
+    def values_of(self, rank: int) -> dict[str, Any]:
+        """Return the values for a rank; for one that saved none of its own, those of rank 0."""
+        if not self.per_rank:
+            return dict(self.values)
+        own = self.per_rank[rank if rank < len(self.per_rank) else 0]
+        return {**self.values, **own}
 
 
 @dataclass(frozen=True)
@@ -168,6 +205,7 @@ class Manifest:
         created: The time of the save in UTC, for people to read.
         attempt: Random digits that tell checkpoints of one step apart.
         writer: The versions of the software that wrote it, for people to read.
+        model: What was saved of the model; None if no model was given.
     """
 
     step: int
@@ -182,6 +220,7 @@ class Manifest:
     created: str = ""
     attempt: str = ""
     writer: Mapping[str, str] = field(default_factory=dict)
+    model: ModelEntry | None = None
 
     @property
     def nbytes(self) -> int:
@@ -214,9 +253,11 @@ def to_text(manifest: Manifest) -> bytes:
             "groups": list(manifest.groups),
         },
         "params": [_param_json(param, slices[i]) for i, param in enumerate(manifest.params)],
-        "files": [asdict(file) for file in manifest.files],
+        "files": [_file_json(file) for file in manifest.files],
         "extra": manifest.extra,
     }
+    if manifest.model is not None:
+        content["model"] = _model_json(manifest.model)
     body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     return first_line(body) + b"\n" + body
 
@@ -224,6 +265,25 @@ def to_text(manifest: Manifest) -> bytes:
 def first_line(body: bytes) -> bytes:
     """Return the first line of a manifest, which has the digest of all others."""
     return json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode()
+
+
+def _file_json(file: FileEntry) -> dict[str, Any]:
+    entry = asdict(file)
+    for array in entry["arrays"]:
+        if not array["form"]:
+            del array["form"]
+    return entry
+
+
+def _model_json(model: ModelEntry) -> dict[str, Any]:
+    """Return the entry of the model; names are not keys, as JSON's may have a meaning."""
+    per_rank = model.per_rank
+    return {
+        "values": list(model.values.items()),
+        "per_rank": None if per_rank is None else [list(each.items()) for each in per_rank],
+        "aliases": list(model.aliases.items()),
+        "versions": model.versions,
+    }
 
 
 def _param_json(param: ParamEntry, slices: Mapping[str, Sequence[Slice]]) -> dict[str, Any]:

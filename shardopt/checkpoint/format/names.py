@@ -25,3 +25,17 @@ def tensor_name(param: str, key: str = PARAM_KEY, part: Span | None = None) -> s
 def extra_name(rank: int, index: int) -> str:
     """Return the name of an array of ``extra``, given its index in the file of a rank."""
     return f"extra/rank-{rank:05d}/{index}"
+
+
+def plain_name(param: str) -> str:
+    """Return a parameter's name without what torch's wrappers of modules put into it.
+
+    torch.compile adds ``_orig_mod``, DistributedDataParallel ``module`` in front.
+    """
+    parts = [part for part in param.split(".") if part != "_orig_mod"]
+    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
+
+
+def is_position(param: str, index: int) -> bool:
+    """Whether a parameter is named by its position, as those are that have no other name."""
+    return param == f"param{index}"

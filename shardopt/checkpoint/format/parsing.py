@@ -16,6 +16,7 @@ from shardopt.checkpoint.format.manifest import (
     ArrayEntry,
     FileEntry,
     Manifest,
+    ModelEntry,
     ParamEntry,
     Slice,
     first_line,
@@ -66,6 +67,7 @@ def from_text(text: bytes) -> Manifest:
         created=content.text("created"),
         attempt=content.text("attempt"),
         writer=content.object("writer").texts(),
+        model=_model(content.object("model"), world_size) if content.has("model") else None,
     )
 
 
@@ -136,7 +138,21 @@ def _slices(tensors: Fields, param: ParamEntry, key: str, num_files: int) -> lis
 
 def _array(entry: Fields) -> ArrayEntry:
     dtype = entry.choice("dtype", ARRAY_DTYPES)
-    return ArrayEntry(dtype, entry.shape("shape"), entry.count("offset"))
+    form = entry.text("form") if entry.has("form") else ""
+    return ArrayEntry(dtype, entry.shape("shape"), entry.count("offset"), form)
+
+
+def _model(entry: Fields, world_size: int) -> ModelEntry:
+    per_rank = entry.get("per_rank")
+    if per_rank is not None:
+        if not isinstance(per_rank, list) or len(per_rank) != world_size:
+            rule = f"be null or {world_size} entries"
+            raise damaged("per_rank of the model", rule, "something else")
+        per_rank = [Fields.as_dict(each, "per_rank of the model") for each in per_rank]
+    aliases = entry.pairs("aliases")
+    if not all(type(name) is str for name in aliases.values()):
+        raise damaged("aliases of the model", "be names", "something else")
+    return ModelEntry(entry.pairs("values"), per_rank, aliases, entry.get("versions"))
 
 
 def _extra(entry: Fields, world_size: int) -> Mapping[str, Any]:

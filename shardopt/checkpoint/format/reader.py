@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import local
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import xxhash
@@ -33,6 +33,8 @@ from shardopt.checkpoint.format.requests import (
 from shardopt.checkpoint.format.values import decode
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 from shardopt.layout.span import Span
+
+Revive: TypeAlias = Callable[[NDArray[Any], str], Any]
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -162,30 +164,38 @@ class Reader:
         self.read([Wanted(entry.place.start, entry.place.stop, file, target)])
         return array
 
-    def decode(self, value: Any) -> Any:
+    def decode(self, value: Any, revive: Revive = lambda array, _: array) -> Any:
         """Decode a value of the manifest, reading the arrays that it refers to.
 
         Each may be referred to once: otherwise a small file could fill any memory.
+
+        Args:
+            value: The value, encoded.
+            revive: Makes of an array and its form what was saved.
         """
         read = set()
 
-        def array(file: int, index: int) -> NDArray[Any]:
+        def array(file: int, index: int) -> Any:
             if (file, index) in read:
                 raise damaged("an array of extra", "be referred to once", [file, index])
             read.add((file, index))
-            return self.array(file, index)
+            return revive(self.array(file, index), self.manifest.files[file].arrays[index].form)
 
         return decode(value, array)
 
-    def extra(self) -> dict[str, Any] | None:
-        """Read ``extra`` as it was saved; its ``per_rank`` has an entry for each rank."""
-        extra: dict[str, Any] | None = self.decode(self.manifest.extra["replicated"])
+    def extra(self, revive: Revive = lambda array, _: array) -> dict[str, Any] | None:
+        """Read ``extra`` as it was saved; its ``per_rank`` has an entry for each rank.
+
+        Args:
+            revive: Makes of an array and its form what was saved.
+        """
+        extra: dict[str, Any] | None = self.decode(self.manifest.extra["replicated"], revive)
         if not isinstance(extra, dict | None):
             raise damaged("extra", "be a dict or None", type(extra).__name__)
         per_rank = self.manifest.extra["per_rank"]
         if per_rank is None:
             return extra
-        return {**(extra or {}), "per_rank": self.decode(per_rank)}
+        return {**(extra or {}), "per_rank": self.decode(per_rank, revive)}
 
     def tensor(self, param: int, key: str = PARAM_KEY) -> NDArray[Any]:
         """Read a whole parameter, or an array of its state.

@@ -2,18 +2,21 @@
 
 JSON has no tuples, no inf and NaN, no arrays, and no keys other than strings. An object with a
 single key that begins with ``$`` stands for one of those, or for a dict that has such a key itself.
+
+Tensors of frameworks are arrays here; the *form* of an array says what it was, for example
+``torch.bfloat16``. It is empty for NumPy's.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardopt.checkpoint.format.fields import MAX_INTEGER_BITS, Fields, damaged
-from shardopt.checkpoint.format.manifest import ARRAY_DTYPES
+from shardopt.checkpoint.format.manifest import ARRAY_DTYPES, ArrayEntry, Manifest
 from shardopt.checkpoint.format.messages import must
 from shardopt.errors import CheckpointError, DamagedCheckpointError
 
@@ -24,51 +27,106 @@ _MAX_DEPTH = 64
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def encode(value: Any, where: str, file: int, arrays: list[Array], depth: int = 0) -> Any:
-    """Turn a value into JSON.
+class Stored(NamedTuple):
+    """An array that is to be saved, C-contiguous, and its form."""
+
+    array: Array
+    form: str = ""
+
+
+class Encoder:
+    """Turns values into JSON, with the arrays found in them beside it.
 
     Args:
-        value: None, bool, int, float, str, list, tuple, dict, NumPy scalar, or anything that NumPy
-            makes an array of without a copy of objects, as torch's tensors on the CPU.
-        where: A name for the value, for messages.
         file: Index of the file that holds the arrays.
-        arrays: Arrays found are appended to this list, C-contiguous; the JSON refers to them by
-            file and index.
-        depth: How deep the value lies in a larger one.
+        store: Returns the array and the form of a framework's tensor, and None for anything else;
+            raises ``TypeError``, ``ValueError`` or ``RuntimeError`` for one that cannot be saved.
 
-    Raises:
-        CheckpointError: Something in it, which the message names, cannot be saved.
+    Attributes:
+        arrays: The arrays found so far; the JSON refers to them by file and index.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or type(value) is bool:
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, such as an enum, too
-    if isinstance(value, int):
-        if value.bit_length() > MAX_INTEGER_BITS:
-            rule, remedy = (
-                f"have at most {MAX_INTEGER_BITS} bits",
-                "Save it as text, or leave it out",
-            )
-            raise CheckpointError(must(where, rule, value.bit_length(), remedy))
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"$float": str(float(value))}
-    if depth == _MAX_DEPTH:
-        rule, remedy = f"be at most {_MAX_DEPTH} deep", "Check whether it refers to itself"
-        raise CheckpointError(must(where, rule, "more", remedy))
-    if isinstance(value, Mapping):
-        return _encode_mapping(value, where, file, arrays, depth)
-    if isinstance(value, list | tuple):
-        items = [encode(v, f"{where}[{i}]", file, arrays, depth + 1) for i, v in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
-    arrays.append(_as_array(value, where))
-    return {"$array": [file, len(arrays) - 1]}
+
+    def __init__(
+        self, file: int, store: Callable[[Any], tuple[Any, str] | None] = lambda _: None
+    ) -> None:
+        self.arrays: list[Stored] = []
+        self._file = file
+        self._store = store
+
+    def encode(self, value: Any, where: str, depth: int = 0) -> Any:
+        """Turn a value into JSON.
+
+        Args:
+            value: None, bool, int, float, str, list, tuple, dict, NumPy scalar, a tensor that
+                ``store`` knows, or anything that NumPy makes an array of without a copy of objects.
+            where: A name for the value, for messages.
+            depth: How deep the value lies in a larger one.
+
+        Raises:
+            CheckpointError: Something in it, which the message names, cannot be saved.
+        """
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None or type(value) is bool:
+            return value
+        if isinstance(value, str):
+            return str.__str__(value)  # of a subclass, such as an enum, too
+        if isinstance(value, int):
+            return _encode_integer(value, where)
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else {"$float": str(float(value))}
+        if depth == _MAX_DEPTH:
+            rule, remedy = f"be at most {_MAX_DEPTH} deep", "Check whether it refers to itself"
+            raise CheckpointError(must(where, rule, "more", remedy))
+        if isinstance(value, Mapping):
+            return self._encode_mapping(value, where, depth)
+        if isinstance(value, list | tuple):
+            items = [self.encode(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
+            return {"$tuple": items} if isinstance(value, tuple) else items
+        self.arrays.append(self._stored(value, where))
+        return {"$array": [self._file, len(self.arrays) - 1]}
+
+    def _encode_mapping(self, value: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]:
+        items = {k: self.encode(v, f"{where}[{k!r}]", depth + 1) for k, v in value.items()}
+        if all(type(key) is str and not key.startswith("$") for key in items):
+            return items
+        keys = [_encode_key(key, f"a key of {where}", depth + 1) for key in items]
+        return {"$items": [[key, item] for key, item in zip(keys, items.values(), strict=True)]}
+
+    def _stored(self, value: Any, where: str) -> Stored:
+        got = type(value).__name__
+        try:
+            stored = self._store(value) or _as_array(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            stored, got = None, f"{got} ({' '.join(str(error).split()):.100})"
+        if stored is None or stored[0].dtype.name not in ARRAY_DTYPES:
+            got = got if stored is None else f"an array of {stored[0].dtype}"
+            rule = "be None, a number, text, list, tuple, dict or array"
+            raise CheckpointError(must(where, rule, got, _CONVERT))
+        array = np.asarray(stored[0], stored[0].dtype.newbyteorder("<"))
+        return Stored(np.ascontiguousarray(array).reshape(array.shape), stored[1])
+
+
+def array_place(encoded: Any) -> tuple[int, int] | None:
+    """Return file and index of an encoded value that is a single array; None for any other."""
+    if isinstance(encoded, dict) and list(encoded) == ["$array"]:
+        place = encoded["$array"]
+        if isinstance(place, list) and len(place) == 2 and all(type(n) is int for n in place):
+            return place[0], place[1]
+    return None
+
+
+def stored_array(manifest: Manifest, encoded: Any) -> ArrayEntry | None:
+    """Return the entry of an encoded value that is a single array of a checkpoint, or None."""
+    file, index = array_place(encoded) or (-1, -1)
+    if not 0 <= file < len(manifest.files):
+        return None
+    arrays = manifest.files[file].arrays
+    return arrays[index] if 0 <= index < len(arrays) else None
 
 
 def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
-    """Turn the JSON that ``encode`` made back into the value.
+    """Turn the JSON that ``Encoder`` made back into the value.
 
     Args:
         value: The JSON.
@@ -77,7 +135,7 @@ def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
         depth: How deep the value lies in a larger one.
 
     Raises:
-        DamagedCheckpointError: ``encode`` does not write such JSON.
+        DamagedCheckpointError: ``Encoder`` does not write such JSON.
     """
     if depth > 2 * _MAX_DEPTH:
         raise damaged("a value", f"be at most {_MAX_DEPTH} deep", "more")
@@ -100,22 +158,17 @@ def decode(value: Any, array: Callable[[int, int], Any], depth: int = 0) -> Any:
     raise damaged("a value", "be one that was saved", value)
 
 
-def _encode_mapping(
-    value: Mapping[Any, Any], where: str, file: int, arrays: list[Array], depth: int
-) -> dict[str, Any]:
-    def inner(item: Any, name: str) -> Any:
-        return encode(item, name, file, arrays, depth + 1)
-
-    items = {key: inner(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if all(type(key) is str and not key.startswith("$") for key in items):
-        return items
-    keys = [_encode_key(key, f"a key of {where}", depth + 1) for key in items]
-    return {"$items": [[key, item] for key, item in zip(keys, items.values(), strict=True)]}
+def _encode_integer(value: int, where: str) -> int:
+    if value.bit_length() > MAX_INTEGER_BITS:
+        rule, remedy = f"have at most {MAX_INTEGER_BITS} bits", "Save it as text, or leave it out"
+        raise CheckpointError(must(where, rule, value.bit_length(), remedy))
+    return int.__int__(value)
 
 
 def _encode_key(key: Any, where: str, depth: int) -> Any:
     """Encode a key, which must come back as one: torch's tensors are hashable, arrays are not."""
-    encoded = encode(key, where, 0, [], depth)
+    encoder = Encoder(0, lambda each: (np.empty(0), "") if hasattr(each, "__array__") else None)
+    encoded = encoder.encode(key, where, depth)
     try:
         hash(decode(encoded, _no_array))
     except (DamagedCheckpointError, TypeError):
@@ -142,17 +195,9 @@ def _decode_items(
         raise damaged("a value", "be one that was saved", content) from None
 
 
-def _as_array(value: Any, where: str) -> Array:
-    array = None
+def _as_array(value: Any) -> tuple[Array, str] | None:
+    """Return what NumPy makes of an array of any library, or None if it is none."""
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
-        detach = getattr(value, "detach", None)
-        try:
-            array = np.asarray(detach() if callable(detach) else value)
-        except (RuntimeError, TypeError, ValueError):  # on a device, or of torch's bfloat16
-            array = None
-    if array is None or array.dtype.name not in ARRAY_DTYPES:
-        got = type(value).__name__ if array is None else f"an array of {array.dtype}"
-        rule = "be None, a number, text, list, tuple, dict or array"
-        raise CheckpointError(must(where, rule, got, _CONVERT))
-    array = np.asarray(array, array.dtype.newbyteorder("<"))
-    return np.ascontiguousarray(array).reshape(array.shape)
+        with suppress(RuntimeError, TypeError, ValueError):  # on a device
+            return np.asarray(value), ""
+    return None

@@ -10,7 +10,7 @@ from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, FileEntry, Manifes
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.checkpoint.format.requests import Wanted
 from shardopt.cli import text
-from shardopt.cli.ckpt.contents import decode_extra, decode_groups
+from shardopt.cli.ckpt.contents import decode_extra, decode_groups, decode_model
 from shardopt.cli.ckpt.layout import FileSpan, header_problem, layout, touched
 from shardopt.cli.progress import progress
 from shardopt.errors import CheckpointError, DamagedCheckpointError
@@ -58,6 +58,7 @@ def check(folder: Path, quick: bool = False) -> tuple[Manifest | None, list[Defe
         try:
             decode_groups(manifest)
             decode_extra(manifest)
+            decode_model(manifest)
         except DamagedCheckpointError as error:
             defects.append(Defect(str(error)))
         if not quick:

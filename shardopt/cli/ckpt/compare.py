@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.checkpoint.format.manifest import Manifest, itemsize
+from shardopt.checkpoint.format.manifest import Manifest
 from shardopt.checkpoint.format.reader import Reader
 from shardopt.checkpoint.format.requests import Wanted
 from shardopt.cli.ckpt.contents import StoredArray
@@ -39,11 +39,16 @@ class Distance:
         if a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8)):
             return
         for span in Span(0, a.size).chunks(_BLOCK_NUMEL):
-            self._add_block(a[span.slice].astype(np.float64), b[span.slice].astype(np.float64))
+            x, y = a[span.slice], b[span.slice]
+            exact = x.dtype.kind in "iu" and y.dtype.kind in "iu"  # float64 has 53 bits
+            self._add_block(_wide(x), _wide(y), (x != y) if exact else None)
 
-    def _add_block(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
+    def _add_block(
+        self, a: NDArray[np.float64], b: NDArray[np.float64], differ: NDArray[np.bool_] | None
+    ) -> None:
         nan_a, nan_b = np.isnan(a), np.isnan(b)
-        differ = (a != b) & ~(nan_a & nan_b)
+        if differ is None:
+            differ = (a != b) & ~(nan_a & nan_b)
         self.different += int(np.count_nonzero(differ))
         self.nan_in_one += int(np.count_nonzero(nan_a ^ nan_b))
         differ &= ~(nan_a | nan_b)
@@ -56,6 +61,13 @@ class Distance:
         relative[np.isinf(gap)] = np.inf
         self.max_abs = max(self.max_abs, float(gap.max()))
         self.max_rel = max(self.max_rel, float(relative.max()))
+
+
+def _wide(block: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a block in float64; a complex number is two real ones."""
+    if block.dtype.kind == "c":
+        block = block.view(f"f{block.itemsize // 2}")
+    return block.astype(np.float64)
 
 
 def compare(a: Reader, b: Reader, pairs: Mapping[Tensor, Tensor]) -> dict[Tensor, Distance]:
@@ -73,9 +85,9 @@ def compare(a: Reader, b: Reader, pairs: Mapping[Tensor, Tensor]) -> dict[Tensor
     """
     distances = {tensor: Distance() for tensor in pairs}
     unequal = list(_not_known_equal(a.manifest, b.manifest, pairs))
-    total = sum(_nbytes(a.manifest, tensor) for tensor in unequal)
+    total = sum(tensor.nbytes for tensor in unequal)
     with progress("comparing", total) as advance:
-        for batch in batches(a.manifest, unequal):
+        for batch in batches(unequal):
             ours = read_batch(a, batch, advance)
             theirs = read_batch(b, batch, lambda _: None, pairs.__getitem__)
             for piece, x, y in zip(batch, ours, theirs, strict=True):
@@ -90,9 +102,8 @@ def _not_known_equal(a: Manifest, b: Manifest, pairs: Mapping[Tensor, Tensor]) -
         if (ours.nbytes, ours.digests) == (theirs.nbytes, theirs.digests)
     }
     for ours, theirs in pairs.items():
-        parts, others = a.slices[ours.param][ours.key], b.slices[theirs.param][theirs.key]
-        alike = list(parts) == list(others) and _dtype(a, ours) == _dtype(b, theirs)
-        if not (alike and all(part.file in same for part in parts)):
+        alike = list(ours.slices) == list(theirs.slices) and ours.dtype == theirs.dtype
+        if not (alike and all(part.file in same for part in ours.slices)):
             yield ours
 
 
@@ -108,11 +119,3 @@ def _bytes_of(reader: Reader, array: StoredArray) -> Iterator[NDArray[np.uint8]]
         place = span.shift(array.entry.offset)
         reader.read([Wanted(place.start, place.stop, array.file, target)])
         yield target
-
-
-def _dtype(manifest: Manifest, tensor: Tensor) -> str:
-    return manifest.params[tensor.param].dtype_of(tensor.key)
-
-
-def _nbytes(manifest: Manifest, tensor: Tensor) -> int:
-    return manifest.params[tensor.param].numel * itemsize(_dtype(manifest, tensor))

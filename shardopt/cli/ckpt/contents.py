@@ -17,8 +17,14 @@ class StoredArray:
     index: int
     entry: ArrayEntry
 
+    @property
+    def form(self) -> str:
+        """Return a description of it, in words."""
+        kind = "tensor" if self.entry.form else "array"
+        return f"{kind}({self.entry.dtype}, {list(self.entry.shape)})"
+
     def __str__(self) -> str:
-        return f"array({self.entry.dtype}, {list(self.entry.shape)})"
+        return self.form
 
     __repr__ = __str__
 
@@ -47,6 +53,16 @@ def decode_extra(manifest: Manifest) -> dict[str, Any]:
     per_rank = decode_values(manifest, manifest.extra["per_rank"])
     content = extra if isinstance(extra, dict) else {} if extra is None else {"extra": extra}
     return content if per_rank is None else {**content, "per_rank": per_rank}
+
+
+def decode_model(manifest: Manifest) -> dict[str, Any]:
+    """Decode the model's buffers and other values; those of rank 0, if ranks have their own."""
+    model = manifest.model
+    return (
+        {}
+        if model is None
+        else {name: decode_values(manifest, value) for name, value in model.values_of(0).items()}
+    )
 
 
 def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:

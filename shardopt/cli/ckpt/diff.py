@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.format.manifest import Manifest
-from shardopt.checkpoint.format.names import tensor_name
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
 from shardopt.cli.ckpt.compare import array_bytes_equal, compare
-from shardopt.cli.ckpt.contents import StoredArray, abbreviate, decode_extra, decode_groups, flatten
+from shardopt.cli.ckpt.contents import (
+    StoredArray,
+    abbreviate,
+    decode_extra,
+    decode_groups,
+    decode_model,
+    flatten,
+)
 from shardopt.cli.ckpt.find import require_one
-from shardopt.cli.ckpt.pieces import Tensor
+from shardopt.cli.ckpt.pieces import Tensor, model_tensors, param_tensor
 
 _ABSENT = object()
 _FIELDS = ("dtype", "shape", "group", "step", "mu_product")
@@ -38,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         pairs = dict(_pairs(a.manifest, b.manifest))
         distances = compare(a, b, pairs)
     tensors = [
-        {"name": _name(a.manifest, tensor), "numel": _numel(a.manifest, tensor), **asdict(distance)}
+        {"name": tensor.name, "numel": tensor.numel, **asdict(distance)}
         for tensor, distance in distances.items()
         if distance.different
     ]
@@ -65,7 +71,11 @@ def _pairs(a: Manifest, b: Manifest) -> Iterator[tuple[Tensor, Tensor]]:
         if other is not None and b.params[other].shape == param.shape:
             for key in param.tensors:
                 if key in b.params[other].tensors:
-                    yield Tensor(index, key), Tensor(other, key)
+                    yield param_tensor(a, index, key), param_tensor(b, other, key)
+    theirs = {tensor.name: tensor for tensor in model_tensors(b)}
+    for tensor in model_tensors(a):
+        if tensor.name in theirs and theirs[tensor.name].shape == tensor.shape:
+            yield tensor, theirs[tensor.name]
 
 
 def _differing_values(a: Reader, b: Reader) -> Iterator[dict[str, Any]]:
@@ -103,19 +113,15 @@ def _values(manifest: Manifest) -> dict[str, Any]:
     }
     values.update(flatten(decode_groups(manifest), "param_groups"))
     values.update(flatten(decode_extra(manifest), "extra"))
+    tensors = {tensor.name for tensor in model_tensors(manifest)}
+    for name, value in decode_model(manifest).items():
+        # The elements of tensors are compared by ``compare``.
+        values.update([(name, value.form)] if name in tensors else flatten(value, name))
     return values
 
 
 def _shown(value: Any) -> str | None:
     return None if value is _ABSENT else abbreviate(value)
-
-
-def _name(manifest: Manifest, tensor: Tensor) -> str:
-    return tensor_name(manifest.params[tensor.param].name, tensor.key)
-
-
-def _numel(manifest: Manifest, tensor: Tensor) -> int:
-    return manifest.params[tensor.param].numel
 
 
 def _report(values: list[dict[str, Any]], tensors: list[dict[str, Any]], compared: int) -> None:
@@ -143,9 +149,10 @@ COMMAND = Command(
     name="diff",
     summary="compare two checkpoints",
     details=(
-        "Compares steps, hyperparameters, extra, and every parameter and state array, no matter\n"
-        "how many ranks saved them. NaN equals NaN. 'max rel' is relative to the larger of the\n"
-        "two numbers. Files with equal digests are not read: 'verify' does that."
+        "Compares steps, hyperparameters, extra, and every parameter, state array and tensor of\n"
+        "the model, no matter how many ranks saved them. NaN equals NaN. 'max rel' is relative\n"
+        "to the larger of the two numbers. Files with equal digests are not read: 'verify' does\n"
+        "that."
     ),
     example="shardopt ckpt diff runs/a/step-000000012000 runs/b/step-000000012000",
     exit_codes=("they are equal", "they differ, or one is damaged"),

@@ -4,15 +4,19 @@ The pieces come in the order of the files, so that each file is read once from b
 matter how many ranks saved it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.checkpoint.format.manifest import Manifest, itemsize
+from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, Slice, itemsize
+from shardopt.checkpoint.format.names import tensor_name
 from shardopt.checkpoint.format.reader import Reader
 from shardopt.checkpoint.format.requests import Wanted, wanted_slices
+from shardopt.checkpoint.format.values import array_place, stored_array
 from shardopt.layout.span import Span
 from shardopt.measure.cores import count_cores
 
@@ -20,11 +24,33 @@ BATCH_NBYTES = 8 << 20
 _BATCH_PIECES = 4096
 
 
-class Tensor(NamedTuple):
-    """A parameter, by its index in the manifest, or one of its state arrays."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A parameter, an array of its state, or a tensor of the model that the optimizer did not hold.
 
-    param: int
-    key: str
+    Attributes:
+        name: Its name.
+        dtype: NumPy's name for the type of its elements.
+        shape: Its shape.
+        slices: Where its elements lie.
+        form: What it was if it was a framework's tensor, such as ``torch.float8_e4m3fn``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    slices: Sequence[Slice]
+    form: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * itemsize(self.dtype)
 
 
 class Piece(NamedTuple):
@@ -34,17 +60,43 @@ class Piece(NamedTuple):
     span: Span
 
 
-def batches(manifest: Manifest, tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
+def param_tensor(manifest: Manifest, index: int, key: str = PARAM_KEY) -> Tensor:
+    """Return a parameter, or an array of its state."""
+    param = manifest.params[index]
+    name = tensor_name(param.name, key)
+    return Tensor(name, param.dtype_of(key), param.shape, manifest.slices[index][key])
+
+
+def model_tensors(manifest: Manifest) -> list[Tensor]:
+    """Return the tensors of the model that the optimizer did not hold; of rank 0, if ranks differ.
+
+    Values that are no tensors are left out.
+    """
+    if manifest.model is None:
+        return []
+    found = []
+    for name, value in manifest.model.values_of(0).items():
+        entry, place = stored_array(manifest, value), array_place(value)
+        if entry is not None and place is not None:
+            slices = [Slice(0, entry.numel, place[0], entry.offset)] if entry.numel else []
+            found.append(Tensor(name, entry.dtype, entry.shape, slices, entry.form))
+    return found
+
+
+def batches(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
     """Cut tensors into pieces, and yield them in batches of at most ``BATCH_NBYTES``."""
     slices = sorted(
-        (part.file, part.offset, Span(part.start, part.stop), tensor)
-        for tensor in tensors
-        for part in manifest.slices[tensor.param][tensor.key]
+        (
+            (part.file, part.offset, Span(part.start, part.stop), tensor)
+            for tensor in tensors
+            for part in tensor.slices
+        ),
+        key=lambda each: each[:2],
     )
     batch: list[Piece] = []
     room = BATCH_NBYTES
     for _, _, span, tensor in slices:
-        size = itemsize(manifest.params[tensor.param].dtype_of(tensor.key))
+        size = itemsize(tensor.dtype)
         while span:
             if batch and (room < size or len(batch) == _BATCH_PIECES):
                 yield batch
@@ -78,10 +130,8 @@ def read_batch(
     arrays, wanted = [], list[Wanted]()
     for piece in batch:
         tensor, span = tensor_of(piece.tensor), piece.span
-        dtype = reader.manifest.params[tensor.param].dtype_of(tensor.key)
-        array = np.empty(span.numel, dtype)
-        slices = reader.manifest.slices[tensor.param][tensor.key]
-        wanted.extend(wanted_slices(slices, span, array))
+        array = np.empty(span.numel, tensor.dtype)
+        wanted.extend(wanted_slices(tensor.slices, span, array))
         arrays.append(array)
     reader.read(wanted, count_cores())
     advance(sum(array.nbytes for array in arrays))

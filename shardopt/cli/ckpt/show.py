@@ -9,7 +9,13 @@ from shardopt.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.cli import text
 from shardopt.cli.base import Command, Exit
-from shardopt.cli.ckpt.contents import abbreviate, decode_extra, decode_groups, flatten
+from shardopt.cli.ckpt.contents import (
+    abbreviate,
+    decode_extra,
+    decode_groups,
+    decode_model,
+    flatten,
+)
 from shardopt.cli.ckpt.find import file_problems, is_leftover, require_one
 from shardopt.cli.ckpt.layout import read_header
 from shardopt.errors import DamagedCheckpointError
@@ -53,6 +59,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "loss_scale": manifest.loss_scale,
         "groups": decode_groups(manifest),
         "extra": decode_extra(manifest),
+        "model": decode_model(manifest),
         "params": [
             {
                 "name": param.name,
@@ -104,6 +111,7 @@ def _paragraphs(content: dict[str, Any]) -> Iterator[str]:
         pairs = [
             *flatten(content["groups"], "param_groups"),
             *flatten(_with_one_rank(content["extra"]), "extra"),
+            *content["model"].items(),
         ]
         yield text.fields([(name, abbreviate(value)) for name, value in pairs])
         rows = (

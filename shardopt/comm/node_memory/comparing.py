@@ -1,10 +1,11 @@
 """Which ranges of two arrays differ, at the speed at which memory can be read."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
 from shardopt._typing import IntArray
+from shardopt.compiling import compiled
 
 _WORD_NBYTES = 8
 _BLOCK_NUMEL = 512  # words between two looks at whether a difference has been found
@@ -14,7 +15,7 @@ _WORDS = types.Array(types.uint64, 1, "C", readonly=True)
 _SPANS = types.Array(types.int64, 2, "C", readonly=True)
 
 
-@njit(types.boolean(_BYTES, _BYTES), nogil=True, cache=True)
+@compiled(types.boolean(_BYTES, _BYTES))
 def _bytes_differ(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     difference = np.uint8(0)
     for i in range(a.size):  # a few
@@ -22,7 +23,7 @@ def _bytes_differ(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     return bool(difference != 0)
 
 
-@njit(types.boolean(_WORDS, _WORDS), nogil=True, cache=True)
+@compiled(types.boolean(_WORDS, _WORDS))
 def _words_differ(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> bool:
     for first in range(0, a.size, _BLOCK_NUMEL):
         x, y = a[first : first + _BLOCK_NUMEL], b[first : first + _BLOCK_NUMEL]
@@ -34,11 +35,7 @@ def _words_differ(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> bool:
     return False
 
 
-@njit(
-    types.void(types.Array(types.boolean, 1, "C"), _BYTES, _BYTES, _WORDS, _WORDS, _SPANS),
-    nogil=True,
-    cache=True,
-)
+@compiled(types.void(types.Array(types.boolean, 1, "C"), _BYTES, _BYTES, _WORDS, _WORDS, _SPANS))
 def _compare(
     result: NDArray[np.bool_],
     a: NDArray[np.uint8],

@@ -1,20 +1,19 @@
 """Copies of many short ranges at once."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
 from shardopt._typing import IntArray
+from shardopt.compiling import compiled
 
 
-@njit(
+@compiled(
     types.void(
         types.Array(types.uint8, 1, "C"),
         types.Array(types.uint8, 1, "C", readonly=True),
         types.Array(types.int64, 2, "C", readonly=True),
-    ),
-    nogil=True,
-    cache=True,
+    )
 )
 def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8], spans: IntArray) -> None:
     for i in range(spans.shape[0]):

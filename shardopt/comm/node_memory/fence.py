@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from shardopt.compiling import compiled
 
 
 @intrinsic
@@ -17,7 +19,7 @@ def fence(typing_context: Any) -> Any:
     return types.void(), generate
 
 
-@njit(types.void(), nogil=True, cache=True)
+@compiled(types.void())
 def full_fence() -> None:
     """Order all loads and stores before it with all after it, as other processes see them."""
     fence()  # type: ignore[call-arg]  # Numba adds the context

@@ -88,6 +88,8 @@ def test_state(path, tmp_path, capsys):
         "nbytes": out.stat().st_size,
         "step": 7,
         "overflows": 0,
+        "positions": 0,
+        "left_out": [],
     }
 
 
