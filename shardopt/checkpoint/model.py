@@ -29,7 +29,7 @@ class NamedModel:
 
     @property
     def problem(self) -> str | None:
-        """What to warn of if this is likely to be another model, or None."""
+        """The reason to think that this is another model, or None."""
         if self.content is None or any(name is not None for name in self.content.names):
             return None
         return (

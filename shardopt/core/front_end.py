@@ -4,13 +4,14 @@
 What users assign either holds or raises. A property with a setter takes the value, and a method
 may be replaced, as schedulers and profilers do. Everything else that is an attribute of ours, or an
 argument of the constructor, raises ``AttributeError`` with what to do instead. Names that mean
-nothing to us are left to torch's users and tools, who attach things to optimizers; with the other
-frameworks, where nobody does, they are taken for typing errors, unless they begin with an
-underscore or a subclass has such an attribute.
+nothing to us are left to torch's users and tools, who attach things to optimizers, unless they
+look like a misspelt name of ours; with the other frameworks, where nobody does, they are taken for
+typing errors, unless they begin with an underscore or a subclass has such an attribute.
 """
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,13 +75,8 @@ class FrontEnd:
             return _REMEDIES.get(name, "It can only be read")
         if hasattr(self.policy, name):
             return _REMEDIES["policy"]
-        if self._takes_any_name or name.startswith("_") or own is not None:
-            return None
-        members = {each: getattr(type(self), each) for each in dir(type(self))}
-        settable = [each for each, member in members.items() if getattr(member, "fset", None)]
-        close = get_close_matches(name, [*settable, *_GROUP_NAMES], 1)
-        meant = f"Did you mean {close[0]}? " if close else ""
-        return f"{meant}There are {', '.join(settable)}; hyperparameters are in opt.param_groups"
+        kind: Any = type(self)  # mypy takes no class of a subclass for hashable
+        return None if name.startswith("_") or own is not None else _mistyped(kind, name)
 
     @property
     def policy(self) -> ShardPolicy:
@@ -186,6 +182,24 @@ class FrontEnd:
     ) -> None:
         if kind is None:  # else other ranks may not close; the end of the process frees memory
             self.close()
+
+
+@cache  # GradScaler attaches two things at every step
+def _mistyped(kind: type[FrontEnd], name: str) -> str | None:
+    """Return what to do instead of assigning to a name of nothing, or None if it may be assigned.
+
+    Args:
+        kind: The front end.
+        name: The name.
+    """
+    members = {each: getattr(kind, each) for each in dir(kind)}
+    settable = [each for each, member in members.items() if getattr(member, "fset", None)]
+    likeness = 0.85 if kind._takes_any_name else 0.6
+    close = get_close_matches(name, [*settable, *_GROUP_NAMES], 1, likeness)
+    if kind._takes_any_name and not close:
+        return None
+    meant = f"Did you mean {close[0]}? " if close else ""
+    return f"{meant}There are {', '.join(settable)}; hyperparameters are in opt.param_groups"
 
 
 class ArrayFrontEnd(FrontEnd):

@@ -11,7 +11,7 @@ class Owner(Protocol):
     """The object behind the dicts."""
 
     def refresh(self) -> None:
-        """Bring step counts up to date."""
+        """Update the step counts in entries."""
         ...
 
     def entry_of(self, param: Any) -> "Entry":

@@ -70,7 +70,7 @@ class StateView:
         return self.stored
 
     def refresh(self) -> None:
-        """Bring step counts up to date, and add entries of new parameters."""
+        """Update the step counts in entries, and add entries of new parameters."""
         bindings, rule = self._parts.registry.bindings, self._parts.rule
         now = rule.version, len(bindings)
         if self.stored is None or self._shown == now:

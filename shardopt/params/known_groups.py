@@ -57,7 +57,8 @@ class KnownGroups:
 
     def replace(self, groups: Sequence[Group]) -> None:
         """Take note of other groups."""
-        self.__init__()  # type: ignore[misc]  # it begins anew
+        for notes in (self._groups, self._lists, self._sizes, self._params, self._names):
+            notes.clear()
         self.extend(groups)
 
     def restore(self, groups: list[Any]) -> None:

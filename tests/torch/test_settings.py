@@ -64,6 +64,9 @@ def test_tools_may_attach_what_they_like(comm):
         for name in ("lr", "betas", "foreach", "comm", "policy", "last_step", "partition", "core"):
             with pytest.raises(AttributeError, match=f"{name} of an optimizer must not be assign"):
                 setattr(opt, name, None)
+        for name, meant in ("max_grad_nrm", "max_grad_norm"), ("beta", "betas"):
+            with pytest.raises(AttributeError, match=f"Did you mean {meant}"):
+                setattr(opt, name, None)
 
 
 # -- learning rates that are tensors ---------------------------------------------------------------
