@@ -56,11 +56,18 @@ def pytest_configure(config: pytest.Config) -> None:
             database=None,
             deadline=None,
             phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-            suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # comm
+            suppress_health_check=[
+                hypothesis.HealthCheck.function_scoped_fixture,  # comm
+                hypothesis.HealthCheck.too_slow,
+            ],
         )
         hypothesis.settings.load_profile("ranks")
         return
-    hypothesis.settings.register_profile("busy machine", deadline=None)
+    hypothesis.settings.register_profile(
+        "busy machine",
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
     hypothesis.settings.load_profile("busy machine")
     # A lone process that initialises Open MPI would leave 16 MiB behind in /dev/shm.
     os.environ.update(read_job_env() | {"OMPI_MCA_btl": "self"})

@@ -27,7 +27,9 @@ def spec_lists(draw, first=0):
     ]
 
 
-worlds = st.tuples(st.integers(1, 64), st.integers(1, 64)).filter(lambda w: w[0] * w[1] <= 64)
+worlds = st.integers(1, 64).flatmap(
+    lambda nodes: st.tuples(st.just(nodes), st.integers(1, 64 // nodes))
+)
 bucket_sizes = st.sampled_from([1, 16_384, 40_000, 1 << 17, 32 << 20])
 
 
