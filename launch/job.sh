@@ -40,6 +40,13 @@ find_mpi() {
   esac
 }
 
+# want_gpus N: have rank_env.sh share out N GPUs of each node.
+want_gpus() {
+  [[ $1 =~ ^[1-9][0-9]*$ ]] ||
+    fail "--gpus-per-node must be at least 1; got '$1'. Leave it out for all that a node shows."
+  export RANK_GPUS=$1
+}
+
 # rank_command COMMAND...: set $ranked to the command that mpirun starts on each rank.
 rank_command() {
   job_id=job-$$-$RANDOM
@@ -107,16 +114,28 @@ forward_usr1() { kill -USR1 "$job" 2>/dev/null || true; }
 
 # Pass on what mpirun prints on stderr until it ends, without the reports of the ranks.
 relay_stderr() {
-  local num_ranks=$1 line got
+  local num_ranks=$1 line got kept=''
   while :; do
     got=0 line=''
     IFS= read -r -t 1 -u 3 line || got=$?
-    # After a timeout, $line holds the part of a line that has arrived so far.
+    # After a timeout, $line holds the part of a line that has arrived so far. It may end within a
+    # report, which is then kept until the rest of it has come.
+    line=$kept$line kept=''
+    if ((got > 128)) && kill -0 "$job" 2>/dev/null && ends_in_report "$line"; then
+      kept="<${line##*<}"
+      line=${line%"$kept"}
+    fi
     if ((got)); then relay "$line" ''; else relay "$line" $'\n'; fi
     ((got == 0 || got > 128)) || return 0
-    ((got == 0)) || kill -0 "$job" 2>/dev/null || return 0
+    ((got == 0)) || [[ -n $kept ]] || kill -0 "$job" 2>/dev/null || return 0
     [[ -z $last_report_s ]] || ((SECONDS < last_report_s + patience_s)) || kill_mpirun
   done
+}
+
+# ends_in_report TEXT: whether TEXT ends with the first part of a rank's report.
+ends_in_report() {
+  local start="<$job_id: rank " last="<${1##*<}"
+  [[ $1 == *'<'* && $last != *'>'* ]] && [[ $start == "$last"* || $last == "$start"* ]]
 }
 
 # relay TEXT END: keep the reports in TEXT, print the rest.

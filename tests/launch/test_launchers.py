@@ -45,3 +45,19 @@ def test_the_batch_scripts_hold_what_schedulers_read(script):
     code = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert directives == [line for line in lines[:code] if line in directives]
     assert len(directives) >= 5
+
+
+HALVES = r"""
+source "$1"
+job_id=job-1 job=$$ ended=() first_bad='' last_report_s='' killed=''
+exec 3< <(printf 'a\n1%% [0<9] <job-1: rank 0 en'; sleep 1.5; printf 'ded with 3> b\nc')
+relay_stderr 1
+echo "rank 0 ended with ${ended[0]-none}"
+"""
+
+
+def test_a_report_that_arrives_in_two_parts_is_read():
+    command = ["bash", "-euc", HALVES, "test", LAUNCH / "job.sh"]
+    job = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert job.stdout == "rank 0 ended with 3\n"
+    assert job.stderr == "a\n1% [0<9]  b\nc"
