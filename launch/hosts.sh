@@ -6,17 +6,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
 usage() {
   cat <<'END'
-usage: bash launch/hosts.sh [--ranks N] [--interface NAME] HOSTFILE COMMAND...
+usage: bash launch/hosts.sh [--ranks N] [--gpus-per-node N] [--interface NAME] HOSTFILE COMMAND...
 
 Runs COMMAND on the hosts of HOSTFILE: bash launch/hosts.sh hosts python launch/train_lm.py
 
-HOSTFILE has one line per host, with the number of ranks there (1 if it is left out):
+HOSTFILE has one line per host, with the number of ranks there (if it is left out: 1, or one for each
+GPU with --gpus-per-node):
 
     node1 4
     node2 4      # also "node2 slots=4" and "node2:4"
 
-  --ranks N          number of ranks (all in HOSTFILE)
-  --interface NAME   network interface that the hosts share, such as eth0, if MPI picks a wrong one
+  --ranks N           number of ranks (all in HOSTFILE)
+  --gpus-per-node N   number of GPUs to use on each host (all)
+  --interface NAME    network interface that the hosts share, such as eth0, if MPI picks a wrong one
 
 The hosts must accept ssh without a password, and must have this folder, the program and its data at
 the same path: on a shared file system, or as copies.
@@ -36,22 +38,28 @@ exported+='JAX_|XLA_|TORCH_|CUDA_|NCCL_|UCX_|FI_|RANK_|SHARDOPT_|TTY_).*)$'
 keepalive='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
 
 main() {
-  local ranks='' interface='' hosts room
+  local ranks='' gpus='' interface='' hosts room
   while (($#)); do
     case $1 in
       -h | --help) usage && return ;;
-      --ranks | --interface)
+      --ranks | --gpus-per-node | --interface)
         (($# > 1)) || fail "$1 must have a value; got none. See --help."
-        if [[ $1 == --ranks ]]; then ranks=$2; else interface=$2; fi
+        case $1 in
+          --ranks) ranks=$2 ;;
+          --gpus-per-node) gpus=$2 ;;
+          --interface) interface=$2 ;;
+        esac
         shift 2
         ;;
       --ranks=*) ranks=${1#*=} && shift ;;
+      --gpus-per-node=*) gpus=${1#*=} && shift ;;
       --interface=*) interface=${1#*=} && shift ;;
       -*) fail "options must be listed in --help; got $1. Put options of COMMAND after it." ;;
       *) break ;;
     esac
   done
-  read_hosts "${1:-}"
+  [[ -z $gpus ]] || want_gpus "$gpus"
+  read_hosts "${1:-}" "${gpus:-1}"
   shift
   find_mpi "$@"
   ranks=${ranks:-$room}
@@ -72,7 +80,8 @@ main() {
   run_job "$ranks" "${command[@]}"
 }
 
-# read_hosts FILE: set $hosts to "node1:4,node2:4", which both MPIs read, and $room to the sum.
+# read_hosts FILE RANKS: set $hosts to "node1:4,node2:4", which both MPIs read, and $room to the sum.
+# RANKS is the number on hosts for which the file has none.
 read_hosts() {
   local line pattern='^([^:=[:space:]]+)(:|[[:space:]]+(slots=)?)([1-9][0-9]*)$'
   [[ -f $1 && -r $1 ]] || fail "HOSTFILE must be a readable file; got '$1'. See --help."
@@ -81,7 +90,7 @@ read_hosts() {
     line=${line%%#*}
     line=${line%"${line##*[![:space:]]}"}
     [[ -n $line ]] || continue
-    [[ $line == *[:[:space:]]* ]] || line+=' 1'
+    [[ $line == *[:[:space:]]* ]] || line+=" $2"
     [[ $line =~ $pattern ]] ||
       fail "HOSTFILE must have lines 'host ranks'; got '$line'. See --help."
     hosts+=${hosts:+,}${BASH_REMATCH[1]}:${BASH_REMATCH[4]}

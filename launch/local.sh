@@ -6,11 +6,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
 usage() {
   cat <<'END'
-usage: bash launch/local.sh [--ranks N] COMMAND...
+usage: bash launch/local.sh [--ranks N] [--gpus-per-node N] COMMAND...
 
 Runs COMMAND on N ranks of this machine: bash launch/local.sh python launch/train_lm.py --steps 99
 
-  --ranks N   number of ranks (one per core); more than there are cores share them
+  --ranks N           number of ranks (one per core); more than there are cores share them
+  --gpus-per-node N   number of GPUs to use (all); then there is one rank for each by default
 
 Each rank gets its share of the cores, as many threads, and one of the GPUs; see launch/rank_env.sh.
 The mpirun is that beside COMMAND's program, if you name that by its path, or else that in PATH; set
@@ -20,22 +21,24 @@ END
 }
 
 main() {
-  local ranks=''
+  local ranks='' gpus=''
   while (($#)); do
     case $1 in
       -h | --help) usage && return ;;
-      --ranks)
-        (($# > 1)) || fail "--ranks must have a value; got none. See --help."
-        ranks=$2
+      --ranks | --gpus-per-node)
+        (($# > 1)) || fail "$1 must have a value; got none. See --help."
+        if [[ $1 == --ranks ]]; then ranks=$2; else gpus=$2; fi
         shift 2
         ;;
       --ranks=*) ranks=${1#*=} && shift ;;
+      --gpus-per-node=*) gpus=${1#*=} && shift ;;
       -*) fail "options must be listed in --help; got $1. Put options of COMMAND after it." ;;
       *) break ;;
     esac
   done
+  [[ -z $gpus ]] || want_gpus "$gpus"
   find_mpi "$@"
-  ranks=${ranks:-$(python3 -I "$repo/shardopt/measure/cores.py" 2>/dev/null || nproc)}
+  ranks=${ranks:-${gpus:-$(python3 -I "$repo/shardopt/measure/cores.py" 2>/dev/null || nproc)}}
   [[ $ranks =~ ^[1-9][0-9]*$ ]] ||
     fail "--ranks must be at least 1; got '$ranks'. See --help."
 

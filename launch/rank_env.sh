@@ -4,9 +4,15 @@
 #   mpirun ... bash launch/rank_env.sh [--report ID] COMMAND...
 #
 # The rank is bound to its share of the node's cores, gets as many threads, and sees one of the
-# node's GPUs. Variables that are already set stay as they are. Ranks are not bound where a launcher
-# has bound them, where a container has a CPU quota, where ranks outnumber cores, or with
-# RANK_CORES=all.
+# node's GPUs: that of its local rank, modulo their number. Variables that are already set stay as
+# they are. Ranks are not bound where a launcher has bound them, where a container has a CPU quota,
+# where ranks outnumber cores, or with RANK_CORES=all.
+#
+# RANK_GPUS=N   share out the first N GPUs of the node; there must be as many
+# RANK_GPUS=all show all GPUs to every rank
+#
+# SHARDOPT_LOCAL_RANK is set to the rank's number on its node, whatever the launcher. A program that
+# takes device SHARDOPT_LOCAL_RANK modulo the number of devices that it sees is right in each case.
 #
 # --report ID  report on stderr how the command ended, for job.sh
 set -euo pipefail
@@ -18,6 +24,7 @@ main() {
     shift 2
   fi
   find_place
+  export SHARDOPT_LOCAL_RANK=$local_rank
   share_cores
   share_gpus
   set_up_mpi
@@ -111,13 +118,28 @@ bind() {
 # Schedulers such as Slurm set a list of GPUs; each rank takes one of them.
 share_gpus() {
   local -a gpus
+  local wanted=${RANK_GPUS:-}
+  [[ $wanted != all ]] || return 0
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   else
     mapfile -t gpus < <(compgen -G '/dev/nvidia[0-9]*')
     gpus=("${!gpus[@]}") # CUDA numbers the visible ones from 0
   fi
-  ((${#gpus[@]} < 2)) || export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}
+  if [[ -n $wanted ]]; then
+    ((${#gpus[@]} >= wanted)) || refuse_gpus "$wanted" "${#gpus[@]}"
+    gpus=("${gpus[@]:0:wanted}")
+  fi
+  ((${#gpus[@]} < 2)) && [[ -z $wanted ]] ||
+    export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}
+}
+
+# refuse_gpus WANTED FOUND: end this rank, with a message from one rank of the node.
+refuse_gpus() {
+  ((local_rank)) ||
+    printf '%s %s\n' "rank_env.sh: --gpus-per-node must be at most the GPUs of a node; got $1, while" \
+      "$(uname -n) shows $2. Ask for fewer, or check CUDA_VISIBLE_DEVICES." >&2
+  exit 2
 }
 
 # Each MPI ignores the settings of the other.

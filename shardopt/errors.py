@@ -95,4 +95,4 @@ class CheckpointWarning(RuntimeWarning):
 
 
 class RandomStreamWarning(RuntimeWarning):
-    """Random streams could not be restored and were seeded anew."""
+    """Random streams could not be restored: they were seeded anew, or their devices are missing."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardopt.backends.base import is_on_device
 from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.core.optimizer import Optimizer
@@ -31,8 +32,10 @@ class Parameter:
     ``grad`` (``p.grad += ...``), which is this rank's own. If you assign another array to either
     attribute, the next step copies it in.
 
+    A CuPy array stays on its GPU: ``data`` and ``grad`` are CuPy arrays then.
+
     Args:
-        array: Initial value, [any shape], floating point.
+        array: Initial value, [any shape], floating point; NumPy's or CuPy's.
         name: Its name in messages and checkpoints; None names it by its position.
 
     Attributes:
@@ -129,17 +132,28 @@ class _NumpyAdapter(ArrayAdapter[Parameter]):
         return None if param.grad is None else _dense_array("grad", name, param.grad)
 
 
+def _is_from_cupy(array: object) -> bool:
+    """Whether an object is CuPy's, which need not be imported for that."""
+    return type(array).__module__.partition(".")[0] == "cupy"
+
+
 def _dense_array(role: str, name: str, value: Any) -> FloatArray:
     if type(value) is np.ndarray and is_floating(value.dtype):  # the usual case, and fast
         return value
     kind = type(value).__name__
     if hasattr(value, "toarray"):
         raise array_error(role, name, rule="dense", got=kind, remedy="Call .toarray() on it")
-    if hasattr(value, "__cuda_array_interface__"):
-        rule, got = "in the CPU's memory", "an array on a GPU"
-        raise array_error(role, name, rule=rule, got=got, remedy="Call .get() on it")
+    if is_on_device(value) and not _is_from_cupy(value):
+        of = type(value).__module__.partition(".")[0]
+        raise array_error(
+            role,
+            name,
+            rule="a NumPy or CuPy array",
+            got=f"a {kind} of {of}",
+            remedy="Share its memory: cupy.asarray(x)",
+        )
     try:
-        array = np.asarray(value)
+        array: FloatArray = value if is_on_device(value) else np.asarray(value)
     except ValueError as error:  # nested lists of unequal length
         raise array_error(
             role, name, rule="an array", got=f"a {kind}", remedy="Make it a NumPy array"

@@ -22,8 +22,8 @@ class ShardPolicy:
         master_weights: Keep float32 copies of 16-bit parameters, each in the shard of its owner.
             None and True do. There is no way without: small updates would be lost.
         overlap: Send gradients to other nodes while backward still computes others, if the
-            framework reports when one is ready (torch does). The bits are the same. See
-            [Note: gradients sent during backward].
+            framework reports when one is ready (torch does) and computes on CPUs. The bits are the
+            same. See [Note: gradients sent during backward].
         share_node: Keep one copy of the parameters per node, in shared memory. A number limits how
             many ranks share one, for example to those of a NUMA domain. False makes every rank a
             node of its own.
@@ -31,9 +31,16 @@ class ShardPolicy:
             on.
         check_finite: Look for inf and NaN in gradients before the update, and skip the step on all
             ranks if there are any. That takes a pass over the gradients. None does so if the pass
-            runs anyway, for ``max_grad_norm``, and for 16-bit parameters, whose gradients overflow
-            easily. True always does, False never skips. (A finite gradient whose square overflows
-            the dtype of the moments, above some 5e20 in float32, freezes its element, as in torch.)
+            runs anyway, for ``max_grad_norm``, and for gradients in float16, of parameters or sent
+            between nodes, which overflow easily; bfloat16 has the range of float32. True always
+            does, False never skips. (A finite gradient whose square overflows the dtype of the
+            moments, above some 5e20 in float32, freezes its element, as in torch.)
+        offload: For parameters on a GPU: ``cpu`` keeps the optimizer state, and float32 copies of
+            16-bit parameters, in the memory of the node, where CPUs update them; ``host`` is
+            another name of it. Parameters and gradients stay on the GPU. On one node they are
+            copied beside the updates; see [Note: copies beside updates]. None keeps everything on
+            the GPU of its owner. Parameters on CPUs are updated where they are in any case. The
+            bits are the same.
         timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
             the job is ended. May differ between ranks.
 
@@ -48,6 +55,7 @@ class ShardPolicy:
     share_node: bool | int = True
     threads: int | None = None
     check_finite: bool | None = None
+    offload: str | None = None
     timeout_s: float = field(default=300.0, hash=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +71,10 @@ class ShardPolicy:
         self._require(threads, "threads", "be a whole number >= 1 or None")
         check = self.check_finite is None or type(self.check_finite) is bool
         self._require(check, "check_finite", "be True, False or None")
+        offload = self.offload is None or self.offload in ("cpu", "host")
+        self._require(offload, "offload", "be cpu or None (state on disk is not supported yet)")
+        if self.offload is not None:
+            object.__setattr__(self, "offload", "cpu")  # one name, so that ranks may use either
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a field for the first time, or ``timeout_s`` at any time.

@@ -41,7 +41,8 @@ class StepReport:
         sent_messages: The number of messages in which they were sent.
         poisoned_param: The first parameter found with inf or NaN after an update, or None. It is
             kept until parameters are replaced or a state is loaded.
-        poisoned_since: The step that left it so, or None.
+        poisoned_since: The step that left it so, or None; on a device it may be the step after, as
+            nobody waits for what a step finds there.
         edited_grads: Whether gradients were changed between backward and the step although they had
             not been averaged yet, as far as the framework sees.
         diverged: What ranks had written different values to before the step; each part of it has

@@ -30,6 +30,14 @@ NO_MPI_CHANGES = (
     "test_policy.py",
     "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree with every MPI
     "core/test_bad_state.py",
+    "devices/test_arrays.py",  # tests/devices/test_steps.py and test_nodes.py run with every MPI
+    "devices/test_checkpoints.py",
+    "devices/test_memory.py",
+    "devices/test_offload.py",
+    "devices/test_order.py",
+    "devices/test_params.py",
+    "devices/test_state.py",
+    "devices/test_writes.py",
     "checkpoint/test_damage.py",  # files
     "checkpoint/test_disk_faults.py",
     "checkpoint/test_whole_model.py",
@@ -37,7 +45,7 @@ NO_MPI_CHANGES = (
     "checkpoint/test_other_models.py",
 )
 
-pytest_plugins = ["tests.support.in_step", "tests.support.cluster"]
+pytest_plugins = ["tests.support.in_step", "tests.support.cluster", "tests.support.gpu"]
 
 
 def read_job_env() -> dict[str, str]:

@@ -12,7 +12,8 @@
 # environment of their own, .test-env/clients, with the releases of tests/clients/requirements.txt.
 #
 # All that must be there is Python 3.11 or newer with venv. The first run makes an environment for
-# each MPI under .test-env; both are made anew when pyproject.toml changes.
+# each MPI under .test-env; both are made anew when pyproject.toml changes. The tests of the kernel
+# for GPUs, which need no GPU, find NVIDIA's compiler in .test-env/cuda, and use g++ where it is.
 #
 # PYTHON  the interpreter, python3 unless set
 # TORCH   the PyTorch that results are compared with, as pip takes it; empty for none. Where pip
@@ -69,6 +70,21 @@ set_up() {
             "$env/bin/python" -m pip install --no-deps --ignore-requires-python "$lucid"
     } >>"$env/pip.log" 2>&1 </dev/null; then
         echo "$env has no lucid, so its tests are skipped; $env/pip.log says why" >"$env/missing"
+    fi
+    echo "$stamp" >"$env/stamp"
+}
+
+# set_up_cuda: make .test-env/cuda, unless it is there and as tests/support/cuda wants it.
+set_up_cuda() {
+    local env=.test-env/cuda list=tests/support/cuda/requirements.txt stamp
+    stamp="$PWD $("$python" --version) $(cksum <"$list")"
+    if [[ -f $env/stamp && $(<"$env/stamp") == "$stamp" ]]; then return; fi
+    rm -rf "$env"
+    "$python" -m venv "$env"
+    if ! "$env/bin/python" -m pip install --no-deps --no-compile -r "$list" \
+        >"$env/pip.log" 2>&1 </dev/null; then
+        echo "$env has no compiler for GPUs, so the kernel's tests that need it are skipped;" \
+            "$env/pip.log says why" >"$env/missing"
     fi
     echo "$stamp" >"$env/stamp"
 }
@@ -148,6 +164,7 @@ for mpi in "${mpis[@]}"; do
     set_up "$mpi" &
     pids+=($!)
 done
+if ! "$clients"; then set_up_cuda & pids+=($!); fi
 for pid in "${pids[@]}"; do wait "$pid"; done
 
 set -a
@@ -190,6 +207,7 @@ for mpi in "${mpis[@]}"; do
     done
 done
 
+if [[ -f .test-env/cuda/missing ]]; then notes+=("$(<.test-env/cuda/missing)"); fi
 printf '\n==== summary ====\n'
 printf '%s\n' "${summary[@]}" ${notes[@]+"${notes[@]}"}
 echo "$total_passed passed, $total_failed failed"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("cupy", "jax", "lucid", "matplotlib", "mpi4py", "numba", "torch")
 
 
@@ -27,3 +29,10 @@ def test_the_optimizer_loads_what_it_needs_when_asked_for():
     loaded = modules_loaded_by("import shardopt; shardopt.NAdam")
     assert {"mpi4py", "numba", "shardopt.numpy"} <= loaded
     assert not loaded.intersection({"cupy", "jax", "lucid", "torch"})
+
+
+def test_cupy_is_loaded_only_where_there_is_a_gpu_to_use():
+    pytest.importorskip("torch")
+    loaded = modules_loaded_by("import shardopt.torch, shardopt.numpy, shardopt.cli.doctor.examine")
+    assert {"mpi4py", "numba", "torch"} <= loaded
+    assert "cupy" not in loaded

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,14 @@ def test_copies_are_equal():
 def test_ranks_need_not_have_the_same_deadline():
     assert ShardPolicy().describe() == ShardPolicy(timeout_s=7).describe()
     assert ShardPolicy().describe() != ShardPolicy(threads=7).describe()
+
+
+def test_there_are_two_names_of_offloading_to_cpus():
+    assert ShardPolicy(offload="host") == ShardPolicy(offload="cpu") != ShardPolicy()
+    assert ShardPolicy(offload="host").describe() == ShardPolicy(offload="cpu").describe()
+
+
+@pytest.mark.parametrize("value", ["/scratch/state", Path("state"), "gpu", True])
+def test_there_is_no_offloading_to_disk_yet(value):
+    with pytest.raises(HyperparamsError, match=r"policy.offload must be cpu or None .*not .* yet"):
+        ShardPolicy(offload=value)

@@ -1,9 +1,23 @@
 """The cases: packages that declare their ``Case`` and measure it in the module ``measure``."""
 
-from benchmarks.cases import checkpoint, faces, kernel, memory, nodes, overhead, step, writes
+from benchmarks.cases import (
+    checkpoint,
+    faces,
+    gpu_kernel,
+    gpu_memory,
+    gpu_offload,
+    gpu_overhead,
+    kernel,
+    memory,
+    nodes,
+    offload,
+    overhead,
+    step,
+    writes,
+)
 from benchmarks.harness.case import Case
 
-CASES: dict[str, Case] = {
-    package.CASE.name: package.CASE
-    for package in (kernel, overhead, step, faces, writes, memory, checkpoint, nodes)
-}
+_ON_CPUS = (kernel, overhead, step, faces, writes, offload, memory, checkpoint, nodes)
+_ON_GPUS = (gpu_kernel, gpu_overhead, gpu_memory, gpu_offload)
+
+CASES: dict[str, Case] = {package.CASE.name: package.CASE for package in (*_ON_CPUS, *_ON_GPUS)}

@@ -21,21 +21,22 @@ from benchmarks.harness.placing import FloatArray
 class ShardoptTorch(Shardopt):
     """``shardopt.torch``, with gradients in ``p.grad`` as autograd leaves them."""
 
-    def __init__(self, problem: Problem, dtype: str = "float32") -> None:
+    def __init__(self, problem: Problem, dtype: str = "float32", device: str = "cpu") -> None:
         torch = importlib.import_module("torch")
         face = importlib.import_module("shardopt.torch")
         kind = getattr(torch, dtype)
         self._params = [
-            torch.from_numpy(problem.param(tensor)).to(kind).requires_grad_()
+            torch.from_numpy(problem.param(tensor)).to(device, kind).requires_grad_()
             for tensor in range(problem.num_tensors)
         ]
         self._optimizer = face.NAdam(self._params, comm=problem.comm)
         for tensor, param in enumerate(self._params):
-            (param * torch.from_numpy(problem.grad(tensor)).to(kind)).sum().backward()
+            grad = torch.from_numpy(problem.grad(tensor)).to(device, kind)
+            (param * grad).sum().backward()
 
     def tensor(self, index: int) -> FloatArray:
         """See ``Contender``."""
-        array: FloatArray = self._params[index].detach().float().numpy()
+        array: FloatArray = self._params[index].detach().float().cpu().numpy()
         return array
 
 

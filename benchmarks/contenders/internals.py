@@ -1,28 +1,33 @@
 """The internals of shardopt that benchmarks use. No other module here imports any.
 
-They are its kernel by itself, the places of its arrays, its view of nodes and cores, and the parts
-of a checkpoint that a rank owns.
+They are its kernel by itself, on CPUs and GPUs, the places of its arrays, its view of nodes and
+cores, the devices that it makes, and the parts of a checkpoint that a rank owns.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
 
 from benchmarks.harness.placing import Bytes, FloatArray, page_aligned
 from shardopt import ShardPolicy
-from shardopt.backends.base import Rows, UpdatePlan
+from shardopt.backends.base import Kernel, Rows, UpdatePlan
 from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.backends.cpu.memory import padded_zeros
+from shardopt.backends.devices import make_device
 from shardopt.checkpoint.format.disk import sync_folder
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.checkpoint.format.requests import wanted_slices
 from shardopt.comm.failure import Abort
+from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology, make_topology
+from shardopt.core import parts
 from shardopt.core.sharded import sharded_of
 from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.padding import row_numel
@@ -33,6 +38,7 @@ from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
 from shardopt.numpy import NAdam
 from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.transport.copies import CopiesAround
 
 __all__ = [
     "CHUNK_NUMEL",
@@ -51,12 +57,12 @@ class KernelArrays:
     """The arrays of one shard.
 
     Attributes:
-        grads: [num_sources, at least numel], C-contiguous.
+        grads: [num_sources, at least numel], the rows C-contiguous.
         param: [numel].
         state: ``exp_avg``, ``exp_avg_sq`` and, for 16-bit parameters, ``master``; [numel] each.
     """
 
-    grads: FloatArray
+    grads: Any
     param: FloatArray
     state: Mapping[str, FloatArray]
 
@@ -73,17 +79,20 @@ def make_arrays(numel: int, dtype: str, num_sources: int) -> KernelArrays:
 
 
 class BareKernel:
-    """The CPU kernel on one shard, without an optimizer around it.
+    """A kernel on one shard, without an optimizer around it.
 
     Args:
         arrays: The shard, for the kernel to update in place.
         num_ranks: Ranks that the gradients are averaged over.
         threads: Cores to use.
+        kernel: That of the device where the arrays are; None for CPUs.
     """
 
-    def __init__(self, arrays: KernelArrays, num_ranks: int, threads: int) -> None:
+    def __init__(
+        self, arrays: KernelArrays, num_ranks: int, threads: int, kernel: Kernel | None = None
+    ) -> None:
         self._arrays, self._num_ranks = arrays, num_ranks
-        self._kernel = CpuKernel(threads)
+        self._kernel: Kernel = kernel or CpuKernel(threads)
         self._kernel.prepare(arrays.param.dtype.name)
         self._sources = Rows.of(*(row[: arrays.param.size] for row in arrays.grads))
         self._targets = Rows.of(arrays.param)
@@ -102,6 +111,51 @@ class BareKernel:
     def close(self) -> None:
         """End the threads."""
         self._kernel.close()
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+class Device:
+    """A GPU, without an optimizer around it.
+
+    Args:
+        is_real: Whether it is one; otherwise it is what stands in for it in tests.
+
+    Attributes:
+        kernel: Updates arrays on it.
+    """
+
+    def __init__(self, *, is_real: bool) -> None:
+        self._arena = Arena(MPI.COMM_SELF)
+        self._device = make_device("cuda:0", self._arena) if is_real else _stand_in(self._arena)
+        self.kernel: Kernel = self._device.kernel
+        self.copy, self.wait = self._device.copy, self._device.wait
+        self.host, self.host_zeros = self._device.host, self._device.host_zeros
+        self.close = self._device.close
+
+    def zeros(self, numel: int, dtype: str) -> Any:
+        """Allocate [numel] zeros on it."""
+        (block,) = self._device.blocks(self._arena, numel * np.dtype(dtype).itemsize)
+        return block.view(np.dtype(dtype))
+
+
+def make_device_arrays(device: Device, numel: int, dtype: str, num_sources: int) -> KernelArrays:
+    """Make arrays of zeros on a device."""
+    grads = [device.zeros(numel, dtype) for _ in range(num_sources)]
+    state = {spec.key: device.zeros(numel, spec.dtype) for spec in state_specs(dtype)}
+    return KernelArrays(grads, device.zeros(numel, dtype), state)
+
+
+@contextmanager
+def stand_in_devices() -> Iterator[None]:
+    """Have optimizers that are made in this block take the stand-in for a GPU."""
+    with mock.patch("shardopt.core.parts.make_device", lambda name, arena: _stand_in(arena)):
+        yield
+
+
+def _stand_in(arena: Arena) -> Any:
+    return importlib.import_module("tests.support.arena_device").ArenaDevice(arena)
 
 
 # -- nodes and cores -------------------------------------------------------------------------------
@@ -138,6 +192,28 @@ def scan_of(opt: Any) -> Callable[[], None]:
         params.refresh()
 
     return scan
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def devices_made_by(kind: Callable[[Any], Any], *, are_beside: bool) -> Iterator[None]:
+    """Have optimizers that are built meanwhile take devices of another kind.
+
+    Args:
+        kind: Makes a device in the memory of a node.
+        are_beside: Whether copies of offloaded updates run beside the kernel.
+    """
+    module: Any = parts
+    make_device, make_copies = module.make_device, module.make_copies
+    module.make_device = lambda name, arena: kind(arena)
+    if not are_beside:
+        module.make_copies = lambda topology, memory: CopiesAround(memory, topology.node_ranks)
+    try:
+        yield
+    finally:
+        module.make_device, module.make_copies = make_device, make_copies
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

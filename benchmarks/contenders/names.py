@@ -24,6 +24,12 @@ NEED_TORCH = (
     CLAMPED_REPLICA,
 )
 
+# On a GPU.
+KERNEL = "kernel"
+GRAPH = "torch.optim.NAdam(capturable=True) in a CUDA graph"
+DEVICE_COPY = "copy on the device"
+OFFLOADED = "shardopt, offload=cpu"
+
 # Bare loops over memory.
 TRIAD = "triad"
 AXPY = "axpy"

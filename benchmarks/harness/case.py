@@ -111,13 +111,13 @@ class Claim:
 
     Attributes:
         numel: Parameters in the model; None allows any number.
-        dtype: Of the parameters.
+        dtype: Of the parameters; None allows any.
         min_ranks: MPI ranks at least.
         settings: Further settings; results recorded without one of them had it as it is here.
     """
 
     numel: int | None
-    dtype: str = "float32"
+    dtype: str | None = "float32"
     min_ranks: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,7 +125,7 @@ class Claim:
         """Return whether a result was measured with these settings."""
         return (
             self.numel in (None, result.numel)
-            and self.dtype == result.dtype
+            and self.dtype in (None, result.dtype)
             and self.min_ranks <= result.ranks
             and all(
                 result.settings.get(key, value) == value for key, value in self.settings.items()

@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,8 +21,9 @@ class Origin:
 
     Attributes:
         date: Time of the end of the run, in ISO format.
-        commit: The commit measured, with ``+`` where tracked files of the package differ from it.
-        machine: Its processor (``cpu``) and number of ``cores``.
+        commit: The commit measured, with ``+`` where tracked files of the package differ from it;
+            the variable ``COMMIT`` where git has no answer.
+        machine: Its processor (``cpu``) and number of ``cores``; the ``gpu`` if one was used.
         mpi: The MPI library, for example ``MPICH 5.0.2``.
         versions: Of Python and of the packages that matter.
     """
@@ -47,11 +49,15 @@ def this_run() -> Origin:
 def _machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()}
+    machine = {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()}
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and cupy.cuda.is_available():
+        machine["gpu"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return machine
 
 
 def _commit() -> str:
-    head = _git("rev-parse", "--short=10", "HEAD")
+    head = _git("rev-parse", "--short=10", "HEAD") or os.environ.get("COMMIT", "")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "shardopt")
     return f"{head}+" if head and changed else head or "none"
 
@@ -74,7 +80,7 @@ def _git(*arguments: str) -> str:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in ("numpy", "numba", "mpi4py", "torch"):
+    for package in ("numpy", "numba", "mpi4py", "torch", "cupy-cuda12x", "cupy-cuda13x"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

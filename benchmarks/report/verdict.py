@@ -14,11 +14,12 @@ _WIDTH = 58
 def table(case: Case, result: Result) -> str:
     """Write the table of a run: its samples, figures and ratios, and whether targets are met."""
     plural, origin = "s" if result.ranks > 1 else "", result.origin
+    processor = origin.machine.get("gpu", origin.machine["cpu"])
     lines = [
         "",
         result.title or case.measures,
         f"{result.numel:,} {result.dtype} parameters, {result.ranks} rank{plural} "
-        f"x {result.threads} thread(s), {origin.mpi}, {origin.machine['cpu']}",
+        f"x {result.threads} thread(s), {origin.mpi}, {processor}",
     ]
     for name, values in result.samples_s.items():
         each = median(values) / result.numel * 1e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -39,9 +40,9 @@ def main() -> int:
     # Before the first step there is nothing to save: Ctrl-C ends a rank at once, and silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     comm = MPI.COMM_WORLD
-    corpus, report, learner_class = prepare(comm, options)
+    corpus, report, learner_class, device = prepare(comm, options)
     learner_class.limit_threads(cores_per_rank(comm))
-    learner = make_learner(comm, options, learner_class)
+    learner = make_learner(comm, options, learner_class, device)
 
     with learner.opt:
         with Checkpoints(options, learner.opt, comm) as checkpoints:
@@ -58,17 +59,18 @@ def main() -> int:
     return checkpoints.exit_code
 
 
-def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type[Learner]]:
-    """Read the text, import the framework and open the log.
+def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type[Learner], str]:
+    """Read the text, import the framework, find this rank's device and open the log.
 
     A single rank may fail, for example on a node without the file. All ranks then end together,
     with one message, instead of waiting for the one that failed.
 
     Collective: every rank.
     """
-    problem = None
+    problem, local_rank = None, find_local_rank(comm)
     try:
         learner_class = import_learner(options.framework)
+        device = learner_class.find_device(options.device, local_rank)
         corpus = load_corpus(options.text, options.context)
         if options.checkpoint and comm.rank == 0:
             origin, saved = find_origin(options.checkpoint)
@@ -78,7 +80,18 @@ def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type
     except ValueError as error:
         problem = str(error)
     exit_on_any(comm, problem)
-    return corpus, report, learner_class
+    return corpus, report, learner_class, device
+
+
+def find_local_rank(comm: MPI.Intracomm) -> int:
+    """Return the number of this rank on its node, which the launchers tell; MPI knows it, too.
+
+    Collective: every rank.
+    """
+    node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    local_rank = node_comm.rank
+    node_comm.Free()
+    return int(os.environ.get("SHARDOPT_LOCAL_RANK", local_rank))
 
 
 def cores_per_rank(comm: MPI.Intracomm) -> int:
@@ -96,7 +109,9 @@ def cores_per_rank(comm: MPI.Intracomm) -> int:
     return max(1, count_cores() // num_sharing)
 
 
-def make_learner(comm: MPI.Intracomm, options: Options, learner_class: type[Learner]) -> Learner:
+def make_learner(
+    comm: MPI.Intracomm, options: Options, learner_class: type[Learner], device: str
+) -> Learner:
     """Build the model with its first weights, and the optimizer that shards it.
 
     Collective: every rank.
@@ -106,6 +121,7 @@ def make_learner(comm: MPI.Intracomm, options: Options, learner_class: type[Lear
         shape,
         initial_weights(shape, options.seed),
         options.dtype,
+        device,
         betas=BETAS,
         max_grad_norm=MAX_GRAD_NORM,
         comm=comm,

@@ -17,6 +17,7 @@ HEAD_WIDTH = 32
 """Width of one attention head: the model's width is a whole number of heads."""
 FRAMEWORKS = ("numpy", "torch", "jax", "lucid")
 DTYPES = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Options:
     seed: int
     framework: str
     dtype: str
+    device: str
     text: Path | None
     out: Path
     checkpoint: Path | None
@@ -80,6 +82,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--framework", choices=FRAMEWORKS, default="numpy", help=framework_help)
     dtype_help = "dtype of torch's weights; bfloat16 is slow on CPUs without it (%(default)s)"
     add("--dtype", choices=DTYPES, default="float32", help=dtype_help)
+    device_help = "where torch's model is; auto is a GPU if there is one (%(default)s)"
+    add("--device", choices=DEVICES, default="auto", help=device_help)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +149,11 @@ def find_conflicts(options: Options) -> list[str]:
         problems.append(
             f"--dtype must be float32 with --framework {options.framework}; got {options.dtype}. "
             "Add --framework torch, or leave --dtype out."
+        )
+    if options.device == "cuda" and options.framework != "torch":
+        problems.append(
+            f"--device must be cpu or auto with --framework {options.framework}; got cuda. "
+            "Add --framework torch, or leave --device out."
         )
     if options.framework == "lucid" and not hasattr(typing, "override"):
         problems.append(

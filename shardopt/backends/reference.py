@@ -18,15 +18,17 @@ class ReferenceKernel:
 
     piece_numel = CHUNK_NUMEL
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None) -> None:
+    def __init__(self) -> None:
+        self._poisoned = ALL_FINITE
+
+    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
         """See ``Kernel.prepare``; there is nothing to do."""
 
     @np.errstate(invalid="ignore", over="ignore")  # poison is reported, not warned of
     def update(
         self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan
-    ) -> int:
+    ) -> None:
         """See ``Kernel.update``."""
-        poisoned = ALL_FINITE
         grads, params = _arrays(sources), _arrays(targets)
         for start, stop, row in plan.segments.tolist():
             here = Span(start, stop).intersect(plan.span)
@@ -36,9 +38,15 @@ class ReferenceKernel:
             _apply(coefficients, [grad[here.slice] for grad in grads], param, arrays)
             for other in params[1:]:
                 other[here.slice] = param
-            if poisoned == ALL_FINITE and not np.isfinite(param).all():
-                poisoned = here.start + int(np.flatnonzero(~np.isfinite(param))[0])
-        return poisoned
+            if not np.isfinite(param).all():
+                first = plan.origin + here.start + int(np.flatnonzero(~np.isfinite(param))[0])
+                known = self._poisoned != ALL_FINITE
+                self._poisoned = min(first, self._poisoned) if known else first
+
+    def take_poisoned(self) -> int:
+        """See ``Kernel.take_poisoned``."""
+        position, self._poisoned = self._poisoned, ALL_FINITE
+        return position
 
     @np.errstate(invalid="ignore", over="ignore")
     def reduce(
@@ -47,9 +55,10 @@ class ReferenceKernel:
         out: FloatArray | None,
         span: Span,
         square_sums: NDArray[np.float64] | None,
+        factor: float = 1.0,
     ) -> None:
         """See ``Kernel.reduce``."""
-        total = _sum(_arrays(sources.part(span)))
+        total = _sum(_arrays(sources.part(span))) * factor
         if square_sums is not None:
             square_sums[:] = (total**2).reshape(-1, CHUNK_NUMEL).sum(axis=1)
         if out is not None:

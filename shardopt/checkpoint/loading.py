@@ -264,6 +264,7 @@ def _plan_reads(
 ) -> None:
     """Find where the shards of this rank lie in the files, and which start anew."""
     never_stepped = all(count.step == 0 for count in sharded.scalars().step_counts)
+    sharded.open()  # what is not loaded stays as it is
     tensors = sharded.tensors()
     for shard, array in zip(tensors, sharded.arrays(tensors), strict=True):
         source = found.params[shard.param]

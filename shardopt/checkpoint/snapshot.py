@@ -220,6 +220,7 @@ def take_snapshot(
     """
     layout = layouts.lay_out(sharded, encoded.names, encoded.arrays)
     scalars = sharded.scalars()
+    sharded.open()
     values: list[Array] = [*sharded.arrays(layout.tensors)]
     offsets = layout.file.offsets[len(values) :]
     arrays = zip(encoded.arrays, offsets, strict=True)

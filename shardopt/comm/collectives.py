@@ -222,6 +222,6 @@ class Collectives:
         )
 
 
-def _messages(array: _Floats) -> Iterator[_Floats]:
+def _messages(array: _Floats) -> Iterator[NDArray[np.uint8]]:
     for start in range(0, array.size, _MESSAGE_NUMEL):
-        yield array[start : start + _MESSAGE_NUMEL]
+        yield array[start : start + _MESSAGE_NUMEL].view(np.uint8)  # MPI knows no bfloat16

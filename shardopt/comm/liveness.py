@@ -182,7 +182,7 @@ class FailureDetector:
         self._probe.poll(str(where), ask=waited_s > timeout_s / 2)
         left = self.arrivals.left()  # before the others: these arrive nowhere any more
         behind = self.arrivals.behind()
-        if missing := [rank for rank in left if rank in behind]:
+        if missing := [rank for rank in left if rank in behind or rank in awaited]:
             text = f"{self._last_seen(missing, behind)} left the job, but {where} needs every rank"
             return Failure(missing, f"{text}. {_IF_ENDED}")
         if waited_s >= timeout_s:

@@ -74,6 +74,7 @@ class Averaging:
         parts.memory.acquire()
         if self.is_done:
             return
+        parts.sync.copies.begin(agreed.present)
         assert found.value is not None
         self.changed, self.copied_nbytes = agreed.changed, found.value.copied_nbytes
         changed = agreed.changed | parts.sync.reduction.activate(agreed.present)
@@ -83,6 +84,7 @@ class Averaging:
             factor /= agreed.loss_scale
         parts.sync.average(agreed.present, factor)
         parts.meet(step, _CALL)  # owners have written their shards into the gradients of all
+        parts.sync.copies.show_grads(agreed.present)
         parts.registry.bind_present(agreed.present & ~found.value.present)
         self._loss_scale, self._present = agreed.loss_scale, agreed.present
         self._is_outdated = False
@@ -148,6 +150,7 @@ class Averaging:
         changed = self._parts.overlap.hold()  # before other gradients are copied in
         self._parts.registry.adapter.were_grads_written(0)  # all that comes later holds
         present, copied_nbytes = self._parts.registry.take_grads()
+        self._parts.send_grads(present)
         return LocalInputs(
             present=present,
             loss_scale=scale,

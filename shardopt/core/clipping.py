@@ -19,8 +19,8 @@ class Clipping:
         max_grad_norm: Clip to this, as ``torch.nn.utils.clip_grad_norm_`` does; None leaves
             gradients alone. May be set between steps, to what ``as_max_grad_norm`` returns.
         policy: Whether to check for inf and NaN.
-        memory: Gradients in 16 bits overflow easily.
-        sends_float16: Sums of gradients are sent in float16, and so do they.
+        memory: Holds the gradients, which overflow easily in float16.
+        sends_float16: Whether sums of gradients are sent in float16, and overflow as easily.
     """
 
     max_grad_norm: float | None

@@ -33,6 +33,8 @@ from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.group_values import update_groups
 from shardopt.params.groups import Group, complete_groups, make_group
+from shardopt.params.planning import find_device
+from shardopt.params.writes import UserWrites
 from shardopt.policy import ShardPolicy
 from shardopt.report import (
     StepReport,
@@ -103,9 +105,11 @@ class Optimizer(Generic[P]):
         norm, error = attempt(as_max_grad_norm, max_grad_norm)
         if groups.error is None and error is not None:
             groups = Outcome(None, error)
-        self.parts = make_parts(self.comm, adapter, norm, policy, failure)
-        state_view = StateView(self.parts)
-        self.params = SharedParams(self.parts, state_view)
+        device, _ = attempt(find_device, adapter, groups.value or ())  # extend meets errors again
+        self.parts = make_parts(self.comm, adapter, device, norm, policy, failure)
+        writes = UserWrites(self.parts.memory, self.topology.places[self.topology.rank])
+        state_view = StateView(self.parts, writes)
+        self.params = SharedParams(self.parts, state_view, writes)
         self.states = StateCalls(self, state_view)
         self.values = ParamCalls(self)
         self._step = Step(self.parts, self.params)
@@ -202,6 +206,7 @@ class Optimizer(Generic[P]):
         """
         self.require_open()
         parts = self.parts
+        self._enter_queue()
         self._step.averaging.end()
         parts.overlap.grads_zeroed()
         if parts.registry.is_edited(self.defaults):
@@ -278,6 +283,9 @@ class Optimizer(Generic[P]):
                 before the edit; likewise with the other errors.
         """
         self.require_open()
+        _, error = attempt(self._enter_queue)
+        if error is not None:
+            self.enter_call(call, {}, error)  # the others meet it in whatever they agree on next
         if not self.parts.registry.is_edited(self.defaults):
             return
         call = f"{call} with edited param_groups"
@@ -288,6 +296,12 @@ class Optimizer(Generic[P]):
             self.last_step = self.last_step.without_poison()
         if lost:
             tell(lost_state_warning(lost), aloud=self.topology.rank == 0)
+
+    def _enter_queue(self) -> None:
+        """Do all work behind what the framework has handed to its device so far."""
+        residence = self.parts.residence
+        if not residence.is_home:
+            residence.enter(self.parts.registry.adapter.current_queue())
 
     # -- what users have done ----------------------------------------------------------------------
 
@@ -348,7 +362,9 @@ class Optimizer(Generic[P]):
     ) -> None:
         """Make sure that all ranks make the same call alike; see ``Consensus``. Collective."""
         self.require_open()
+        self.parts.memory.publish()
         self.parts.consensus.enter_call(call, description, error, step=self.last_step.step)
+        self.parts.memory.acquire()
 
     def restore(
         self, groups: Sequence[Group], step_counts: Sequence[StepCount], report: StepReport
@@ -371,8 +387,14 @@ class Optimizer(Generic[P]):
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes of parameters, gradients and moments, here and without sharding."""
-        trained = [binding.is_live for binding in self.parts.registry.bindings]
-        return plan_memory(self.partition, self.parts.policy.wire_dtype, trained)
+        parts = self.parts
+        return plan_memory(
+            self.partition,
+            parts.policy.wire_dtype,
+            [binding.is_live for binding in parts.registry.bindings],
+            needs_norm=parts.clipping.needs_norm,
+            placement=parts.residence.placement,
+        )
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
         """Add up a few numbers over all ranks, with the deadline that steps have.

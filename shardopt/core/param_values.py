@@ -55,7 +55,7 @@ def parse_values(values: Mapping[str, Any] | None, registry: Registry[Any]) -> P
     arrays: dict[int, FloatArray] = {}
     digest = xxhash.xxh3_64()
     for index, binding in enumerate(registry.bindings):
-        array = registry.adapter.value(values[binding.name], binding.name)
+        array = registry.host(registry.adapter.value(values[binding.name], binding.name))
         if array.shape != binding.data.shape:
             raise CheckpointError(
                 f"the value of parameter {binding.name!r} must have shape {binding.data.shape}; "

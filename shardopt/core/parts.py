@@ -1,27 +1,35 @@
 """The parts of an optimizer, put together."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from mpi4py import MPI
 
-from shardopt.backends.base import Backend
+from shardopt.backends.base import Backend, Device
 from shardopt.backends.cpu.backend import CpuBackend
+from shardopt.backends.devices import HOST, make_device
 from shardopt.comm.collectives import Collectives
-from shardopt.comm.consensus import Consensus, make_consensus
+from shardopt.comm.consensus import Consensus, attempt, make_consensus
 from shardopt.comm.failure import FailurePolicy
+from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
+from shardopt.errors import RankFailureError
 from shardopt.layout.partition import plan_partition
 from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
 from shardopt.overlap.backward import Overlap, make_overlap
 from shardopt.params.adapter import Adapter
+from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.policy import ShardPolicy
 from shardopt.rule.cohorts import Cohorts
+from shardopt.store.device import OnDevice
 from shardopt.store.memory import Memory
+from shardopt.store.residence import InNodeMemory, Residence
+from shardopt.transport.copies import make_copies
 from shardopt.transport.sync import BucketSync, make_sync
 
 
@@ -35,7 +43,7 @@ class Parts:
         topology: The ranks, with communicators of shardopt's own that all optimizers share.
         consensus: How they agree.
         num_cores: This rank's share of the cores it may run on.
-        backend: Computes, and allocates memory.
+        backend: Computes.
         memory: Parameters, gradients and optimizer state.
         registry: The framework's parameters.
         rule: Step counts and coefficients.
@@ -62,6 +70,11 @@ class Parts:
         """Small collectives with a deadline."""
         return self.consensus.collectives
 
+    @property
+    def residence(self) -> Residence:
+        """Where frameworks hold parameters and gradients, and where steps compute."""
+        return self.memory.residence
+
     def meet(self, step: int, phase: str) -> None:
         """Wait for all ranks; their stores to shared memory before can be read after.
 
@@ -70,6 +83,32 @@ class Parts:
         self.memory.publish()
         self.consensus.barrier(step, phase)
         self.memory.acquire()
+
+    def send_grads(self, present: int) -> None:
+        """Copy this rank's gradients to where others read them, if that is elsewhere.
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on this rank.
+        """
+        if not self.residence.is_home:
+            self.sync.copies.send_grads(self.registry.mask_of_live(), present)
+
+    def adopt_unseen(self, replaced: Collection[int]) -> None:
+        """Adopt writes to parameters that nobody sees; see ``Residence.adopt_unseen``.
+
+        Args:
+            replaced: The parameters that have values from elsewhere.
+        """
+        if not self.residence.is_home:
+            others = set(range(len(self.registry.bindings))).difference(replaced)
+            spans = self.memory.local_runs(self.registry.partition, mask_of(others))
+            self.residence.adopt_unseen(spans)
+
+    def note_update(self, present: int) -> None:
+        """Note that a step has updated a bit mask of parameters, and their state."""
+        if not self.residence.is_home:
+            spans = self.memory.local_runs(self.registry.partition, present)
+            self.residence.note_update(spans)
 
     def start_step(self, step: int, *, was_changed: bool = False) -> None:
         """Get ready for the gradients of step ``step``; see ``Overlap.start_step``."""
@@ -92,11 +131,33 @@ class Parts:
             self.memory.arena.reclaim()
             self.consensus.free()
         self.backend.close()
+        if self.residence.holder is not self.backend:
+            self.residence.holder.close()
+
+
+def kind_of(device: str) -> str:
+    """Return what kind of device it is, which ranks must share; their numbers differ."""
+    return device.partition(":")[0]
+
+
+def _make_device(name: str, arena: Arena, consensus: Consensus) -> Device:
+    """Return the device of this rank, or raise on all ranks if one cannot use its own."""
+    made, error = attempt(make_device, name, arena)
+    try:
+        consensus.enter_call("NAdam()", {}, error, step=0)
+    except RankFailureError:
+        raise
+    except Exception:
+        consensus.free()
+        raise
+    assert made is not None
+    return made
 
 
 def make_parts(
     comm: MPI.Intracomm,
     adapter: Adapter[Any],
+    device: str | None,
     max_grad_norm: float | None,
     policy: ShardPolicy,
     failure: FailurePolicy,
@@ -108,6 +169,8 @@ def make_parts(
     Args:
         comm: The ranks that train together.
         adapter: Reads and binds the framework's parameters.
+        device: Where they are; None if this rank has none, or cannot tell. If ranks differ, the
+            parameters will be refused on all of them.
         max_grad_norm: See ``Clipping``.
         policy: How to shard.
         failure: What to do about ranks that are lost.
@@ -119,13 +182,23 @@ def make_parts(
     layout = plan_partition((), num_nodes, node_size, nbytes)
     with deadline(policy.timeout_s, "NAdam()", failure):
         num_cores = cores_per_rank(topology)
-        backend = CpuBackend(policy.threads or num_cores)
         place = topology.places[topology.rank]
         arena = consensus.group.arena
         arena.reclaim()  # what dropped optimizers have left
-        memory = Memory(place, arena, backend)
-        registry = Registry(adapter, layout)
-        sync = make_sync(topology, backend, collectives, policy.wire_dtype)
+        everyone = collectives.allgather(device, 0, "NAdam()")
+        kinds = {kind_of(each) for each in everyone if each is not None}
+        residence: Residence = InNodeMemory(CpuBackend(policy.threads or num_cores))
+        if device is None or len(kinds) > 1:
+            device = HOST
+        elif kinds != {HOST} and None not in everyone:  # else that rank's error is raised soon
+            host = residence.backend if policy.offload else None
+            of_device = _make_device(device, arena, consensus)
+            residence = OnDevice(of_device, arena, host, counts_writes=adapter.counts_writes)
+        backend = residence.backend
+        memory = Memory(place, arena, residence)
+        registry = Registry(adapter, layout, residence.holder, device)
+        copies = make_copies(topology, memory)
+        sync = make_sync(topology, backend, copies, collectives, policy.wire_dtype)
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
     sends_float16 = num_nodes > 1 and policy.wire_dtype == "float16"
     return Parts(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardopt._typing import FloatArray
+from shardopt.backends.base import is_on_device
 from shardopt.comm.consensus import Description, Outcome, attempt
 from shardopt.comm.node_memory.limits import Demand, memory_shortage
 from shardopt.comm.waiting import deadline
@@ -24,6 +25,7 @@ from shardopt.core.state_view import StateView
 from shardopt.errors import SharedMemoryError
 from shardopt.layout.dtypes import wire_dtype_of
 from shardopt.layout.footprint import plan_node_need
+from shardopt.layout.span import Span
 from shardopt.params.binding import Binding
 from shardopt.params.groups import Group
 from shardopt.params.known_groups import params_in
@@ -60,8 +62,8 @@ class Regrouping:
     def __init__(self, parts: Parts, params: SharedParams, view: StateView) -> None:
         self._parts = parts
         self._params = params
-        self._view = view
         self._states = StateMoves(parts, view)
+        self._view = view
 
     def add(self, call: RegroupCall, groups: Outcome[list[Group]]) -> None:
         """Add groups behind the present ones.
@@ -117,10 +119,11 @@ class Regrouping:
         parts = self._parts
         planned: PlannedGroups = plan()
         self._states.check_added(planned)
-        node_size, several = parts.topology.node_size, parts.topology.num_nodes > 1
+        node_size, num_nodes = parts.topology.node_size, parts.topology.num_nodes
+        several = num_nodes > 1
         for dtype in {planned.partition.params[index].spec.dtype for index in planned.added}:
             wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
-            parts.backend.kernel.prepare(dtype, wire)
+            parts.backend.kernel.prepare(dtype, wire, num_nodes)
         return planned
 
     def _prepare(
@@ -165,7 +168,7 @@ class Regrouping:
         """Make the change that all ranks have agreed on. Collective."""
         parts, step = self._parts, call.step
         parts.overlap.settle(step)
-        emptied = self._emptied(planned)
+        emptied, rows = self._emptied(planned)
         for departure in planned.departures:
             departure.binding.leave(departure)
         lost, bindings = self._states.find_lost(planned), self._switch(planned, regions)
@@ -174,8 +177,13 @@ class Regrouping:
         first_region = _new_regions(planned).start
         self._params.initialize(bindings, first_region, step, none_is_zero=not is_edit)
         for array in emptied:  # once new parameters, which may be views of it, are elsewhere
-            array[...] = 0
-            parts.memory.arena.trim(array)
+            if is_on_device(array):
+                parts.residence.holder.zero(array)
+            else:
+                array[...] = 0
+                parts.memory.arena.trim(array)
+        if is_edit:
+            parts.residence.send_grads([*rows, *([] for _ in regions)])
         for departure in planned.departures:
             departure.binding.forget()
         if is_edit:
@@ -184,20 +192,37 @@ class Regrouping:
         parts.start_step(step + 1)
         return lost
 
-    def _emptied(self, planned: PlannedGroups) -> list[FloatArray]:
-        """Return what this rank must zero: gradients and state of what leaves regions that stay.
+    def _emptied(self, planned: PlannedGroups) -> tuple[list[FloatArray], list[list[Span]]]:
+        """Find what this rank must zero of what leaves regions that stay: all but parameters.
 
         See [Note: padding stays zero].
+
+        Returns:
+            The arrays, at home and on devices; and for each region that stays, with its new number,
+            the spans whose gradients are zeros then.
         """
         partition, bindings = self._parts.registry.partition, self._parts.registry.bindings
         kept = set(planned.kept_regions or ())
         leaving = {index for index in planned.leaving if partition.params[index].region in kept}
+        live = [index for index in sorted(leaving) if bindings[index].is_live]
+        runs = self._parts.memory.local_runs(partition, sum(1 << index for index in live))
+        rows = [runs[number] for number in planned.kept_regions or ()]
         if not leaving:
-            return []
-        arrays = [bindings[index].grad for index in sorted(leaving) if bindings[index].is_live]
-        for _, state in self._view.owned(leaving):
+            return [], rows
+        memory, residence = self._parts.memory, self._parts.residence
+        arrays = [bindings[index].grad for index in live]
+        for _, state in self._view.home.owned(leaving):
             arrays += state.values()
-        return arrays
+        for buffers in memory.buffers:
+            for shard in buffers.shards:
+                for index, _, local in partition.owned_params([shard]):
+                    if index not in leaving:
+                        continue
+                    if not residence.updates_home:
+                        arrays += memory.state.part(shard, local).values()
+                    if buffers.sums is not None and buffers.sums.is_allocated:
+                        arrays += buffers.sums.part(shard, local).values()
+        return arrays, rows
 
     def _switch(self, planned: PlannedGroups, regions: Sequence[RegionMemory]) -> list[Binding]:
         """Hand the new partition to all parts, and return the bindings of new parameters."""

@@ -121,7 +121,11 @@ class Sharded(Protocol):
         ...
 
     def arrays(self, tensors: Sequence[TensorShard]) -> list[FloatArray]:
-        """Return the elements of each of ``tensors``, flat, where they live."""
+        """Return the elements of each of ``tensors``, flat, in node memory; see ``open``."""
+        ...
+
+    def open(self) -> None:
+        """Have what this rank owns in node memory, to read it there, or to write parts of it."""
         ...
 
     def trim(self) -> None:
@@ -268,6 +272,10 @@ class ShardedOptimizer:
             for index, buffers in enumerate(memory.buffers)
         ]
         return [wholes[shard.region][shard.key][shard.local.slice] for shard in tensors]
+
+    def open(self) -> None:
+        """See ``Sharded``."""
+        self._core.parts.residence.bring_home(params=True, state=True)
 
     def trim(self) -> None:
         """See ``Sharded``."""

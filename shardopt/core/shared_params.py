@@ -1,6 +1,6 @@
 """The parameters in every node's memory, and how new values get there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardopt._typing import FloatArray
@@ -8,6 +8,7 @@ from shardopt.core.parts import Parts
 from shardopt.core.state_edits import EDIT_KEYS, RESET_KEY, agree_on_edits
 from shardopt.core.state_view import StateView
 from shardopt.layout.partition import CHUNK_NUMEL
+from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY
 from shardopt.params.binding import Binding
 from shardopt.params.inputs import mask_of
@@ -52,11 +53,19 @@ class AgreedChanges:
         return bool(self.winners or self.written or self.edits)
 
     @property
+    def of_params(self) -> set[int]:
+        """The parameters that users have written to in place; a master writes its parameter."""
+        return {each.param for each in self.written if each.key in (PARAM_KEY, MASTER_KEY)}
+
+    @property
+    def mask(self) -> int:
+        """The bit mask of all parameters whose value or state has changed."""
+        return mask_of({*self.params, *(each.param for each in self.edits)}) if self else 0
+
+    @property
     def params(self) -> set[int]:
         """The parameters that have new values."""
-        # A written master writes its parameter as well.
-        of_written = {each.param for each in self.written if each.key in (PARAM_KEY, MASTER_KEY)}
-        return {*self.winners, *of_written}
+        return {*self.winners, *self.of_params}
 
 
 class SharedParams:
@@ -65,13 +74,13 @@ class SharedParams:
     Args:
         parts: The optimizer's.
         state: What users see of the optimizer state.
+        writes: Finds what this rank's user writes into arrays.
     """
 
-    def __init__(self, parts: Parts, state: StateView) -> None:
+    def __init__(self, parts: Parts, state: StateView, writes: UserWrites) -> None:
         self._parts = parts
         self._state = state
-        topology = parts.topology
-        self._writes = UserWrites(parts.memory, topology.places[topology.rank])
+        self._writes = writes
 
     def initialize(
         self, bindings: Sequence[Binding], first_region: int, step: int, *, none_is_zero: bool
@@ -91,9 +100,18 @@ class SharedParams:
         if parts.topology.rank == 0:
             for binding in bindings:
                 binding.fill()
+            parts.residence.holder.wait()
         self._broadcast(0, step, first_region)
+        buffers = parts.memory.buffers
+        parts.residence.send_params_out(
+            [
+                [Span(0, each.region.numel)] if number >= first_region else []
+                for number, each in enumerate(buffers)
+            ]
+        )
         for binding in bindings:
             binding.bind(none_is_zero=none_is_zero)
+        parts.registry.note_values(bindings)  # others may have been written to
 
     # -- what users have done ----------------------------------------------------------------------
 
@@ -102,11 +120,16 @@ class SharedParams:
 
         Raises:
             PartitionError: A parameter was replaced by one of another shape or dtype.
-            CheckpointError: State was replaced by something that does not fit.
+            CheckpointError: State was replaced by something that does not fit, or written to in
+                arrays that show it before the last step.
         """
         registry = self._parts.registry
         replaced, edits = registry.find_replaced(), self._state.find_edits()
-        return UserChanges(replaced, {**self._writes.find(registry.partition), **edits})
+        written = self._writes.find(registry.partition)
+        self._state.home.refuse_stale(written)
+        if not self._parts.residence.is_home:
+            written |= {Written(index, PARAM_KEY): 0 for index in registry.find_written()}
+        return UserChanges(replaced, {**written, **edits})
 
     def agree(
         self, replaced: Sequence[int], written: Sequence[Mapping[Written, int]]
@@ -153,6 +176,7 @@ class SharedParams:
         """
         parts, winners = self._parts, agreed.winners
         self._state.adopt(agreed.edits)
+        parts.residence.bring_params_home(self._spans(agreed.of_params), is_updated=False)
         copied_nbytes = self._writes.adopt(agreed.written, parts.registry.partition)
         own = {index for index, rank in winners.items() if rank == parts.topology.rank}
         copied_nbytes += parts.registry.adopt(mine.replaced, own)
@@ -162,9 +186,27 @@ class SharedParams:
                 parts.sync.broadcast(parts.registry.bindings[index].data, node)
         return copied_nbytes
 
+    def show(self, params: Collection[int]) -> None:
+        """Copy parameters from node memory to where this rank's framework has them.
+
+        They may be read there once all ranks have met.
+        """
+        if params:
+            self._parts.residence.send_params_out(self._spans(params))
+
+    def show_kernel(self, params: Collection[int]) -> None:
+        """Have the kernel read parameters that are in node memory; see ``Residence.adopt_params``.
+
+        All ranks must have met since.
+        """
+        if params:
+            self._parts.residence.adopt_params(self._spans(params))
+
     def refresh(self) -> None:
         """See the node's values in all parameters and state; to be called once all are there."""
         self._writes.refresh()
+        if not self._parts.residence.is_home:
+            self._parts.registry.note_values()
 
     def settle(self, step: int, changes: UserChanges) -> AgreedChanges:
         """Adopt what users have done on all nodes now, rather than in the next step.
@@ -183,12 +225,14 @@ class SharedParams:
         if agreed:
             self.adopt(changes, agreed)
             self.publish_written(agreed, step)
+            self.show(agreed.params)
+            parts.meet(step, "adopt")  # owners may write there from now on
             parts.start_step(step + 1)  # what backward has sent so far is sent again
         self.refresh()
         return agreed
 
     def publish_written(
-        self, agreed: AgreedChanges, step: int, *, is_updated: bool = False
+        self, agreed: AgreedChanges, step: int, *, updated: int | None = None
     ) -> None:
         """Send what was written in place from its owners to all nodes.
 
@@ -197,18 +241,21 @@ class SharedParams:
         Args:
             agreed: What was written.
             step: The last one.
-            is_updated: Whether an update has just sent all buckets that have gradients.
+            updated: Bit mask of the parameters that an update has just written everywhere, and all
+                buckets that have gradients with them; None if there was none.
         """
         sync, partition = self._parts.sync, self._parts.registry.partition
+        left = [index for index in agreed.of_params if not (updated or 0) >> index & 1]
         mask = sum(1 << index for index in agreed.params)
         buckets = set(partition.buckets_of(mask)) if agreed.written else set()
+        self._parts.residence.bring_params_home(self._spans(left), is_updated=True)
         plans = [plan for plan in sync.reduction.plans if plan.bucket in buckets]
-        if is_updated:
+        if updated is not None:
             plans = [plan for plan in plans if not sync.reduction.is_active(plan)]
         elif plans:
             self._parts.overlap.settle(step)
         sync.publish_plans(plans)
-        if not is_updated:
+        if updated is None:
             self._parts.meet(step, "adopt")
 
     def adopt_from(self, root: int, changes: UserChanges, step: int) -> None:
@@ -223,21 +270,29 @@ class SharedParams:
         """
         parts = self._parts
         edits = {key: value for key, value in changes.written.items() if key.key in EDIT_KEYS}
-        edits = parts.collectives.allgather(edits, step, "adopt")[root]
+        writes_state = any(key.key not in (PARAM_KEY, *EDIT_KEYS) for key in changes.written)
+        everyone = parts.collectives.allgather((edits, writes_state), step, "adopt")
+        edits, writes_state = everyone[root][0], any(writes for _, writes in everyone)
+        parts.residence.bring_home(params=False, state=writes_state)
         self._writes.find(parts.registry.partition)  # changes may be empty for a reason
         parts.meet(step, "adopt")  # all have compared their views with what is about to change
         topology, is_root = parts.topology, parts.topology.rank == root
-        if is_root:
+        is_like_root = topology.node_rank == topology.places[root][1]  # each node has own state
+        self._writes.adopt_all(params=is_root, state=is_like_root)
+        if is_root:  # an array in the place of a view wins over what was written to the view
+            parts.residence.bring_home(params=True, state=False, of_node=True)
             parts.registry.adopt(changes.replaced, changes.replaced)
         else:
             self._state.forget()
-        is_like_root = topology.node_rank == topology.places[root][1]  # each node has own state
-        self._writes.adopt_all(params=is_root, state=is_like_root)
         parts.meet(step, "adopt")  # a reset of the state wins over what was written to it before
+        parts.residence.send_out(params=False, state=writes_state)
         self._state.adopt(edits)
         self._broadcast(root, step)
+        parts.residence.send_out(params=True, state=False)
         parts.registry.rebind()
         self._writes.discard(params=True, state=True)
+        if not parts.residence.is_home:
+            parts.registry.note_values()
 
     def load(self, arrays: Mapping[int, FloatArray], step: int) -> None:
         """Write values into all parameters, each owner its shards. Collective: every rank."""
@@ -253,8 +308,16 @@ class SharedParams:
         """See what owners have loaded, whatever users had written there. Collective."""
         self._parts.meet(step, "load")
         self._writes.discard(params=params, state=state)
+        self._parts.residence.send_out(params=params, state=state)
+        if params:
+            self._parts.registry.note_values()
         if state:
             self._state.forget()
+
+    def _spans(self, params: Collection[int]) -> list[list[Span]]:
+        """Return the spans of some parameters for each region."""
+        mask = sum(1 << index for index in params)
+        return self._parts.memory.local_runs(self._parts.registry.partition, mask)
 
     def _broadcast(self, root: int, step: int, first_region: int = 0) -> None:
         """Copy the parameters of regions from the node of a rank to the others. Collective."""

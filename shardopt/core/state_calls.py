@@ -33,6 +33,11 @@ class StateCalls:
         self._view = view
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this rank shows the whole state."""
+        return self._view.home.is_whole
+
+    @property
     def state(self) -> State:
         """The state of each parameter: ``step``, ``mu_product``, ``exp_avg`` and ``exp_avg_sq``.
 
@@ -40,7 +45,13 @@ class StateCalls:
         stepped have no entry. The arrays are views; step counts are brought up to date whenever an
         entry is looked at. Whatever all ranks write there, in place or by assigning something else,
         holds from the next step on; parameters whose entries are gone start anew. On several nodes
-        entries have no arrays, as each node has a part of them.
+        entries have no arrays, as each node has a part of them; nor have they where ranks cannot
+        address each other's devices.
+
+        Where the state is on devices the arrays are on the host. They show the state as it was when
+        a rank of the node last looked one up after a step, here or in ``state_dict``. A write to
+        one that shows the state before the last step raises a ``CheckpointError`` as soon as it is
+        met, on all ranks if it is in a collective call, and is dropped.
         """
         self._core.require_open()
         return self._view.mapping
@@ -66,10 +77,11 @@ class StateCalls:
         """Return the state, in the format of torch.optim.NAdam; no communication, and no copies.
 
         On one node, any rank's is the whole state. On several it is the part of this rank's node,
-        and a warning says so after the first step.
+        and a warning says so after the first step. Where ranks cannot address each other's devices
+        it is a copy of this rank's part, which counts as that of a node.
 
-        Its arrays are views, which show later steps as well; for a copy of this one, take
-        ``copy.deepcopy(opt.state_dict())``, or save it to a file.
+        Its arrays are views, which show later steps as well (on devices once somebody looks there);
+        for a copy of this one, take ``copy.deepcopy(opt.state_dict())``, or save it to a file.
 
         Returns:
             ``state``: for each parameter's index ``step``, ``mu_product``, ``exp_avg`` and
@@ -83,10 +95,8 @@ class StateCalls:
         """
         self._core.require_open()
         self._core.complete_groups()
-        topology = self._core.topology
-        if topology.num_nodes > 1 and any(count.step for count in self._core.step_counts):
-            node, _ = topology.places[topology.rank]
-            tell(part_warning(node, topology.num_nodes), aloud=True)
+        if not self.is_whole and any(count.step for count in self._core.step_counts):
+            tell(part_warning(*self._view.home.part), aloud=True)
         return self._view.state_dict(self._state)
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
@@ -110,6 +120,8 @@ class StateCalls:
         self._core.enter_call("gather_state_dict()", {"root": root}, error or found_error)
         assert changes is not None
         self._core.settle(changes)
+        self._core.parts.residence.bring_home(params=False, state=True)
+        self._core.parts.memory.publish()  # all ranks meet before it is read
         return gather_state(
             self._state, self._core.parts.collectives, root, self._core.last_step.step
         )
@@ -145,6 +157,7 @@ class StateCalls:
         same = {"the state's steps": steps, "the state's param_groups": groups}
         self._core.enter_call(call, same)
         self._core.settle(changes.without_edits())
+        self._core.parts.residence.bring_home(params=False, state=True)  # some may be in place
         load_state(loaded, plan, self._state, collectives, step)
         self._core.params.show_loaded(step, params=False, state=True)
         if loaded is None or not loaded.is_in_place or plan.step_counts != self._core.step_counts:
@@ -164,4 +177,5 @@ class StateCalls:
             core.step_counts,
             core.param_groups,
             core.parts.registry.adapter,
+            core.parts.residence.holder,
         )

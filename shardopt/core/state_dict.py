@@ -4,11 +4,12 @@
 An entry of ``state`` is whole when its arrays have the parameter's shape. It is a *part* when it
 has ``slices``: then its arrays are flat and hold those runs of the flattened parameter, end to end.
 On a single node every rank addresses the whole state, so that its state dict is whole. On several
-nodes it is the node's part, and ``PART_KEY`` tells which node's. Arrays in a state dict are views,
-as torch's are: a copy must be taken of what is to stay as it is.
+nodes it is the node's part, and ``PART_KEY`` tells which node's. Where the state is on devices that
+other ranks cannot address, each rank counts as a node here. Arrays in a state dict are views, as
+torch's are: a copy must be taken of what is to stay as it is. A rank's own part is a copy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,15 @@ import numpy as np
 from mpi4py import MPI
 
 from shardopt._typing import FloatArray
+from shardopt.backends.base import Backend, is_on_device
 from shardopt.comm.collectives import Collectives
 from shardopt.errors import PartialStateWarning
-from shardopt.layout.partition import Partition
+from shardopt.layout.partition import Partition, Shard
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
 from shardopt.params.adapter import Adapter
 from shardopt.params.groups import Group
-from shardopt.rule.nadam import StepCount
+from shardopt.rule.nadam import Hyperparams, StepCount
 from shardopt.store.memory import Memory
 
 StateDict = dict[str, Any]
@@ -33,18 +35,18 @@ PART_KEY = "shardopt"
 
 
 @dataclass(frozen=True)
-class NodePart:
-    """The part of a parameter's state that a node has; see [Note: the state of a node].
+class StatePart:
+    """The part of a parameter's state that a node or a rank has.
 
     Attributes:
-        runs: Its runs of the flattened parameter, end to end in the arrays; whole parameters on a
-            single node.
-        local: Its place in the arrays of its region.
+        runs: Its runs of the flattened parameter; whole parameters on a single node.
+        places: Where they are in the arrays of its region, end to end; a single place for the part
+            of a node, see [Note: the state of a node].
         region: Index of that.
     """
 
     runs: tuple[Span, ...]
-    local: Span
+    places: tuple[Span, ...]
     region: int
 
 
@@ -58,6 +60,7 @@ class OptimizerState:
         step_counts: One for each parameter.
         groups: The param groups.
         adapter: Knows the framework's arrays.
+        holder: Holds what the framework holds.
     """
 
     partition: Partition
@@ -65,6 +68,7 @@ class OptimizerState:
     step_counts: Sequence[StepCount]
     groups: list[Group]
     adapter: Adapter[Any]
+    holder: Backend
 
     @property
     def params(self) -> list[Any]:
@@ -83,6 +87,13 @@ class OptimizerState:
             for index, span, local in self.partition.owned_params(buffers.shards):
                 yield index, span, {key: array[local.slice] for key, array in arrays.items()}
 
+    def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
+        """Return an entry that a user has, as arrays on the host; see ``Adapter.read_entry``."""
+        return {
+            key: self.holder.host(value) if is_on_device(value) else value
+            for key, value in self.adapter.read_entry(entry, hyper).items()
+        }
+
     def new_entry(self, count: StepCount) -> StateDict:
         """Return an entry of a state dict, without arrays."""
         step = np.array(count.step, self.adapter.step_dtype)
@@ -91,18 +102,29 @@ class OptimizerState:
         return {key: self.adapter.from_number(number) for key, number in numbers.items()}
 
 
-def node_parts(partition: Partition, node: int) -> list[NodePart]:
-    """Return the part of each parameter's state that a node has."""
-    parts = [NodePart((), Span(0, 0), param.region) for param in partition.params]
+def state_parts(
+    partition: Partition, shards_in: Callable[[int], Sequence[Shard]]
+) -> list[StatePart]:
+    """Return the part of each parameter's state that lies in some shards.
+
+    Args:
+        partition: Where every element lives.
+        shards_in: Returns the shards in a region, in flat order.
+    """
+    parts = [StatePart((), (), param.region) for param in partition.params]
     for region in range(len(partition.regions)):
-        for index, span, local in partition.owned_params(partition.node_shards(node, region)):
-            runs, first = parts[index].runs, parts[index].local.start
-            if not runs:
-                first = local.start
-            elif runs[-1].stop == span.start:
-                span, runs = Span(runs[-1].start, span.stop), runs[:-1]
-            parts[index] = NodePart((*runs, span), Span(first, local.stop), region)
+        for index, span, local in partition.owned_params(shards_in(region)):
+            so_far = parts[index]
+            runs, places = _joined(so_far.runs, span), _joined(so_far.places, local)
+            parts[index] = StatePart(runs, places, region)
     return parts
+
+
+def _joined(runs: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
+    """Add a span behind the last of several."""
+    if runs and runs[-1].stop == span.start:
+        return (*runs[:-1], Span(runs[-1].start, span.stop))
+    return (*runs, span)
 
 
 def has_entry(param: Any, count: StepCount) -> bool:
@@ -110,12 +132,12 @@ def has_entry(param: Any, count: StepCount) -> bool:
     return count.step > 0 or getattr(param, "requires_grad", True)
 
 
-def part_warning(node: int, num_nodes: int) -> PartialStateWarning:
-    """Return the warning that a state dict is that of one node of several."""
+def part_warning(what: str, number: int, count: int) -> PartialStateWarning:
+    """Return the warning that a state dict is that of one node, or one rank, of several."""
     return PartialStateWarning(
-        f"state_dict() is only the part of node {node} of {num_nodes}: a file that one rank saves "
+        f"state_dict() is only the part of {what} {number} of {count}: a file that one rank saves "
         "of it cannot be resumed from. Save with shardopt.checkpoint, or what "
-        "gather_state_dict() returns on rank 0, or a file on every node."
+        f"gather_state_dict() returns on rank 0, or a file on every {what}."
     )
 
 

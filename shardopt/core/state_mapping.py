@@ -11,7 +11,11 @@ class Owner(Protocol):
     """The object behind the dicts."""
 
     def refresh(self) -> None:
-        """Update the step counts in entries."""
+        """Update the step counts in entries, and which entries there are."""
+        ...
+
+    def show(self, key: Any) -> None:
+        """Update a value in all entries that is about to be read."""
         ...
 
     def entry_of(self, param: Any) -> "Entry":
@@ -92,7 +96,7 @@ class Entry(_Watched):
 
     def __getitem__(self, key: str) -> Any:
         if self._owner is not None:
-            self._owner.refresh()
+            self._owner.show(key)
         try:
             return dict.__getitem__(self, key)
         except KeyError:

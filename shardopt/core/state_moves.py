@@ -38,7 +38,7 @@ class StateMoves:
         What they have put there may be views of state that is about to be let go.
 
         Raises:
-            CheckpointError: One does not fit, or there are several nodes.
+            CheckpointError: One does not fit, or ranks do not have the whole state.
         """
         assigned = {i: self._assigned(param) for i, param in planned.added.items()}
         views = []
@@ -49,9 +49,12 @@ class StateMoves:
             if entry is None or self._view.stored is None:
                 continue
             spec = planned.partition.params[index].spec
-            is_one_node = self._parts.topology.num_nodes == 1
             rule = "be left out for a new parameter on several nodes, which have a part of it each"
-            require(is_one_node, f"opt.state of {spec.name!r}", rule, "an entry", _ANEW)
+            if self._parts.topology.num_nodes == 1:
+                rule = "be left out for a new parameter where each rank has a part of it"
+            require(
+                self._view.home.is_whole, f"opt.state of {spec.name!r}", rule, "an entry", _ANEW
+            )
             group = planned.groups[spec.group - planned.first_group]
             numbers, arrays = self._view.parse(spec, group, entry)
             own = {k: a.copy() if overlaps_any(a, views) else a for k, a in arrays.items()}

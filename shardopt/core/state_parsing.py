@@ -137,7 +137,7 @@ def _parse_state(state_dict: Mapping[str, Any], state: OptimizerState, views: Vi
             loaded.pieces.append(None)
             continue
         given = entries[own_id]
-        entry = state.adapter.read_entry(given, hypers[param.spec.group])
+        entry = state.read_entry(given, hypers[param.spec.group])
         piece = _parse_piece(entry, param.spec, is_whole=is_whole)
         count = parse_step_count(entry, param.spec.name)
         admitted = {

@@ -1,6 +1,6 @@
 """The optimizer state as users see it: views to read, and writes that the next step takes over."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,9 @@ from shardopt.core.parts import Parts
 from shardopt.core.shown_counts import ShownCounts
 from shardopt.core.state_dict import (
     PART_KEY,
-    NodePart,
     OptimizerState,
     StateDict,
     has_entry,
-    node_parts,
     packed_groups,
 )
 from shardopt.core.state_edits import (
@@ -25,13 +23,14 @@ from shardopt.core.state_edits import (
     bits_of,
     number_of,
 )
+from shardopt.core.state_home import StateAtHome
 from shardopt.core.state_mapping import ABSENT, Entry, State
 from shardopt.core.state_parsing import parse_array, parse_step_count, require
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.state_spec import state_specs
 from shardopt.params.groups import Group
-from shardopt.params.writes import Written
+from shardopt.params.writes import UserWrites, Written
 from shardopt.rule.nadam import Hyperparams, StepCount
 
 _AS_STATE = "Put in what opt.state has there, or call opt.reset_state()"
@@ -42,20 +41,22 @@ class StateView:
 
     Args:
         parts: The optimizer's.
+        writes: Finds what this rank's user writes into arrays.
 
     Attributes:
+        home: The arrays.
         stored: What users have seen of it, once they have.
         counts: The step counts as they see them.
         notes: What they have done to entries since the last step.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, writes: UserWrites) -> None:
         self._parts = parts
+        self.home = StateAtHome(parts, writes)
         self.stored: State | None = None
         self.counts = ShownCounts(parts.registry.adapter.step_dtype)
         self._shown: tuple[int, int] | None = None  # the version and number of shown step counts
         self.notes = StateNotes()
-        self._places: tuple[object, list[NodePart]] = None, []  # of a partition
         self._step_counts: tuple[int, list[StepCount]] = -1, []
         self._handed_out = HandedOut()
 
@@ -83,6 +84,12 @@ class StateView:
                 if self.stored.peek(binding.param) is ABSENT:
                     self.stored.put(binding.param, None)
 
+    def show(self, key: Any) -> None:
+        """See ``state_mapping.Owner``."""
+        self.refresh()
+        if key not in COUNT_KEYS:
+            self.home.bring()
+
     def rearrange(self, moves: Mapping[int, int]) -> None:
         """Follow parameters to their new numbers.
 
@@ -107,9 +114,11 @@ class StateView:
         is_gone = index is None or self.stored.peek(param) is ABSENT
         values = {} if index is None or is_gone else self._values(index)
         missing = None
-        if self._parts.topology.num_nodes > 1:
-            missing = "each node has a part of it. Call gather_state_dict() for the whole, or "
-            missing += "shardopt.checkpoint.save"
+        if not self.home.is_whole:
+            missing = (
+                f"each {self.home.part[0]} has a part of it. Call gather_state_dict() for the "
+            )
+            missing += "whole, or shardopt.checkpoint.save"
         return Entry(values, self, param, missing)
 
     def note_write(self, param: Any) -> None:
@@ -154,8 +163,9 @@ class StateView:
         Raises:
             CheckpointError: An entry of ``opt.state`` has been changed into something else.
         """
-        registry, is_whole = self._parts.registry, self._parts.topology.num_nodes == 1
+        registry = self._parts.registry
         counts, entries = self._changed_counts(self.find_edits()), {}
+        self.home.bring()
         for number, param in enumerate(state.params):  # edits of groups may be pending
             index = registry.index_of(param)
             if index is None:
@@ -165,40 +175,24 @@ class StateView:
             elif index not in self.notes.resets and has_entry(param, counts[index]):
                 entries[number] = self._shown_entry(index, counts[index], state)
         part: StateDict = {}
-        if not is_whole:
-            topology = self._parts.topology
-            node, _ = topology.places[topology.rank]
-            part = {PART_KEY: {"node": node, "num_nodes": topology.num_nodes}}
+        if not self.home.is_whole:
+            _, number, count = self.home.part
+            part = {PART_KEY: {"node": number, "num_nodes": count}}
         return {"state": entries, "param_groups": packed_groups(state.groups), **part}
 
     def _shown_entry(self, index: int, count: StepCount, state: OptimizerState) -> StateDict:
         """Return the entry of a parameter in a state dict."""
         param, entry = self._parts.registry.bindings[index].param, state.new_entry(count)
         shape = None
-        if self._parts.topology.num_nodes == 1:
+        if self.home.is_whole:
             shape = state.partition.params[index].spec.shape
         else:
-            entry["slices"] = [(run.start, run.stop) for run in self.places()[index].runs]
-        for key, array in self.arrays(index).items():
+            entry["slices"] = [(run.start, run.stop) for run in self.home.places()[index].runs]
+        for key, array in self.home.arrays(index).items():
             shaped = array if shape is None else array.reshape(shape)
             entry[key] = state.adapter.from_array(shaped, None if shape is None else param)
             self._handed_out.add(entry[key], self._parts.rule.version)
         return entry
-
-    def arrays(self, index: int) -> dict[str, FloatArray]:
-        """Return new views of the node's part of the state of a parameter, flat."""
-        place = self.places()[index]
-        own = self._parts.memory.state.own_arrays(place.region)
-        return {key: array[place.local.slice] for key, array in own.items()}
-
-    def places(self) -> list[NodePart]:
-        """Return the node's part of the state of each parameter."""
-        partition = self._parts.registry.partition
-        if self._places[0] is not partition:
-            topology = self._parts.topology
-            node, _ = topology.places[topology.rank]
-            self._places = partition, node_parts(partition, node)
-        return self._places[1]
 
     def release(self) -> None:
         """Leave users with what they hold: dicts like any other, with the values that they have."""
@@ -226,7 +220,7 @@ class StateView:
                 f"of step {step}, whose arrays show step {present} by now. Take a deepcopy when "
                 "you save it: copy.deepcopy(opt.state_dict())."
             )
-        is_in_place = _is_same(array, self.arrays(part.param)[part.key])
+        is_in_place = _is_same(array, self.home.arrays(part.param)[part.key])
         return array if is_in_place else array.copy(), is_in_place
 
     # -- what users have done ----------------------------------------------------------------------
@@ -260,9 +254,10 @@ class StateView:
         parts = self._parts
         resets = {index for index, key in edits if key == RESET_KEY}
         counts = self._changed_counts(edits)
-        for _, arrays in self.owned(resets):
+        for _, arrays in self.home.owned(resets):
             for array in arrays.values():
                 array[:] = 0
+        self.home.send_out(resets)
         parts.rule.set_step_counts(counts)
         self.notes.expected -= resets
         self.notes.resets -= resets
@@ -297,9 +292,9 @@ class StateView:
         adapter, param = registry.adapter, registry.bindings[index].param
         counts = self.counts.values(index)
         values = {key: adapter.from_array(count, None) for key, count in counts.items()}
-        if self._parts.topology.num_nodes == 1:
+        if self.home.is_whole:
             shape = registry.partition.params[index].spec.shape
-            for key, array in self.arrays(index).items():
+            for key, array in self.home.arrays(index).items():
                 values[key] = adapter.from_array(array.reshape(shape), param)
         return values
 
@@ -319,12 +314,14 @@ class StateView:
             elif entry is not None:
                 spec = registry.partition.params[index].spec
                 changed[index] = self.parse(spec, registry.param_groups[spec.group], entry)
+        if changed:
+            self.home.bring()  # what is left alone is to be as it is there
         views = [piece.view for _, piece in self._parts.memory.pieces]
         copies = [  # before anything is written, as they may be views of one another
-            (self.arrays(index)[key], new.copy() if overlaps_any(new, views) else new)
+            (self.home.arrays(index)[key], new.copy() if overlaps_any(new, views) else new)
             for index, (_, arrays) in changed.items()
             for key, new in arrays.items()
-            if not _is_same(new, self.arrays(index)[key])
+            if not _is_same(new, self.home.arrays(index)[key])
         ]
         for array, new in copies:
             array[:] = new
@@ -345,15 +342,15 @@ class StateView:
         self, spec: ParamSpec, group: Group, entry: Any
     ) -> tuple[Mapping[str, float], dict[str, FloatArray]]:
         """Return the step count of an entry that a user has put together, and its arrays, flat."""
-        adapter = self._parts.registry.adapter
-        specs = state_specs(spec.dtype) if self._parts.topology.num_nodes == 1 else ()
+        state = self.home.state
+        specs = state_specs(spec.dtype) if self.home.is_whole else ()
         name, keys = f"opt.state of {spec.name!r}", [*COUNT_KEYS, *(each.key for each in specs)]
         rule = f"be a dict with the keys {', '.join(keys)}"
         is_dict = isinstance(entry, Mapping)
         require(is_dict, name, rule, f"a {type(entry).__name__}", _AS_STATE)
         hyper = Hyperparams.from_group(group)
         try:
-            values = adapter.read_entry(entry, hyper)
+            values = state.read_entry(entry, hyper)
             require(set(values) == set(keys), name, rule, sorted(values), _AS_STATE)
             numbers = {key: float(values[key]) for key in COUNT_KEYS}
             arrays = {
@@ -381,16 +378,6 @@ class StateView:
                     int(number) if is_step else step, mu_product if is_step else number
                 )
         return counts
-
-    def owned(self, indices: set[int]) -> Iterator[tuple[int, Mapping[str, FloatArray]]]:
-        """Yield the state that this rank owns of some parameters."""
-        parts = self._parts
-        state = OptimizerState(
-            parts.registry.partition, parts.memory, (), [], parts.registry.adapter
-        )
-        for index, _, arrays in state.owned():
-            if index in indices:
-                yield index, arrays
 
 
 def _is_same(left: FloatArray, right: FloatArray) -> bool:

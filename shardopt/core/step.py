@@ -15,6 +15,7 @@ from shardopt.core.consensus import StepConsensus
 from shardopt.core.parts import Parts
 from shardopt.core.shared_params import AgreedChanges, SharedParams, UserChanges
 from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.params.inputs import AgreedInputs, LocalInputs
 from shardopt.report import StepReport, Stopwatch
@@ -92,14 +93,16 @@ class Step:
         found = attempt(self._inspect, call)
         parts.memory.publish()
         agreed = self.consensus.enter(found, number)  # every rank raises, or none does
+        parts.memory.acquire()
         changes = self._params.agree(agreed.replaced, agreed.written)
         copied_nbytes = self._adopt(found.value or LocalInputs(), agreed, changes, number)
-        parts.memory.acquire()
+        parts.sync.copies.begin(agreed.present)
         watch.lap("agree")
         norm = self._global_norm(agreed, number)
         factor = None if agreed.overflowed else parts.clipping.factor(norm)  # None: skip the step
         watch.lap("reduce")
-        poisoned = _NO_PARAM
+        updated = None if factor is None else agreed.present
+        parts.sync.copies.begin_update(updated or 0, changes.mask)
         if factor is not None:
             parts.rule.plan(agreed.present, agreed.hypers, self._grad_scale(agreed) * factor)
             averaged = self.averaging.is_done
@@ -107,20 +110,19 @@ class Step:
             for shard in shards:  # reduce-scatter; on one node: where they lie
                 plan = self._plan(shard)
                 with parts.memory.state.open(shard.shard) as state:
-                    position = kernel.update(shard.sources, shard.targets, state, plan)
-                if position != ALL_FINITE:
-                    poisoned = min(poisoned, self._first_poisoned(shard, position))
+                    kernel.update(shard.sources, shard.targets, state, plan)
                 parts.sync.publish(shard)  # all-gather, while the next shard is updated
-            parts.sync.drain()
+            parts.sync.complete()
             parts.rule.commit()  # the commit point: step counts advance here
             parts.registry.bump_version(agreed.present)
+            parts.note_update(agreed.present)
         if changes.written:
-            self._params.publish_written(changes, number, is_updated=factor is not None)
+            self._params.publish_written(changes, number, updated=updated)
         watch.lap("update")
         parts.memory.publish()
-        poisoned, votes = self.consensus.leave(poisoned, number)
+        poisoned, votes = self.consensus.leave(self._first_poisoned(), number)
         parts.memory.acquire()
-        self._params.refresh()  # every rank sees the node's values again
+        self._show(changes, updated or 0)
         watch.lap("finish")
         result = _Result(norm, factor, copied_nbytes, changes.diverged)
         report = self._report(number, agreed, result, watch.seconds)
@@ -147,6 +149,7 @@ class Step:
         changes = self._params.find_changes()
         hypers = registry.read_hypers()
         present, copied_nbytes = registry.take_grads()
+        self._parts.send_grads(present)
         return LocalInputs(
             hypers=hypers,
             replaced=changes.replaced,
@@ -172,13 +175,17 @@ class Step:
             Bytes that this rank has copied for the step so far.
         """
         parts, copied_nbytes, changed = self._parts, inputs.copied_nbytes, agreed.changed
+        parts.adopt_unseen(changes.winners)
         if changes:
             mine = UserChanges(inputs.replaced, inputs.written)
             copied_nbytes += self._params.adopt(mine, changes)
         if inputs.loss_scale != agreed.loss_scale:
+            parts.sync.copies.keep_grads()
             parts.registry.scale_grads(agreed.loss_scale / inputs.loss_scale)
+            parts.send_grads(inputs.present)
         if changes.winners or agreed.rescaled:
             parts.meet(step, "adopt")
+            self._params.show_kernel(changes.winners)
         if agreed.rescaled:  # everything sent so far had the old scale
             changed = parts.overlap.sent_by_any(step)
         changed |= parts.sync.reduction.activate(agreed.present)
@@ -207,21 +214,40 @@ class Step:
         num_sources = 1 if self.averaging.is_done else self._parts.topology.world_size
         return 1.0 / num_sources / agreed.loss_scale
 
+    def _show(self, changes: AgreedChanges, updated: int) -> None:
+        """Have all parameters show what they are now, on every rank.
+
+        Args:
+            changes: What users have done to them.
+            updated: Bit mask of the parameters that have been updated since.
+        """
+        parts = self._parts
+        parts.sync.copies.show_params()
+        if changes:
+            self._params.show({index for index in changes.params if not updated >> index & 1})
+        self._params.refresh()
+
     # -- the update and after ----------------------------------------------------------------------
 
     def _plan(self, shard: ReducedShard) -> UpdatePlan:
         """Return the segments and coefficients of a shard in this step."""
         rule, dtype = self._parts.rule, compute_dtype(shard.plan.buffers.region.dtype)
-        return UpdatePlan(shard.span, rule.segments(shard.shard), rule.coefficients(dtype))
+        segments, coefficients = rule.segments(shard.shard), rule.coefficients(dtype)
+        return UpdatePlan(shard.span, segments, coefficients, shard.shard.start)
 
-    def _first_poisoned(self, shard: ReducedShard, position: int) -> int:
-        """Return the first parameter with inf or NaN from a position of a shard on."""
-        parts, buffers = self._parts, shard.plan.buffers
-        params = parts.backend.host(buffers.params)
-        rest = Span(shard.shard.start + position, shard.shard.stop)
-        for index, span in parts.registry.partition.params_in(shard.shard.region, rest):
-            if not np.isfinite(params[buffers.local(span).slice]).all():
-                return index
+    def _first_poisoned(self) -> int:
+        """Return the first parameter that updates are known to have made inf or NaN."""
+        parts = self._parts
+        position = parts.backend.kernel.take_poisoned()
+        if position == ALL_FINITE:
+            return _NO_PARAM
+        partition, block = parts.registry.partition, Span(position, position + CHUNK_NUMEL)
+        owned = [(buffers, shard) for buffers in parts.memory.buffers for shard in buffers.shards]
+        for buffers, shard in owned:  # other ranks write to what is behind
+            for index, span in partition.params_in(shard.region, block.intersect(shard)):
+                values = parts.backend.host(buffers.updated[buffers.local(span).slice])
+                if not np.isfinite(values).all():
+                    return index
         return _NO_PARAM
 
     def _name_of(self, index: int) -> str | None:

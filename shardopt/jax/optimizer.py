@@ -47,7 +47,8 @@ class NAdam(ArrayFrontEnd):
     were. Parameters are named by their paths in the tree and form one param group, from which they
     may be moved to others.
 
-    Steps run on the host, outside of ``jax.jit``: compile what computes the gradients.
+    Steps run on the host, outside of ``jax.jit``: compile what computes the gradients. Gradients on
+    a GPU are copied to the host for that, and the new parameters back.
 
     Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
 

@@ -98,7 +98,7 @@ class Residence:
     @property
     def is_whole(self) -> bool:
         """Whether each rank can read all moments."""
-        return self.opt.core.topology.num_nodes == 1
+        return self.opt.core.states.is_whole
 
     @property
     def is_open(self) -> bool:

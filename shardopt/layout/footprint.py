@@ -2,32 +2,49 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from shardopt.layout.dtypes import compute_dtype
-from shardopt.layout.node_arrays import plan_param_arrays, plan_state_arrays
+from shardopt.layout.node_arrays import keeps_sums_apart, plan_param_arrays, plan_state_arrays
 from shardopt.layout.partition import Partition
 from shardopt.layout.state_spec import state_specs
 from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
+
+Placement = Literal["cpu", "cuda", "offload"]
+"""Where arrays are: in the memory of a node, on the GPUs of its ranks, or moments in the memory of
+the node and parameters and gradients in both."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
     """The memory that training takes, in bytes; activations are not counted.
 
+    What belongs to a node is in memory that its ranks share or, with the placement ``cuda``, on
+    their GPUs: all of it but staging buffers, of which the host has the memory. What the host holds
+    of GPUs beside that is not counted: one copy of the parameters; where GPUs are staged or there
+    are several nodes, what passes through; and what a save or a state dict brings there.
+
     Attributes:
-        params_node_nbytes: One copy of the parameters, in memory that its ranks share.
-        grads_node_nbytes: Every rank's gradients, likewise.
+        placement: Where arrays are.
+        params_node_nbytes: One copy of the parameters, or one on each GPU.
+        grads_node_nbytes: Every rank's gradients.
         moments_node_nbytes: exp_avg and exp_avg_sq of all shards of the node.
         masters_node_nbytes: The float32 copies of 16-bit parameters, likewise.
-        travel_node_nbytes: With several nodes, sums of gradients and staging buffers.
+        travel_node_nbytes: Sums of gradients, as far as they take memory of their own (see
+            [Note: where sums of gradients are kept]), and staging buffers between nodes.
         written_node_nbytes: What is added, until the next step or save, if every rank writes to all
-            parameters by itself, as loading a state dict into the model does; not in the sum.
+            parameters by itself, as loading a state dict into the model does; not in the sum. None
+            on GPUs, where each rank has a copy in any case.
         node_size: Ranks that share the node.
         replicated_rank_nbytes: The same for a rank of an optimizer that is not sharded.
+        device_rank_nbytes: On the GPU of each rank: an equal share of what the GPUs of the node
+            hold or, with the placement ``offload``, parameters and gradients beside those that are
+            in the memory of the node.
     """
 
+    placement: Placement
     params_node_nbytes: int
     grads_node_nbytes: int
     moments_node_nbytes: int
@@ -36,6 +53,7 @@ class MemoryReport:
     written_node_nbytes: int
     node_size: int
     replicated_rank_nbytes: int
+    device_rank_nbytes: int
 
     @property
     def node_nbytes(self) -> int:
@@ -60,7 +78,12 @@ class MemoryReport:
 
 
 def plan_memory(
-    partition: Partition, wire_dtype: str | None = None, trained: Sequence[bool] | None = None
+    partition: Partition,
+    wire_dtype: str | None = None,
+    trained: Sequence[bool] | None = None,
+    *,
+    needs_norm: bool = False,
+    placement: Placement = "cpu",
 ) -> MemoryReport:
     """Compute the memory that ``partition`` takes on each node, padding included.
 
@@ -69,38 +92,57 @@ def plan_memory(
         wire_dtype: As in ``ShardPolicy``.
         trained: Whether each parameter is trained; others need neither gradients nor state. None
             if all are.
+        needs_norm: Whether steps measure the norm of the gradient before the update, as they do
+            with ``max_grad_norm``.
+        placement: Where arrays are.
     """
     regions, num_nodes = partition.regions, partition.num_nodes
-    params_nbytes = grads_nbytes = 0
+    params_nbytes = grads_nbytes = sums_nbytes = 0
     state_nbytes = {"exp_avg": 0, "exp_avg_sq": 0, "master": 0}
-    for region in regions:
+    for number, region in enumerate(regions):
         itemsize = np.dtype(region.dtype).itemsize
         frozen = [i for i in region.param_indices if trained is not None and not trained[i]]
         trained_numel = region.numel - partition.removed_numel(region)
         trained_numel -= sum(partition.params[index].numel for index in frozen)
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
+        if keeps_sums_apart(partition, number) and (num_nodes > 1 or needs_norm):
+            summed_numel = region.numel if num_nodes > 1 else trained_numel
+            sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize
         for spec in state_specs(region.dtype):
             state_nbytes[spec.key] += spec.nbytes(trained_numel)
     masters_nbytes = state_nbytes.pop("master")
     moments_nbytes = sum(state_nbytes.values())
-    travel_nbytes = 0
-    if num_nodes > 1:
-        last = num_nodes - 1  # it gets the largest shards
-        lanes = range(partition.node_size)
-        staging = [plan_staging_buffer(partition, last, lane, wire_dtype) for lane in lanes]
-        sums_nbytes = sum(r.numel * np.dtype(compute_dtype(r.dtype)).itemsize for r in regions)
-        travel_nbytes = sums_nbytes // num_nodes + NUM_STAGING_BUFFERS * sum(map(sum, staging))
+    each_nbytes = params_nbytes + grads_nbytes
+    sharded_nbytes = moments_nbytes + masters_nbytes + sums_nbytes
+    on_devices = {"cuda": each_nbytes + sharded_nbytes // partition.world_size}
+    on_devices |= {"cpu": 0, "offload": each_nbytes}
+    num_copies = partition.node_size if placement == "cuda" else 1
     return MemoryReport(
-        params_node_nbytes=params_nbytes,
+        placement=placement,
+        params_node_nbytes=params_nbytes * num_copies,
         grads_node_nbytes=grads_nbytes * partition.node_size,
         moments_node_nbytes=moments_nbytes // num_nodes,
         masters_node_nbytes=masters_nbytes // num_nodes,
-        travel_node_nbytes=travel_nbytes,
-        written_node_nbytes=params_nbytes * partition.node_size,
+        travel_node_nbytes=sums_nbytes // num_nodes
+        + _staging_node_nbytes(partition, wire_dtype, from_device=placement == "cuda"),
+        written_node_nbytes=params_nbytes * partition.node_size if placement == "cpu" else 0,
         node_size=partition.node_size,
-        replicated_rank_nbytes=params_nbytes + grads_nbytes + moments_nbytes + masters_nbytes,
+        replicated_rank_nbytes=each_nbytes + moments_nbytes + masters_nbytes,
+        device_rank_nbytes=on_devices[placement],
     )
+
+
+def _staging_node_nbytes(partition: Partition, wire_dtype: str | None, *, from_device: bool) -> int:
+    if partition.num_nodes == 1:
+        return 0
+    last = partition.num_nodes - 1  # it gets the largest shards
+    lanes = range(partition.node_size)
+    staging = [
+        plan_staging_buffer(partition, last, lane, wire_dtype, from_device=from_device)
+        for lane in lanes
+    ]
+    return NUM_STAGING_BUFFERS * sum(map(sum, staging))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.padding import place_arrays
 from shardopt.layout.partition import Partition
 from shardopt.layout.state_spec import PARAM_KEY, state_specs
@@ -83,9 +83,9 @@ def plan_state_arrays(partition: Partition, node: int, regions: Iterable[int]) -
 
 
 def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) -> NodeArrays:
-    """Lay out the gradients of all ranks and, with several nodes, the node's sums over all nodes.
+    """Lay out the gradients of all ranks, and the sums of those of the node's shards.
 
-    On a single node the kernel sums gradients where they are.
+    See [Note: where sums of gradients are kept].
     """
     arrays = []
     for index in regions:
@@ -94,11 +94,28 @@ def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) ->
             NodeArray(index, f"grad{rank}", 1 + rank, region.dtype, region.numel)
             for rank in range(node_size)
         ]
-        if partition.num_nodes > 1:
+        if keeps_sums_apart(partition, index):
             behind = 1 + node_size + len(state_specs(region.dtype))
             dtype, numel = compute_dtype(region.dtype), partition.node_numel(node, index)
             arrays.append(NodeArray(index, "sum", behind, dtype, numel))
     return _placed(arrays)
+
+
+def keeps_sums_apart(partition: Partition, region: int) -> bool:
+    """Whether the sums of a region's gradients over all ranks have an array of their own.
+
+    [Note: where sums of gradients are kept]
+    With several nodes the sums of a shard arrive in an array of its owner's node, in the
+    ``compute_dtype`` of the parameters. On one node sums and update are one pass, and there are no
+    sums, unless the norm of the gradient must be known before the update. Then a pass of its own
+    computes the sums and keeps them, so that the update reads one source instead of those of all
+    ranks once more: in the row of the shard's owner, or, as 16 bits cannot hold a sum, in the same
+    array as with several nodes. It takes no memory before the first such pass. A single rank's
+    gradients are the sum, and are read where they are.
+    """
+    if partition.num_nodes > 1:
+        return True
+    return partition.node_size > 1 and has_master(partition.regions[region].dtype)
 
 
 def _placed(arrays: list[NodeArray]) -> NodeArrays:

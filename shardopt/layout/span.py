@@ -1,7 +1,7 @@
 """Runs of elements."""
 
 import builtins
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -69,3 +69,45 @@ class Span:
         """Yield the span in runs of ``numel`` elements, the last of which may be shorter."""
         for start in range(self.start, self.stop, numel):
             yield Span(start, min(start + numel, self.stop))
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """Return the fewest spans that cover some, in order."""
+    runs: list[Span] = []
+    for span in sorted(spans, key=lambda each: each.start):
+        if runs and span.start <= runs[-1].stop:
+            runs[-1] = Span(runs[-1].start, max(runs[-1].stop, span.stop))
+        elif span:
+            runs.append(span)
+    return runs
+
+
+def without(whole: Span, taken: Iterable[Span]) -> list[Span]:
+    """Return what is left of a span, in order.
+
+    Args:
+        whole: The span.
+        taken: What is taken away; no two of them overlap.
+    """
+    left, start = [], whole.start
+    for span in sorted((span for span in taken if span), key=lambda each: each.start):
+        if part := Span(start, min(span.start, whole.stop)):
+            left.append(part)
+        start = max(start, span.stop)
+    if start < whole.stop:
+        left.append(Span(start, whole.stop))
+    return left
+
+
+def intersections(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
+    """Return the intersections of two lists of spans, each in order and without overlap."""
+    found, ours, theirs = [], iter(left), iter(right)
+    one, other = next(ours, None), next(theirs, None)
+    while one is not None and other is not None:
+        if both := one.intersect(other):
+            found.append(both)
+        if one.stop <= other.stop:
+            one = next(ours, None)
+        else:
+            other = next(theirs, None)
+    return found

@@ -105,7 +105,12 @@ def plan_traffic(
 
 
 def plan_staging_buffer(
-    partition: Partition, node: int, node_rank: int, wire_dtype: str | None
+    partition: Partition,
+    node: int,
+    node_rank: int,
+    wire_dtype: str | None,
+    *,
+    from_device: bool = False,
 ) -> tuple[int, int]:
     """Compute the bytes a rank needs for one bucket in transit: to send, and to receive.
 
@@ -114,11 +119,12 @@ def plan_staging_buffer(
         node: The rank's node.
         node_rank: The rank's lane.
         wire_dtype: As in ``ShardPolicy``.
+        from_device: Whether gradients are on a device, which nothing is sent from.
     """
     send = receive = 0
     for part in lane_parts(partition, node_rank, wire_dtype):
         itemsize = np.dtype(part.wire_dtype).itemsize
-        if not sends_grads(part.dtype, partition.node_size, part.wire_dtype):
+        if from_device or not sends_grads(part.dtype, partition.node_size, part.wire_dtype):
             send = max(send, part.numel * itemsize)
         row = partial_row_numel(part.shards[node].numel, itemsize)
         receive = max(receive, partition.num_nodes * row * itemsize)

@@ -98,6 +98,9 @@ class BackwardOverlap:
     framework does not see (torch: through ``.data`` or ``.numpy()``) go unnoticed. If buckets had
     to be sent again, overlap is off for the next 1, 2, 4 ... 64 steps.
 
+    On devices nothing is sent before the step: that backward has handed a gradient to one does not
+    mean that it is there, and a device's queue is the framework's, which no thread may use.
+
     Implements ``Overlap``. Collective over the node: construction.
 
     Args:
@@ -264,7 +267,8 @@ def make_overlap(
     if topology.num_nodes == 1:
         return NoOverlap()
     adapter = registry.adapter
-    is_possible = wanted and adapter.reports_grads and MPI.Query_thread() >= MPI.THREAD_MULTIPLE
+    is_possible = wanted and memory.residence.is_home and adapter.reports_grads
+    is_possible = is_possible and MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     mine = np.array([int(is_possible)])
     if not collectives.allreduce(mine, MPI.MIN, 0, "NAdam()")[0]:
         return NoOverlap()

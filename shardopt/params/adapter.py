@@ -6,6 +6,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.backends.base import address_of, is_on_device
+from shardopt.backends.devices import HOST, current_queue
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.params.model import ModelContent
 from shardopt.rule.nadam import Hyperparams
@@ -23,6 +25,7 @@ class Adapter(Protocol[P]):
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
+        counts_writes: The framework counts writes to parameters; see ``was_written``.
         step_dtype: Of step counts in the state.
         copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
             it to 0.
@@ -30,6 +33,7 @@ class Adapter(Protocol[P]):
 
     grads_from_start: bool
     reports_grads: bool
+    counts_writes: bool
     step_dtype: str
     copied_nbytes: int
 
@@ -66,6 +70,22 @@ class Adapter(Protocol[P]):
 
         Moments must be arrays, of real numbers in the form that ``data`` returns.
         """
+        ...
+
+    def device(self, param: P) -> str:
+        """Return where the parameter is: ``cpu``, or a device such as ``cuda:0``."""
+        ...
+
+    def current_queue(self) -> int:
+        """Return the queue that the framework's work on the device goes to now; 0 on the host."""
+        ...
+
+    def note_value(self, param: P) -> None:
+        """Look for writes to the parameter's value from now on, where pages do not show them."""
+        ...
+
+    def was_written(self, param: P) -> bool:
+        """Whether the framework has seen a write to the value since ``note_value``."""
         ...
 
     def requires_grad(self, param: P) -> bool:
@@ -213,8 +233,10 @@ class ArrayAdapter(Adapter[A]):
 
     grads_from_start = False
     reports_grads = False
+    counts_writes = False
     step_dtype = "float64"
     copied_nbytes = 0
+    _place = HOST
 
     def name(self, param: A) -> str | None:
         """Return None; see ``Adapter.name``."""
@@ -223,6 +245,22 @@ class ArrayAdapter(Adapter[A]):
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         """Return the entry as it is."""
         return entry
+
+    def device(self, param: A) -> str:
+        """Return where the array is that the parameter holds."""
+        self._place = device_of(param.data)
+        return self._place
+
+    def current_queue(self) -> int:
+        """Return CuPy's current one on the device."""
+        return current_queue(self._place)
+
+    def note_value(self, param: A) -> None:
+        """Do nothing: arrays do not count writes."""
+
+    def was_written(self, param: A) -> bool:
+        """Return False; see ``note_value``."""
+        return False
 
     def requires_grad(self, param: A) -> bool:
         """Return True; see ``Adapter.requires_grad``."""
@@ -307,6 +345,13 @@ class ArrayAdapter(Adapter[A]):
         """Accept any; see ``Adapter.check_group``."""
 
 
+def device_of(array: Any) -> str:
+    """Return the device that an array is on: ``cpu``, or such as ``cuda:0``."""
+    if not is_on_device(array):
+        return HOST
+    return f"cuda:{getattr(getattr(array, 'device', None), 'id', 0)}"
+
+
 def array_error(role: str, name: str, *, rule: str, got: object, remedy: str) -> PartitionError:
     """Return the error for a value or gradient that is not an array the core can use.
 
@@ -330,9 +375,9 @@ def _is_view(array: Any, view: FloatArray) -> bool:
     if array is view:
         return True
     return (
-        isinstance(array, np.ndarray)
+        (isinstance(array, np.ndarray) or is_on_device(array))
         and array.dtype == view.dtype
         and array.shape == view.shape
-        and array.strides == view.strides
-        and (array.size == 0 or array.ctypes.data == view.ctypes.data)
+        and getattr(array, "strides", None) == view.strides  # another library's may have none
+        and (array.size == 0 or address_of(array) == address_of(view))
     )

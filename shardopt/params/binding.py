@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.backends.base import Backend, is_on_device
 from shardopt.errors import PartitionError
 from shardopt.params.adapter import Adapter
 
@@ -30,6 +31,7 @@ class Binding:
         "_adapter",
         "_data_view",
         "_grad_view",
+        "_holder",
         "data",
         "grad",
         "is_live",
@@ -40,20 +42,25 @@ class Binding:
     )
 
     def __init__(
-        self, name: str, param: Any, adapter: Adapter[Any], arrays: tuple[FloatArray, ...]
+        self,
+        name: str,
+        param: Any,
+        framework: tuple[Adapter[Any], Backend],
+        arrays: tuple[FloatArray, ...],
     ) -> None:
         self.name = name
         self.own_name: str | None = None
         self.param = param
         self.is_live = False
         self.data, self.own_data, self.grad = arrays
+        adapter, self._holder = framework
         self._adapter = adapter
         self._data_view = adapter.view(param, self.own_data)
         self._grad_view = adapter.view(param, self.grad)
 
     def fill(self) -> None:
         """Copy the parameter's value into shared memory."""
-        self.data[...] = self._adapter.data(self.param, self.name)
+        self._holder.copy(self.data, self._adapter.data(self.param, self.name))
 
     def bind(self, *, none_is_zero: bool) -> None:
         """Make the parameter live in shared memory, and copy its gradient there if it has one.
@@ -130,22 +137,22 @@ class Binding:
 
     def write_grad(self, array: FloatArray) -> None:
         """Copy a gradient into shared memory and bind it."""
-        np.copyto(self.grad, array)
+        self._holder.copy(self.grad, array)
         self.bind_grad()
 
     def zero_grad(self) -> None:
         """Zero the gradient in shared memory: other ranks add what is there."""
         if self.is_live:
-            self.grad[...] = 0
+            self._holder.zero(self.grad)
 
     def copy_out(self) -> "Departure":
         """Copy value and gradient, as far as they live in shared memory; nothing changes."""
         adapter, param = self._adapter, self.param
         is_bound = adapter.holds_data(param, self._data_view)
         has_grad = self.holds_grad() and not adapter.is_clear(param, self._grad_view)
-        return Departure(
-            self, self.own_data.copy() if is_bound else None, self.grad.copy() if has_grad else None
-        )
+        data = self._holder.duplicate(self.own_data) if is_bound else None
+        grad = self._holder.duplicate(self.grad) if has_grad else None
+        return Departure(self, data, grad)
 
     def leave(self, departure: "Departure") -> None:
         """Leave the parameter to its user, with memory of its own."""
@@ -220,15 +227,37 @@ def require_disjoint(names: Sequence[str], arrays: Sequence[FloatArray]) -> None
 
 def byte_bounds(array: FloatArray) -> tuple[int, int]:
     """Return the addresses between which an array lies."""
-    low, high = np.lib.array_utils.byte_bounds(array)
+    low, high = np.lib.array_utils.byte_bounds(_outline(array))
     return int(low), int(high)
 
 
 def _overlap(left: FloatArray, right: FloatArray) -> bool:
     try:
-        return np.shares_memory(left, right, max_work=100_000)  # type: ignore[arg-type]  # stub
+        pair = _outline(left), _outline(right)
+        return np.shares_memory(*pair, max_work=100_000)  # type: ignore[arg-type]  # stub
     except np.exceptions.TooHardError:
         return True
+
+
+class _Outline:
+    """The addresses of an array of a device, which nobody reads."""
+
+    def __init__(self, array: Any) -> None:
+        interface = array.__cuda_array_interface__
+        self.__array_interface__ = {key: interface.get(key) for key in _OUTLINE_KEYS}
+
+
+_OUTLINE_KEYS = ("data", "shape", "strides", "typestr", "version")
+
+
+def _outline(array: FloatArray) -> FloatArray:
+    """Return an array with the addresses of one that may be on a device."""
+    return np.asarray(_Outline(array)) if is_on_device(array) else array
+
+
+def _may_overlap(left: FloatArray, right: FloatArray) -> bool:
+    (start, stop), (first, last) = byte_bounds(left), byte_bounds(right)
+    return start < last and first < stop
 
 
 def read_before_write(
@@ -236,6 +265,6 @@ def read_before_write(
 ) -> dict[int, FloatArray]:
     """Copy those arrays that lie in shared memory, so that none changes while it is written."""
     return {
-        index: array.copy() if any(np.may_share_memory(array, s) for s in shared) else array
+        index: array.copy() if any(_may_overlap(array, s) for s in shared) else array
         for index, array in arrays.items()
     }

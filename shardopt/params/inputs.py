@@ -1,7 +1,7 @@
 """The inputs of a step: those of one rank, and those that all ranks have agreed on."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -132,6 +132,6 @@ class AgreedInputs:
         )
 
 
-def mask_of(indices: Mapping[int, object]) -> int:
+def mask_of(indices: Iterable[int]) -> int:
     """Return the bit mask of some parameter indices."""
     return sum(1 << index for index in indices)

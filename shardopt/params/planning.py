@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardopt._typing import FloatArray
+from shardopt.errors import PartitionError
 from shardopt.layout.partition import ParamSpec, Partition
+from shardopt.params.adapter import Adapter
 from shardopt.params.binding import Binding, Departure, require_disjoint, require_like
 from shardopt.params.group_values import make_plain
 from shardopt.params.groups import (
@@ -15,6 +17,7 @@ from shardopt.params.groups import (
     own_names,
     require_distinct,
 )
+from shardopt.params.known_groups import params_in
 from shardopt.params.registry import Registry, describe_hypers
 from shardopt.rule.nadam import Hyperparams
 
@@ -171,12 +174,36 @@ def _arrays_of(
     params: Sequence[Any], names: Sequence[str], registry: Registry[Any]
 ) -> list[FloatArray]:
     """Return the values of new parameters, whose gradients must fit."""
+    for param, name in zip(params, names, strict=True):
+        require_device(registry.adapter, param, name, registry.device)
     arrays = [registry.adapter.data(p, name) for p, name in zip(params, names, strict=True)]
     for param, name, array in zip(params, names, arrays, strict=True):
         grad = registry.adapter.grad(param, name)
         if grad is not None:
             require_like("grad", name, grad, array)
     return arrays
+
+
+def find_device(adapter: Adapter[Any], groups: Sequence[Group]) -> str | None:
+    """Return the device that the parameters of groups are on, or None if there are none."""
+    for param in params_in(groups):
+        adapter.name(param)  # raises if it is none of the framework's
+        return adapter.device(param)
+    return None
+
+
+def require_device(adapter: Adapter[Any], param: Any, name: str, device: str) -> None:
+    """Refuse a parameter that is not where the others are.
+
+    Raises:
+        PartitionError: It is on another device.
+    """
+    if (got := adapter.device(param)) != device:
+        raise PartitionError(
+            f"parameter {name!r} must be on {device}, as the first one of the optimizer or the "
+            f"parameters of other ranks are; got {got}. Move it, or give each device an optimizer "
+            "of its own."
+        )
 
 
 def _require_apart(

@@ -4,9 +4,8 @@ from bisect import bisect_right, insort
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
-import numpy as np
-
 from shardopt._typing import FloatArray
+from shardopt.backends.base import Backend, is_on_device
 from shardopt.errors import PartitionError
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
@@ -26,17 +25,24 @@ class Registry(Generic[P]):
     Args:
         adapter: Reads and binds the framework's parameters.
         partition: Empty so far.
+        holder: Holds what the framework holds.
+        device: Where that is.
 
     Attributes:
         adapter: As given.
+        device: As given.
         param_groups: As the user sees them.
         bindings: One for each parameter.
         partition: Where every element lives.
         shared: All memory that parameters and gradients live in.
     """
 
-    def __init__(self, adapter: Adapter[P], partition: Partition) -> None:
+    def __init__(
+        self, adapter: Adapter[P], partition: Partition, holder: Backend, device: str
+    ) -> None:
         self.adapter = adapter
+        self.device = device
+        self._holder = holder
         self.partition = partition
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
@@ -100,7 +106,8 @@ class Registry(Generic[P]):
                 memory = buffers[placed.region]
                 arrays = memory.node_param(placed), memory.own_param(placed)
                 views = *arrays, memory.own_grad(placed)
-                added.append(Binding(placed.spec.name, member.param, self.adapter, views))
+                of_framework = self.adapter, self._holder
+                added.append(Binding(placed.spec.name, member.param, of_framework, views))
                 added[-1].own_name = member.own_name
             binding = added[-1] if member.source is None else before[member.source]
             binding.name = placed.spec.name
@@ -184,6 +191,10 @@ class Registry(Generic[P]):
         self.adapter.copied_nbytes = 0
         return present, copied_nbytes
 
+    def host(self, array: FloatArray) -> FloatArray:
+        """Return the values of an array of a user's, wherever it is, as a NumPy array."""
+        return self._holder.host(array) if is_on_device(array) else array
+
     def find_replaced(self) -> dict[int, FloatArray]:
         """Find arrays that have taken the place of parameters' views, by parameter index.
 
@@ -211,9 +222,11 @@ class Registry(Generic[P]):
         for index, array in replaced.items():
             binding = self.bindings[index]
             if index in winners:
-                binding.data[...] = array
+                self._holder.copy(binding.data, array)
                 copied_nbytes += binding.data.nbytes
             binding.bind_data()
+        if copied_nbytes:
+            self._holder.wait()  # hosts read it, too
         return copied_nbytes
 
     def bump_version(self, present: int) -> None:
@@ -255,19 +268,34 @@ class Registry(Generic[P]):
                 continue
             grad = self.adapter.grad(param, "of an edited group")
             if grad is not None:
-                grad[...] = 0
+                self._holder.zero(grad)
             elif self.adapter.grads_from_start:
-                param.grad = np.zeros_like(self.adapter.data(param, "of an edited group"))
+                data = self.adapter.data(param, "of an edited group")
+                param.grad = self._holder.duplicate(data)
+                self._holder.zero(param.grad)
 
     def zero_grads(self) -> None:
         """Zero this rank's gradients in shared memory."""
         for grads in self._live_grads():
-            grads.view(np.uint8)[:] = 0
+            self._holder.zero(grads)
 
     def scale_grads(self, factor: float) -> None:
         """Multiply this rank's gradients in shared memory."""
         for grads in self._live_grads():
-            grads *= grads.dtype.type(factor)
+            self._holder.scale(grads, factor)
+
+    def mask_of_live(self) -> int:
+        """Return the bit mask of the parameters whose gradients are in use."""
+        return sum(1 << index for index, binding in enumerate(self.bindings) if binding.is_live)
+
+    def find_written(self) -> list[int]:
+        """Return the parameters that the framework has seen written to since ``note_values``."""
+        return [i for i, b in enumerate(self.bindings) if self.adapter.was_written(b.param)]
+
+    def note_values(self, bindings: Sequence[Binding] | None = None) -> None:
+        """Have the framework look for writes to some parameters, or to all, from now on."""
+        for binding in self.bindings if bindings is None else bindings:
+            self.adapter.note_value(binding.param)
 
     def _live_grads(self) -> list[FloatArray]:
         """Return the memory of gradients that are in use; see ``Binding.is_live``."""

@@ -123,16 +123,17 @@ class UserWrites:
         for param, key in written:
             if key == MASTER_KEY and Written(param, PARAM_KEY) not in written:
                 self._round_master(param, partition)
-        for view, parts, pieces, indices in self._changes():
+        for layout, view, parts, pieces, indices in self._changes():
             wanted = np.array([each in written for each in parts.of], bool)
             spans, _ = overlaps(parts.owned, pieces[wanted[indices]])
             copy_spans(view.shared, view.view, spans)
+            self._send_out(layout, spans)
             copied_nbytes += int((spans[:, 1] - spans[:, 0]).sum())
         return copied_nbytes
 
     def adopt_all(self, *, params: bool, state: bool) -> None:
         """Copy all changes that ``find`` found to the node's copy, whoever owns them."""
-        for view, parts, pieces, _ in self._changes():
+        for _, view, parts, pieces, _ in self._changes():
             is_params = parts.of[0].key == PARAM_KEY
             if params if is_params else state:
                 copy_spans(view.shared, view.view, pieces)
@@ -157,29 +158,55 @@ class UserWrites:
         """Bytes of copies that this rank keeps, as it writes to them step after step."""
         return sum(view.kept_nbytes for _, view in self._memory.pieces)
 
-    def _changes(self) -> Iterator[tuple[PrivateView, _Parts, _Spans, NDArray[np.int64]]]:
+    def _send_out(self, layout: NodeArrays, spans: _Spans) -> None:
+        """Copy spans of a piece, in bytes, from home to where steps are, as far as they are state.
+
+        Just these: of what nobody has written home may have older values.
+        """
+        if self._memory.residence.is_home or not spans.size:
+            return
+        for array in layout.arrays:
+            if array.key != PARAM_KEY:
+                bounds = np.array([[array.start, array.start + array.nbytes]], np.int64)
+                found = (overlaps(bounds, spans)[0] - array.start).tolist()
+                elements = [Span(i // array.itemsize, -(-j // array.itemsize)) for i, j in found]
+                self._memory.residence.send_state_out(array.key, array.region, elements)
+
+    def _changes(
+        self,
+    ) -> Iterator[tuple[NodeArrays, PrivateView, _Parts, _Spans, NDArray[np.int64]]]:
         """Yield each piece with changes, which ones, and the indices of the parts they are in."""
-        for (_, view), parts, (pieces, indices) in zip(
+        for (layout, view), parts, (pieces, indices) in zip(
             self._memory.pieces, self._parts, self._found, strict=True
         ):
             if parts is not None and len(indices):
-                yield view, parts, pieces, indices
+                yield layout, view, parts, pieces, indices
 
     def _round_master(self, param: int, partition: Partition) -> None:
         """Write the rounded values of a written master into its parameter.
 
         Else the next update would take the parameter: see [Note: 16-bit parameters and masters].
         """
-        region = partition.params[param].region
+        region, residence = partition.params[param].region, self._memory.residence
         buffers, state = self._memory.buffers[region], self._memory.state
         masters, own = state.arrays(region)[MASTER_KEY], state.own_arrays(region)[MASTER_KEY]
-        start = partition.params[param].start
-        for index, span, local in partition.owned_params(buffers.shards):
-            if index == param:
-                new, bits = own[local.slice], np.int64 if own.itemsize == 8 else np.int32
-                differ = new.view(bits) != masters[local.slice].view(bits)
-                node_param: NDArray[Any] = buffers.params[buffers.local(span.shift(start)).slice]
-                node_param[differ] = new[differ].astype(node_param.dtype)
+        start, spans = partition.params[param].start, [list[Span]() for _ in self._memory.buffers]
+        parts = [
+            (local, buffers.local(span.shift(start)))
+            for index, span, local in partition.owned_params(buffers.shards)
+            if index == param
+        ]
+        spans[region] = [span for _, span in parts]
+        # Some of it may stay. Not all parameters: other ranks may be writing new values of those.
+        for is_updated in (False, True):  # one of the two copies it home
+            residence.bring_params_home(spans, is_updated=is_updated)
+        for local, span in parts:
+            new, bits = own[local.slice], np.int64 if own.itemsize == 8 else np.int32
+            differ = new.view(bits) != masters[local.slice].view(bits)
+            node_param: NDArray[Any] = buffers.params[span.slice]
+            node_param[differ] = new[differ].astype(node_param.dtype)
+        residence.send_params_out(spans)
+        residence.holder.wait()  # this step's update may write where it reads
 
 
 def agree_on_writes(

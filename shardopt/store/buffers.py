@@ -2,39 +2,97 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardopt.backends.base import Rows
-from shardopt.layout.dtypes import has_master
 from shardopt.layout.padding import PAGE_NBYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from shardopt._typing import FloatArray
     from shardopt.layout.partition import DtypeRegion, Partition, PlacedParam, Shard
     from shardopt.layout.span import Span
 
 
+class ShardArrays:
+    """Arrays whose elements belong to shards, such as the state of a region, and sums of gradients.
+
+    Args:
+        arrays: By key; [node_numel] each, with all shards of the node in flat order as
+            ``Shard.local`` has them, or [owned_numel], with those of one rank end to end. Or a
+            function that allocates them, to be called when the first of them is needed.
+        owned: The shards of that rank; None for all of the node.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, FloatArray] | Callable[[], Mapping[str, FloatArray]],
+        owned: Sequence[Shard] | None,
+    ) -> None:
+        self._arrays = arrays
+        self._starts: dict[int, int] | None = None
+        if owned is not None:
+            shards = [shard for shard in owned if shard]
+            starts = itertools.accumulate((shard.numel for shard in shards), initial=0)
+            # A region may move in the flat index space, but not a shard in the state of its node.
+            self._starts = dict(zip((shard.local_start for shard in shards), starts, strict=False))
+
+    @property
+    def arrays(self) -> Mapping[str, FloatArray]:
+        """The arrays, allocated if they were not yet."""
+        if callable(self._arrays):
+            self._arrays = self._arrays()
+        return self._arrays
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether the arrays are there; else all of them are zeros."""
+        return not callable(self._arrays)
+
+    def place(self, shard: Shard, local: Span | None = None) -> Span:
+        """Return where a shard is in the arrays.
+
+        Args:
+            shard: The shard.
+            local: Part of it, as ``Shard.local`` counts; None for all.
+        """
+        local = shard.local if local is None else local
+        if self._starts is None:
+            return local
+        return local.shift(self._starts.get(shard.local_start, 0) - shard.local_start)
+
+    def part(self, shard: Shard, local: Span | None = None) -> dict[str, FloatArray]:
+        """Return a shard, or part of it, of each array; see ``place``."""
+        here = self.place(shard, local).slice
+        return {key: array[here] for key, array in self.arrays.items()}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RegionArrays:
-    """The arrays of a region in the memory of a node.
+    """The parameters and gradients of a region, and the sums of its shards.
 
     Attributes:
-        params: [region_numel], one copy on the node.
-        own_params: [region_numel] the same, as this rank may write to it.
-        grads: [region_numel] each, one for each rank of the node.
-        sums: [node_numel] the sums over all nodes of gradients of the node's shards; empty on a
-            single node.
+        params: [region_numel], the node's copy, in node memory.
+        own_params: [region_numel] the parameters that this rank's framework holds.
+        own_grads: [region_numel] its gradients.
+        rows: [region_numel] each, the gradients of all ranks of the node, that the kernel reads.
+        targets: [region_numel] each, the copies of the parameters that the kernel writes; it reads
+            the first.
+        sums: ``sum``: the sums over all ranks of the gradients of shards; None if rows of gradients
+            hold them. See [Note: where sums of gradients are kept].
     """
 
     params: FloatArray
     own_params: FloatArray
-    grads: Sequence[FloatArray]
-    sums: FloatArray
+    own_grads: FloatArray
+    rows: Sequence[FloatArray]
+    targets: Sequence[FloatArray]
+    sums: ShardArrays | None
 
 
 class ShardBuffers:
@@ -49,14 +107,15 @@ class ShardBuffers:
     Attributes:
         region: Its place in the flat index space.
         shards: The shards this rank owns, one per bucket.
-        params: [region_numel], one copy on the node.
+        params: [region_numel], the node's copy; see [Note: node memory and devices].
         own_params: [region_numel] the same, as this rank may write to it; see
             [Note: weights that behave as in DDP].
-        grads: [region_numel], this rank's gradients.
+        grads: [region_numel], this rank's gradients, as its framework has them.
+        row: [region_numel], the same where the kernel reads them.
         all_grads: The gradients of all ranks of the node.
         node_grads: [region_numel] each, the same as arrays.
-        sums: [node_numel] gradients of the node's shards, summed over all nodes; empty on a single
-            node, where the kernel reads them in place.
+        updated: [region_numel], the parameters where the kernel updates this rank's shards.
+        sums: The sums over all ranks of the gradients of shards, or None; see ``sums_of``.
     """
 
     def __init__(
@@ -67,11 +126,13 @@ class ShardBuffers:
         self.place(partition, index, place)
         self.params = arrays.params
         self.own_params = arrays.own_params
-        self.grads = arrays.grads[place[1]]
-        self.all_grads = Rows.of(*arrays.grads)
-        self.node_grads = arrays.grads
+        self.grads = arrays.own_grads
+        self.row = arrays.rows[place[1]]
+        self.all_grads = Rows.of(*arrays.rows)
+        self.node_grads = arrays.rows
         self.sums = arrays.sums
-        self._targets = Rows.of(self.params)
+        self.updated = arrays.targets[0]
+        self._targets = Rows.of(*arrays.targets)
         self._touch_first()
 
     def place(self, partition: Partition, index: int, place: tuple[int, int]) -> None:
@@ -84,11 +145,6 @@ class ShardBuffers:
         """Elements that this rank owns."""
         return sum(shard.numel for shard in self.shards)
 
-    @property
-    def holds_sums(self) -> bool:
-        """Whether the dtype of gradients can hold their sum over ranks."""
-        return not has_master(self.region.dtype)
-
     def local(self, span: Span) -> Span:
         """Return a span of the flat index space counted from the start of the region."""
         return span.shift(-self.region.start)
@@ -100,6 +156,15 @@ class ShardBuffers:
     def sources(self, span: Span) -> Rows:
         """Return the gradients of all ranks of the node in a span of the flat index space."""
         return self.all_grads.part(self.local(span))
+
+    def sums_of(self, shard: Shard) -> FloatArray:
+        """Return where the owner of a shard keeps the sums of its gradients over all ranks.
+
+        See [Note: where sums of gradients are kept].
+        """
+        if self.sums is None:
+            return self.row[self.local(shard).slice]
+        return self.sums.part(shard)["sum"]
 
     def node_param(self, param: PlacedParam) -> FloatArray:
         """Return the node's copy of a parameter, in its own shape."""
@@ -115,8 +180,8 @@ class ShardBuffers:
 
     def free(self) -> None:
         """Release all memory but that of the parameters, which users may hold."""
-        del self.params, self.own_params, self.sums, self._targets
-        del self.grads, self.all_grads, self.node_grads
+        del self.params, self.own_params, self.updated, self.sums, self._targets
+        del self.grads, self.row, self.all_grads, self.node_grads
 
     def _touch_first(self) -> None:
         """Write to each part from the rank that will update it: its pages are near its core."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Backend
 from shardopt.comm.node_memory.arena import Arena, NodeMemory
 from shardopt.comm.node_memory.fence import full_fence
 from shardopt.comm.node_memory.limits import read_memory_room
@@ -20,8 +20,10 @@ from shardopt.layout.node_arrays import (
     plan_state_arrays,
 )
 from shardopt.layout.partition import Partition
+from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY
-from shardopt.store.buffers import RegionArrays, ShardBuffers
+from shardopt.store.buffers import ShardBuffers
+from shardopt.store.residence import HomeArrays, LocatedRegion, Residence
 from shardopt.store.state import StateStore
 
 _Arrays = dict[str, FloatArray]
@@ -39,12 +41,14 @@ class RegionMemory:
         state: The optimizer state of the node's shards of it, by key.
         own_state: The same, as this rank may write to it.
         pieces: See ``Memory.pieces``: that of the parameters, and that of the state.
+        located: Its arrays where frameworks and steps use them.
     """
 
     buffers: ShardBuffers
     state: _Arrays
     own_state: _Arrays
     pieces: tuple[tuple[NodeArrays, PrivateView], tuple[NodeArrays, PrivateView]]
+    located: LocatedRegion
 
 
 class Memory:
@@ -53,23 +57,24 @@ class Memory:
     Args:
         place: The node and node rank of this rank.
         arena: The memory of the node.
-        backend: Allocates in it.
+        residence: Where frameworks and steps use it.
 
     Attributes:
         arena: As given.
+        residence: As given.
         buffers: One for each region.
         state: See ``StateStore``.
         pieces: The memory of parameters and that of state, of one region after another: its layout,
             and this rank's view of it.
     """
 
-    def __init__(self, place: tuple[int, int], arena: Arena, backend: Backend) -> None:
+    def __init__(self, place: tuple[int, int], arena: Arena, residence: Residence) -> None:
         self.buffers: list[ShardBuffers] = []
         self.state = StateStore()
         self.pieces: list[tuple[NodeArrays, PrivateView]] = []
         self._place = place
         self.arena = arena
-        self._backend = backend
+        self.residence = residence
 
     def allocate(self, partition: Partition, index: int) -> RegionMemory:
         """Allocate a region, which is not in use before ``extend``.
@@ -84,25 +89,29 @@ class Memory:
         params_layout = plan_param_arrays(partition, [index])
         state_layout = plan_state_arrays(partition, node, [index])
         params, state = self._share_twice(params_layout), self._share_twice(state_layout)
-        layout = plan_grad_arrays(partition, node, [index])
-        grads = _arrays(layout, self._share(layout, private=False).memory)
-        of_params = _arrays(params_layout, params.shared)[PARAM_KEY]
-        own_params = _arrays(params_layout, params.view)[PARAM_KEY]
-        sums = grads.pop("sum", np.empty(0, of_params.dtype))
-        arrays = RegionArrays(of_params, own_params, [*grads.values()], sums)
+        of_state = _arrays(state_layout, state.shared)
+        home = HomeArrays(
+            params=_arrays(params_layout, params.shared)[PARAM_KEY],
+            own_params=_arrays(params_layout, params.view)[PARAM_KEY],
+            state=of_state,
+            **self._share_grads(partition, index),
+        )
+        located = self.residence.locate(partition, index, self._place, home)
         return RegionMemory(
-            buffers=ShardBuffers(partition, index, self._place, arrays),
-            state=_arrays(state_layout, state.shared),
+            buffers=ShardBuffers(partition, index, self._place, located.arrays),
+            state=of_state,
             own_state=_arrays(state_layout, state.view),
             pieces=((params_layout, params), (state_layout, state)),
+            located=located,
         )
 
     def extend(self, regions: Sequence[RegionMemory]) -> None:
         """Add regions behind the present ones."""
         for region in regions:
             self.buffers.append(region.buffers)
-            self.state.append(region.state, region.own_state)
+            self.state.append(region.state, region.own_state, region.located.state)
             self.pieces += region.pieces
+        self.residence.extend([region.located for region in regions])
 
     def select(self, partition: Partition, kept: Sequence[int]) -> None:
         """Release all regions but some, which are the first ones of a partition.
@@ -114,6 +123,7 @@ class Memory:
         pieces = self.pieces
         self.buffers = [self.buffers[number] for number in kept]
         self.state.select(kept)
+        self.residence.select(kept)
         self.pieces = []
         for index, number in enumerate(kept):
             self.buffers[index].place(partition, index, self._place)
@@ -123,16 +133,30 @@ class Memory:
 
     @property
     def overflows_easily(self) -> bool:
-        """Whether some gradients have 16 bits: float16 overflows, and its losses are scaled."""
-        return not all(buffers.holds_sums for buffers in self.buffers)
+        """Whether some gradients are float16; bfloat16 has the range of float32."""
+        return any(buffers.region.dtype == "float16" for buffers in self.buffers)
 
     def publish(self) -> None:
         """Make this rank's stores visible; see [Note: when stores become visible]."""
+        self.residence.publish()
         full_fence()
 
     def acquire(self) -> None:
         """See the stores of other ranks; see [Note: when stores become visible]."""
         full_fence()
+        self.residence.acquire()
+
+    def local_runs(self, partition: Partition, params: int) -> list[list[Span]]:
+        """Return for each region the spans of some parameters, counted from its start.
+
+        Args:
+            partition: The layout.
+            params: Bit mask of the parameters.
+        """
+        return [
+            [buffers.local(run) for run in partition.runs(index, params)]
+            for index, buffers in enumerate(self.buffers)
+        ]
 
     def free(self) -> None:
         """Release everything; arrays that users hold stay valid."""
@@ -141,9 +165,15 @@ class Memory:
         self.buffers.clear()
         self.state.free()
         self.pieces.clear()
+        self.residence.free()
 
     def _budget(self) -> int:
-        """Return how many bytes of copies this rank may keep: those it has, and a share of room."""
+        """Return how many bytes of copies this rank may keep: those it has, and a share of room.
+
+        None while the state changes elsewhere: what is brought home would look written in copies.
+        """
+        if not self.residence.updates_home:
+            return 0
         kept_nbytes = sum(view.kept_nbytes for _, view in self.pieces)
         room = read_memory_room()
         return kept_nbytes + (0 if room is None else room.free_nbytes // 2 // self.arena.comm.size)
@@ -153,8 +183,17 @@ class Memory:
         piece = self._share(layout, private=True)
         return PrivateView(piece.memory, piece.view, write_tracking(), self._budget)
 
+    def _share_grads(self, partition: Partition, index: int) -> dict[str, Any]:
+        """Allocate gradients in node memory, if they are there, and sums."""
+        layout = plan_grad_arrays(partition, self._place[0], [index])
+        if not self.residence.needs_rows:
+            return {"rows": (), "sums": {}}
+        grads = _arrays(layout, self._share(layout, private=False).memory)
+        sums = {"sum": grads.pop("sum")} if "sum" in grads else {}
+        return {"rows": [*grads.values()], "sums": sums}
+
     def _share(self, layout: NodeArrays, *, private: bool) -> NodeMemory:
-        return self._backend.share(self.arena, layout.nbytes, private=private)
+        return self.arena.allocate(layout.nbytes, private=private)
 
 
 def _arrays(layout: NodeArrays, memory: NDArray[np.uint8]) -> _Arrays:

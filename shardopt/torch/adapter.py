@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shardopt.backends.base import is_on_device
+from shardopt.backends.devices import HOST
 from shardopt.errors import HyperparamsError, PartitionError
 from shardopt.params.adapter import Adapter, array_error
+from shardopt.torch import devices
+from shardopt.torch.checking import dense_array, require_dense, require_ordinary, require_whole
 from shardopt.torch.module import load_module, read_module
-from shardopt.torch.tensors import as_array, as_complex, as_tensor, layout_of
+from shardopt.torch.tensors import as_complex, as_host_array, as_tensor, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,14 +27,6 @@ if TYPE_CHECKING:
 _SCAN_NUMEL = 1 << 14
 _SAMPLE_NUMEL = 64
 _MAX_SAMPLED = 8  # clipping changes all gradients: a few tell
-_DTYPES = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-}
 
 
 class _TorchAdapter(Adapter[Tensor]):
@@ -43,6 +39,10 @@ class _TorchAdapter(Adapter[Tensor]):
     (``p.grad.data.copy_``, ``p.grad.numpy()``), and GradScaler and clip_grad_norm_ write to zeros
     as well. A view without a hook call therefore counts as a gradient only if it is not all zero.
 
+    On a device a look at the elements waits for all work there. So a view is looked at only if
+    torch has counted a write to it. A write that torch does not count (``p.grad.data.copy_``) to
+    the gradient of a parameter that no backward has reached is lost there: write to ``p.grad``.
+
     Where ``p.grad`` is None, as ``model.zero_grad()`` leaves it, autograd makes a tensor of its
     own. The post-accumulate hook copies it into shared memory while it is in cache, and binds the
     view, to which later backward passes add in place. That takes less time than to bind zeros
@@ -51,11 +51,14 @@ class _TorchAdapter(Adapter[Tensor]):
 
     grads_from_start = False
     reports_grads = True
+    counts_writes = True
     step_dtype = "float32"
 
     def __init__(self, names: Mapping[Tensor, str], comm_size: int) -> None:
         self.copied_nbytes = 0
         self._num_sampled = 0
+        self._versions: dict[Tensor, int] = {}
+        self._place: str | None = None  # of all parameters, once one is known
         self._names = dict(names)  # no weak references: torch swaps no tensor that has one
         self._comm_size = comm_size
         self._records: dict[Tensor, _Record] = {}
@@ -71,18 +74,24 @@ class _TorchAdapter(Adapter[Tensor]):
         return self._names.get(param)
 
     def data(self, param: Tensor, name: str) -> FloatArray:
-        _require_ordinary(param, name)
-        _require_whole(param, name, self._comm_size)
-        return _dense_array("data", name, param)
+        require_ordinary(param, name)
+        place = devices.place_of(param)
+        if self._place not in (None, place):
+            rule, remedy = f"on {self._place}, where it was", "Build the optimizer after that move"
+            raise array_error("data", name, rule=rule, got=f"it on {place}", remedy=remedy)
+        require_whole(param, name, self._comm_size)
+        return dense_array("data", name, param)
 
     def value(self, value: Any, name: str) -> FloatArray:
-        return _dense_array("data", name, torch.as_tensor(value).detach())
+        tensor = torch.as_tensor(value).detach()
+        require_dense("data", name, tensor)
+        return as_host_array(tensor.cpu())
 
     def grad(self, param: Tensor, name: str) -> FloatArray | None:
-        return None if param.grad is None else _dense_array("grad", name, param.grad)
+        return None if param.grad is None else dense_array("grad", name, param.grad)
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
-        return {k: as_array(v.cpu()) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        return {k: as_host_array(v.cpu()) if isinstance(v, Tensor) else v for k, v in entry.items()}
 
     def from_array(self, array: FloatArray, like: Tensor | None) -> Tensor:
         tensor = as_tensor(array)
@@ -133,6 +142,20 @@ class _TorchAdapter(Adapter[Tensor]):
     def clear_grad(self, param: Tensor, view: _View) -> None:
         self._show_grad(param, view, is_touched=False)
 
+    def device(self, param: Tensor) -> str:
+        place = devices.place_of(param)
+        self._place = self._place or place
+        return place
+
+    def current_queue(self) -> int:
+        return devices.current_queue(self._place or HOST)
+
+    def note_value(self, param: Tensor) -> None:
+        self._versions[param] = param._version
+
+    def was_written(self, param: Tensor) -> bool:
+        return param._version != self._versions.get(param, param._version)
+
     def requires_grad(self, param: Tensor) -> bool:
         return param.requires_grad
 
@@ -147,14 +170,24 @@ class _TorchAdapter(Adapter[Tensor]):
         return view.is_shown_by(param.grad)
 
     def is_clear(self, param: Tensor, view: _View) -> bool:
-        return not self._records[param].is_touched and not _any_nonzero(view.array)
+        record = self._records[param]
+        if record.is_touched:
+            return False
+        if not is_on_device(view.array):
+            return not _any_nonzero(view.array)
+        grad = param.grad
+        return self.grad_version(param) == record.cleared or grad is None or not bool(grad.any())
 
     def bump_version(self, params: Sequence[Tensor]) -> None:
         # torch does not see the kernel's writes: a graph that saved the old values must not run.
         torch.autograd.graph.increment_version(params)
+        for param in params if self._versions else ():
+            if param in self._versions:
+                self._versions[param] += 1  # this is no write of the user
 
     def detach(self, param: Tensor) -> None:
         self._names.pop(param, None)
+        self._versions.pop(param, None)
         record = self._records.pop(param, None)
         if record is not None:
             record.hook.remove()
@@ -187,6 +220,8 @@ class _TorchAdapter(Adapter[Tensor]):
         grad = param.grad
         if grad is None or grad.requires_grad or not view.is_shown_by(grad):
             param.grad = view.tensor()
+        if not is_touched:
+            self._records[param].cleared = self.grad_version(param)
 
     def _watch(self, param: Any) -> _Record:
         record = self._records.get(param)
@@ -247,12 +282,13 @@ class _Record:
         hook: As given.
         view: Where the gradient is to be; None for a parameter that has never had one.
         is_touched: Whether it counts as a gradient; see [Note: None unless touched].
+        cleared: Its version when it was cleared.
         left_by_backward: The gradient as the last backward has left it; None if none has come, or
             it was looked at since.
         is_sampled: Whether a sample of it is taken then.
     """
 
-    __slots__ = ("hook", "is_sampled", "is_touched", "left_by_backward", "view")
+    __slots__ = ("cleared", "hook", "is_sampled", "is_touched", "left_by_backward", "view")
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
@@ -263,6 +299,7 @@ class _Record:
         """Forget what backward has done so far."""
         self.view = view
         self.is_touched = is_touched
+        self.cleared: object = None
         self.left_by_backward: _Left | None = None
 
 
@@ -334,58 +371,3 @@ def make_adapter(names: Mapping[Tensor, str], comm_size: int) -> Adapter[Tensor]
         comm_size: Number of ranks that train together.
     """
     return _TorchAdapter(names, comm_size)
-
-
-def _require_ordinary(param: Tensor, name: str) -> None:
-    problem = None
-    if torch.nn.parameter.is_lazy(param):
-        problem = "initialised; got a lazy one. Run the model once first"
-    elif not param.is_leaf:
-        problem = f"a leaf; got a result of {param.grad_fn}. Pass the tensor it was computed from"
-    elif param.is_inference():
-        problem = "no inference tensor; got one. Make it outside torch.inference_mode()"
-    elif getattr(param, "grad_dtype", None) not in (None, param.dtype):  # newer than torch 2.6
-        problem = f"without a grad_dtype of its own; got {param.grad_dtype}. Leave it alone: "
-        problem += "gradients of 16 bits are summed in float32"
-    if problem is not None:
-        raise PartitionError(f"parameter {name!r} must be {problem}.")
-
-
-def _require_whole(param: Tensor, name: str, comm_size: int) -> None:
-    """Refuse the shards of other libraries.
-
-    FSDP keeps a shard of its own on every rank, and averages gradients itself. Averaged once more,
-    the shards would overwrite each other; an optimizer of each rank's own updates them as they are.
-    """
-    if hasattr(param, "device_mesh"):
-        raise PartitionError(
-            f"parameter {name!r} must be a whole tensor; got a DTensor, as fully_shard() and "
-            "tensor parallelism make them. Pass the parameters of the plain model: shardopt shards "
-            "moments and updates itself."
-        )
-    if comm_size > 1 and hasattr(param, "_fsdp_flattened"):
-        raise PartitionError(
-            f"parameter {name!r} must be a whole tensor; got a shard of "
-            "FullyShardedDataParallel. Pass comm=MPI.COMM_SELF, so that each rank updates its own "
-            "shard with the gradients that FSDP has averaged, or do not wrap the model: shardopt "
-            "shards moments and updates itself."
-        )
-
-
-def _dense_array(role: str, name: str, tensor: Tensor) -> FloatArray:
-    if tensor.layout is not torch.strided:
-        remedy = "Call .to_dense() on it, or construct its layer with sparse=False"
-        raise array_error(role, name, rule="dense", got=f"layout {tensor.layout}", remedy=remedy)
-    if tensor.device.type != "cpu":
-        rule, got = "in the CPU's memory", f"device {tensor.device}"
-        raise array_error(role, name, rule=rule, got=got, remedy="Move it there")
-    if tensor.dtype not in _DTYPES:
-        rule, got = "floating point or complex, 16 to 128 bits", f"dtype {tensor.dtype}"
-        raise array_error(role, name, rule=rule, got=got, remedy="Convert it")
-    try:
-        return as_array(tensor)
-    except (RuntimeError, TypeError) as error:
-        got = f"{type(tensor).__name__} ({error})"
-        raise array_error(
-            role, name, rule="a plain tensor", got=got, remedy="Make it local"
-        ) from error

@@ -164,7 +164,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             self.core.step(
                 loss_scale=1.0 if scale is None else float(scale),
                 overflowed=found_inf is not None and bool(found_inf),
-                num_writes=0 if found_inf is None else _num_writes_of_scaler(),
+                num_writes=0 if found_inf is None else _num_writes_of_scaler(found_inf.device),
             )
         except Exception:  # GradScaler deletes the attributes that it has set only after a step
             vars(self).pop("grad_scale", None)
@@ -325,8 +325,9 @@ def _in_order(params: Any) -> Any:
 
 
 @functools.cache
-def _num_writes_of_scaler() -> int:
+def _num_writes_of_scaler(device: torch.device) -> int:
     """Return how many writes to a gradient torch counts when GradScaler divides it."""
-    grad, found_inf, factor = (torch.ones(1, dtype=torch.float32) for _ in range(3))
+    ones = torch.ones(3, dtype=torch.float32, device=device)
+    grad, found_inf, factor = ones.clone().chunk(3)
     torch._amp_foreach_non_finite_check_and_unscale_([grad], found_inf, factor)
     return grad._version

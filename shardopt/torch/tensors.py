@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from shardopt.backends.base import is_on_device
+from shardopt.backends.devices import HOST
+from shardopt.torch import devices
 
 if TYPE_CHECKING:
     from shardopt._typing import FloatArray
 
 
 def as_array(tensor: Tensor) -> FloatArray:
-    """Return a tensor's memory as an array of reals: complex [...] becomes [..., 2]."""
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    """Return a tensor's memory as an array of reals: complex [...] becomes [..., 2].
+
+    That of one on a device is an array of the device.
+    """
+    tensor = _as_reals(tensor)
+    if devices.place_of(tensor) == HOST:
+        return as_host_array(tensor)
+    array: Any = devices.TensorArray(tensor)
+    return cast("FloatArray", array)
+
+
+def as_host_array(tensor: Tensor) -> FloatArray:
+    """Return the same for a tensor in the CPU's memory."""
+    tensor = _as_reals(tensor)
     if tensor.dtype is torch.bfloat16:
         array: FloatArray = tensor.view(torch.int16).numpy().view("bfloat16")
     else:
@@ -24,11 +39,20 @@ def as_array(tensor: Tensor) -> FloatArray:
     return array
 
 
+def _as_reals(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def as_tensor(array: FloatArray) -> Tensor:
-    """Return a tensor over an array's memory."""
+    """Return a tensor over an array's memory, on the host or a device."""
     if array.dtype.kind == "V":  # bfloat16; to look its name up is slow
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return _share(array.view(np.int16)).view(torch.bfloat16)
+    return _share(array)
+
+
+def _share(array: Any) -> Tensor:
+    return from_dlpack(array) if is_on_device(array) else torch.from_numpy(array)
 
 
 def as_complex(tensor: Tensor) -> Tensor:
@@ -60,7 +84,7 @@ def to_stored(tensor: Tensor) -> tuple[Any, str]:
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     form = str(tensor.dtype)
     if tensor.dtype is torch.bfloat16:
-        return as_array(tensor), form
+        return as_host_array(tensor), form
     if form.startswith("torch.float8"):
         tensor = tensor.view(torch.uint8)
     return tensor.numpy(), form

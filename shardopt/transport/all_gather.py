@@ -1,8 +1,11 @@
 """All-gather between nodes: the shards of an array to the memory of every node."""
 
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shardopt._typing import FloatArray
+from shardopt.backends.base import Backend, Event
 from shardopt.transport.base import Transfer, Transport
 from shardopt.transport.buckets import BucketPlan
 
@@ -10,36 +13,58 @@ _MAX_IN_TRANSIT = 4  # buckets
 _SHARDS = 2  # tag
 
 
+@dataclass
+class _InTransit:
+    """A bucket whose shards are on their way.
+
+    Attributes:
+        plan: The bucket.
+        shard: That of this rank.
+        computed: The end of the work on it, after which it is sent; None once it has been posted,
+            or if there is nothing to send.
+        transfer: Its messages.
+    """
+
+    plan: BucketPlan
+    shard: FloatArray
+    computed: Event | None
+    transfer: Transfer
+
+
 class AllGather:
     """Sends shards to all other nodes, and receives theirs.
 
     Args:
         transport: To the other nodes.
+        backend: Computes the shards.
+
+    Attributes:
+        transport: As given.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._in_transit: deque[tuple[BucketPlan, Transfer]] = deque()
+    def __init__(self, transport: Transport, backend: Backend) -> None:
+        self.transport = transport
+        self._backend = backend
+        self._in_transit: deque[_InTransit] = deque()
 
-    def start(self, plan: BucketPlan, array: FloatArray) -> None:
-        """Send this rank's shard, which must not change now, and receive the others'.
+    def start(self, plan: BucketPlan, shards: Sequence[FloatArray]) -> None:
+        """Send this rank's shard once it is computed, and receive the others'.
 
         Args:
             plan: The bucket.
-            array: [region_numel], which the shards are parts of: parameters or gradients.
+            shards: In node memory, by node, such as ``BucketPlan.parts`` returns them. That of this
+                rank must not change any more.
         """
-        transport = self._transport
+        transport = self.transport
         receives = [
-            (node, transport.post_receive(plan.part(array, node), node, _SHARDS))
+            (node, transport.post_receive(shards[node], node, _SHARDS))
             for node in transport.others
             if plan.node_shards[node]
         ]
-        sends = [
-            (node, transport.post_send(plan.part(array, transport.node), node, _SHARDS))
-            for node in transport.others
-            if plan.shard
-        ]
-        self._in_transit.append((plan, Transfer(sends, receives)))
+        computed = self._backend.event() if transport.others and plan.shard else None
+        transfer = Transfer([], receives)
+        self._in_transit.append(_InTransit(plan, shards[transport.node], computed, transfer))
+        self._send_computed()
 
     def advance(self) -> int:
         """Make progress without waiting.
@@ -47,7 +72,11 @@ class AllGather:
         Returns:
             How many buckets are in transit.
         """
-        while self._in_transit and self._in_transit[0][1].is_done():
+        self._send_computed()
+        while self._in_transit:
+            first = self._in_transit[0]
+            if first.computed is not None or not first.transfer.is_done():
+                break
             self._in_transit.popleft()
         return len(self._in_transit)
 
@@ -60,5 +89,17 @@ class AllGather:
         """The bucket that is complete next, and the nodes it waits for; (0, []) for none."""
         if not self._in_transit:
             return 0, []
-        plan, transfer = self._in_transit[0]
-        return plan.bucket, transfer.awaited_nodes
+        first = self._in_transit[0]
+        return first.plan.bucket, first.transfer.awaited_nodes
+
+    def _send_computed(self) -> None:
+        """Send the shards whose computation is over."""
+        for each in self._in_transit:
+            if each.computed is None:
+                continue
+            if not each.computed.is_done():
+                return  # messages keep the order of buckets
+            for node in self.transport.others:
+                message = self.transport.post_send(each.shard, node, _SHARDS)
+                each.transfer.add_send(node, message)
+            each.computed = None

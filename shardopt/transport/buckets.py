@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Rows
+from shardopt.backends.base import Backend, Rows, is_on_device
 from shardopt.layout.partition import CHUNK_NUMEL, Partition, Shard
 from shardopt.layout.span import Span
 from shardopt.layout.traffic import lane_parts, partial_row_numel, sends_grads
@@ -41,23 +41,29 @@ class BucketPlan:
         return Span(self.node_shards[0].start, self.node_shards[-1].stop)
 
     @property
+    def sums(self) -> FloatArray:
+        """[shard.numel] the sums of this rank's shard, once there are any."""
+        return self.buffers.sums_of(self.shard)
+
+    @property
     def sends_grads(self) -> bool:
-        """See ``layout.traffic.sends_grads``."""
-        return sends_grads(self.buffers.region.dtype, len(self.buffers.all_grads), self.wire_dtype)
+        """See ``layout.traffic.sends_grads``; from a device nothing is sent."""
+        dtype, node_size = self.buffers.region.dtype, len(self.buffers.all_grads)
+        is_at_home = not is_on_device(self.buffers.row)
+        return is_at_home and sends_grads(dtype, node_size, self.wire_dtype)
 
     @property
     def chunks(self) -> slice:
         """The chunks of this rank's shard, among all of the flat index space."""
         return slice(self.shard.start // CHUNK_NUMEL, self.shard.stop // CHUNK_NUMEL)
 
-    def part(self, array: FloatArray, node: int) -> FloatArray:
-        """Return the part of an array of the region that a node's rank of the lane owns.
+    def parts(self, array: FloatArray) -> list[FloatArray]:
+        """Return the parts of an array of the region that the ranks of the lane own, by node.
 
         Args:
             array: [region_numel], such as the parameters.
-            node: The node.
         """
-        return array[self.buffers.local(self.node_shards[node]).slice]
+        return [array[self.buffers.local(shard).slice] for shard in self.node_shards]
 
 
 def plan_buckets(
@@ -91,13 +97,14 @@ class StagingBuffer:
     """Memory for one bucket of gradients in transit; the bucket that took it last owns it.
 
     Args:
+        backend: Computes sums in it.
         send_nbytes: See ``layout.traffic.plan_staging_buffer``.
         receive_nbytes: Likewise.
     """
 
-    def __init__(self, send_nbytes: int, receive_nbytes: int) -> None:
-        self._send = np.empty(send_nbytes, np.uint8)
-        self._receive = np.empty(receive_nbytes, np.uint8)
+    def __init__(self, backend: Backend, send_nbytes: int, receive_nbytes: int) -> None:
+        self._send = backend.host_zeros(send_nbytes, "uint8")
+        self._receive = backend.host_zeros(receive_nbytes, "uint8")
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Backend, Event, Rows
+from shardopt.backends.base import Backend, Event, Rows, is_on_device
 from shardopt.layout.partition import CHUNK_NUMEL, Partition
 from shardopt.layout.span import Span
 from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
@@ -28,20 +28,23 @@ class _InTransit:
         staging: Its memory; None if it is inactive.
         transfer: Its messages.
         computed: Sums for other nodes that are being computed, with the event that ends that.
+        summed: The end of the sum of what has arrived; None before that begins.
     """
 
     plan: BucketPlan
     staging: StagingBuffer | None
     transfer: Transfer
     computed: deque[tuple[Event, int, FloatArray]] = field(default_factory=deque)
+    summed: Event | None = None
 
     def has_arrived(self) -> bool:
         """Whether everything is received, and all that is to be sent has been posted."""
         return not self.computed and self.transfer.has_arrived()
 
     def is_done(self) -> bool:
-        """Whether everything is received and sent."""
-        return not self.computed and self.transfer.is_done()
+        """Whether everything is received and sent, and no sum reads it."""
+        is_read = self.summed is not None and not self.summed.is_done()
+        return not self.computed and self.transfer.is_done() and not is_read
 
 
 class ReduceScatter:
@@ -96,10 +99,15 @@ class ReduceScatter:
         first = len(self.plans)
         plans = plan_buckets(partition, buffers, self._place[1], self._wire_dtype, first)
         self.plans = plans[::-1] + self.plans
-        self._square_sums = np.zeros(partition.numel // CHUNK_NUMEL)
+        self._square_sums = self._backend.host_zeros(partition.numel // CHUNK_NUMEL, "float64")
         self._partition = partition
-        nbytes = plan_staging_buffer(partition, *self._place, self._wire_dtype)
-        self._free = [StagingBuffer(*nbytes) for _ in range(NUM_STAGING_BUFFERS)]
+        nbytes = plan_staging_buffer(
+            partition,
+            *self._place,
+            self._wire_dtype,
+            from_device=any(is_on_device(each.row) for each in buffers),
+        )
+        self._free = [StagingBuffer(self._backend, *nbytes) for _ in range(NUM_STAGING_BUFFERS)]
         self.staging_nbytes = sum(staging.nbytes for staging in self._free)
         self.reset()
 
@@ -153,7 +161,7 @@ class ReduceScatter:
 
     def sources(self, plan: BucketPlan) -> Rows:
         """See ``Reduction.sources``: the sum over all nodes."""
-        return Rows.of(plan.buffers.sums[plan.shard.local.slice])
+        return Rows.of(plan.sums)
 
     def square_sums(self, present: int) -> NDArray[np.float64]:
         """See ``Reduction.square_sums``."""
@@ -171,6 +179,7 @@ class ReduceScatter:
 
     def free(self) -> None:
         """See ``Reduction.free``; after an error messages may be in transit, and keep theirs."""
+        self._backend.wait()
         self.plans.clear()
         self._free.clear()
         self._square_sums = np.zeros(0)
@@ -211,7 +220,7 @@ class ReduceScatter:
             if not span:
                 continue
             if plan.sends_grads:
-                piece = plan.buffers.grads[span.slice]
+                piece = plan.buffers.row[span.slice]
             else:
                 piece = staging.sums(plan, node)
                 kernel.reduce(grads, piece, span, None)
@@ -235,10 +244,10 @@ class ReduceScatter:
         plan, staging = arrived.plan, arrived.staging
         if staging is None:
             return
-        out = plan.buffers.sums[plan.shard.local.slice]
         rows = Rows.of(*staging.partials(plan))
         span = Span(0, plan.shard.numel)
-        self._backend.kernel.reduce(rows, out, span, self._square_sums[plan.chunks])
+        self._backend.kernel.reduce(rows, plan.sums, span, self._square_sums[plan.chunks])
+        arrived.summed = self._backend.event()
 
     def _recycle(self) -> None:
         """Take back the staging buffers of buckets that have left."""

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shardopt.backends.base import Kernel, Rows
+from shardopt.backends.base import Backend, Rows
 from shardopt.layout.partition import CHUNK_NUMEL, Partition
 from shardopt.layout.span import Span
 from shardopt.store.buffers import ShardBuffers
@@ -144,32 +144,32 @@ class InPlaceReduction:
     """The reduction on one node, where nothing is sent; see ``Reduction``.
 
     The update itself adds up the gradients of all ranks where they lie. Only what must be known
-    before, the norm of the gradient, takes a pass of its own. That pass leaves the sums in this
-    rank's own gradients, unless those have 16 bits, which cannot hold them.
+    before, the norm of the gradient, takes a pass of its own, which leaves the sums for the update;
+    see [Note: where sums of gradients are kept].
 
     Args:
-        kernel: Adds up.
+        backend: Adds up.
         node_rank: This rank on the node.
     """
 
-    def __init__(self, kernel: Kernel, node_rank: int) -> None:
+    def __init__(self, backend: Backend, node_rank: int) -> None:
         self.plans: list[BucketPlan] = []
         self.num_started = self.num_reduced = 0
         self.is_idle = True
         self.awaited: tuple[int, list[int]] = (0, [])
         self.staging_nbytes = 0
-        self._kernel = kernel
-        self._own = slice(node_rank, node_rank + 1)
-        self._num_chunks = 0
+        self._backend = backend
+        self._node_rank = node_rank
+        self._square_sums: NDArray[np.float64] = np.zeros(0)
         self._num_buckets = 0
         self._has_sums = False
         self._chunks = PresentChunks()
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """See ``Reduction.extend``."""
-        plans = plan_buckets(partition, buffers, self._own.start, None, self._num_buckets)
+        plans = plan_buckets(partition, buffers, self._node_rank, None, self._num_buckets)
         self.plans += [plan for plan in plans if plan.shard]
-        self._num_chunks = partition.numel // CHUNK_NUMEL
+        self._square_sums = self._backend.host_zeros(partition.numel // CHUNK_NUMEL, "float64")
         self._num_buckets = len(partition.buckets)
         self._chunks.extend(partition)
         self.reset()
@@ -208,19 +208,19 @@ class InPlaceReduction:
 
     def sources(self, plan: BucketPlan) -> Rows:
         """See ``Reduction.sources``."""
-        one_source = self._has_sums and plan.buffers.holds_sums
-        return plan.grads[self._own] if one_source else plan.grads
+        return Rows.of(plan.sums) if self._has_sums else plan.grads
 
     def square_sums(self, present: int) -> NDArray[np.float64]:
         """See ``Reduction.square_sums``."""
-        square_sums = np.zeros(self._num_chunks)
+        square_sums = self._square_sums
+        square_sums[:] = 0.0
         for plan in self.plans:
-            buffers = plan.buffers
-            keeps_sums = buffers.holds_sums and len(buffers.all_grads) > 1
+            sums = plan.sums if len(plan.grads) > 1 else None  # else the only row is the sum
             for part in self._chunks.within(plan.shard.region, plan.shard, present):
-                span = buffers.local(part)
-                out = buffers.grads[span.slice] if keeps_sums else None
+                span = part.shift(-plan.shard.start)
+                out = None if sums is None else sums[span.slice]
                 squares = square_sums[part.start // CHUNK_NUMEL : part.stop // CHUNK_NUMEL]
-                self._kernel.reduce(buffers.all_grads, out, span, squares)
+                self._backend.kernel.reduce(plan.grads, out, span, squares)
+        self._backend.wait()
         self._has_sums = True
         return square_sums

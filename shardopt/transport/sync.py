@@ -20,8 +20,8 @@ from shardopt.layout.traffic import Traffic
 from shardopt.store.buffers import ShardBuffers
 from shardopt.transport.all_gather import AllGather
 from shardopt.transport.averaging import AveragedGrads
-from shardopt.transport.base import Transport
 from shardopt.transport.buckets import BucketPlan
+from shardopt.transport.copies import Copies
 from shardopt.transport.local import LocalTransport
 from shardopt.transport.mpi import MpiTransport
 from shardopt.transport.reduce_scatter import ReduceScatter
@@ -63,34 +63,38 @@ class BucketSync:
     """Moves gradients and parameters along this rank's lane while the kernel works.
 
     Args:
-        transport: To the other nodes.
+        all_gather: Sends shards to other nodes.
         reduction: Sums gradients.
         averages: Averages them before the step, if users want to see them so.
+        copies: To and from the devices of this node.
         collectives: For waits.
         piece_numel: The update of a shard is cut into pieces of this many elements, between which
-            messages make progress; None leaves shards whole.
+            messages and copies make progress; None leaves shards whole.
 
     Attributes:
         reduction: As given.
+        copies: As given.
         step: The step that is being taken, for messages.
         waited_s: Time this rank has waited for other nodes since ``reset``, in seconds.
     """
 
     def __init__(
         self,
-        transport: Transport,
+        all_gather: AllGather,
         reduction: Reduction,
         averages: AveragedGrads,
+        copies: Copies,
         collectives: Collectives,
         piece_numel: int | None,
     ) -> None:
         self.reduction = reduction
+        self.copies = copies
         self._averages = averages
         self._is_spent = False  # all gradients have been reduced for an average
         self.step = 0
         self.waited_s = 0.0
-        self._transport = transport
-        self._all_gather = AllGather(transport)
+        self._transport = all_gather.transport
+        self._all_gather = all_gather
         self._collectives = collectives
         self._piece_numel = piece_numel
 
@@ -98,6 +102,7 @@ class BucketSync:
         """Prepare for the buckets of a larger partition; nothing may be in transit."""
         self.reduction.extend(partition, buffers)
         self._averages.extend(partition)
+        self.copies.extend(partition, buffers)
 
     def lay_out(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """Prepare for the buckets of another partition; nothing may be in transit."""
@@ -145,7 +150,7 @@ class BucketSync:
             averaged: Whether gradients are averaged already: there is nothing to reduce then.
         """
         if averaged:
-            return self._averages.square_sums(self.reduction.plans, present)
+            return self._averages.square_sums(list(self._plans_at_home()), present)
         for _ in self._reduced_plans():
             pass
         self.drain()
@@ -166,7 +171,7 @@ class BucketSync:
         self.drain()  # from here on nothing is sent from the rows that shards are received into
         plans = [plan for plan in self.reduction.plans if self.reduction.is_active(plan)]
         for plan in plans:
-            self._gather(plan, plan.buffers.grads)
+            self._gather(plan, self._averages.depart(plan))
         self.drain()
         for plan in plans:
             self._averages.spread(plan, present)
@@ -174,7 +179,7 @@ class BucketSync:
 
     def averaged(self) -> Iterator[ReducedShard]:
         """Yield this rank's shards of gradients that are averaged already."""
-        for plan in self.reduction.plans:
+        for plan in self._plans_at_home():
             yield from self._pieces(plan, self._averages.sources(plan))
 
     # -- parameters --------------------------------------------------------------------------------
@@ -182,7 +187,15 @@ class BucketSync:
     def publish(self, updated: ReducedShard) -> None:
         """Send a shard to the other nodes once its last piece is updated, and receive theirs."""
         if updated.is_last and self.reduction.is_active(updated.plan):
-            self._gather(updated.plan, updated.plan.buffers.params)
+            self._gather_params(updated.plan)
+            self.copies.note_updated(updated.plan.bucket)
+
+    def complete(self) -> None:
+        """Wait until all shards are published, those of the node's other ranks included."""
+        self.copies.note_all_updated()
+        self.drain()
+        copies = self.copies
+        self._wait(copies.advance, "parameters", lambda: copies.not_updated, copies.ranks)
 
     def publish_all(self) -> None:
         """Send every shard as it is now, so that all nodes have the same parameters. Collective."""
@@ -191,7 +204,7 @@ class BucketSync:
     def publish_plans(self, plans: Sequence[BucketPlan]) -> None:
         """Send the shards of some buckets as they are now. Collective: every rank."""
         for plan in plans:
-            self._gather(plan, plan.buffers.params)
+            self._gather_params(plan)
         self.drain()
 
     def drain(self) -> None:
@@ -216,6 +229,7 @@ class BucketSync:
 
     def close(self) -> None:
         """Release all memory, and what the transport holds."""
+        self.copies.free()
         self.reduction.free()
         self._transport.close()
 
@@ -225,6 +239,7 @@ class BucketSync:
         """Yield each bucket once this rank's shard of it is summed."""
         reduction = self.reduction
         for place, plan in reduction.final_places():
+            self._wait_home(plan)
 
             def is_reduced(place: int = place) -> bool:
                 self._all_gather.advance()
@@ -232,6 +247,34 @@ class BucketSync:
 
             self._wait(is_reduced, "exchange", lambda: reduction.awaited)
             yield plan
+        self._wait_landed()
+
+    def _plans_at_home(self) -> Iterator[BucketPlan]:
+        """Yield each bucket once the gradients of the node's ranks are at home."""
+        for plan in self.reduction.plans:
+            self._wait_home(plan)
+            yield plan
+        self._wait_landed()
+
+    def _wait_home(self, plan: BucketPlan) -> None:
+        """Wait until the gradients of all ranks of the node in a bucket can be read."""
+        copies, bucket = self.copies, plan.bucket
+        if copies.is_home(bucket):
+            return
+        self._wait_landed(bucket)
+        self._wait(lambda: copies.is_home(bucket), "gradients", lambda: copies.late, copies.ranks)
+
+    def _wait_landed(self, bucket: int | None = None) -> None:
+        """Wait for this rank's own gradients of a bucket, or of all, even those that others sum.
+
+        Whoever waits for its own device says so, which tells the others whom they wait for.
+        """
+        copies = self.copies
+
+        def has_landed() -> bool:
+            return copies.have_all_landed() if bucket is None else copies.has_landed(bucket)
+
+        self._wait(has_landed, "copies from the device", lambda: (copies.late[0], []))
 
     def _pieces(self, plan: BucketPlan, sources: Rows) -> Iterator[ReducedShard]:
         """Yield this rank's shard of a bucket in pieces, between which messages make progress."""
@@ -243,15 +286,26 @@ class BucketSync:
             yield ReducedShard(plan, piece, sources, plan.targets)
             self._translated(self._advance)
 
-    def _gather(self, plan: BucketPlan, array: FloatArray) -> None:
-        """Send this rank's shard of an array of the region, and receive those of other nodes."""
-        all_gather = self._all_gather
-        self._wait(all_gather.has_room, "publishing", lambda: all_gather.awaited)
-        self._translated(all_gather.start, plan, array)
+    def _gather_params(self, plan: BucketPlan) -> None:
+        """Send this rank's shard of the parameters, and receive those of other nodes."""
+        if self._transport.others:
+            self._gather(plan, plan.parts(plan.buffers.params))
+
+    def _gather(self, plan: BucketPlan, shards: Sequence[FloatArray]) -> None:
+        """Send this rank's shard of a bucket, and receive those of other nodes."""
+        reduction, all_gather = self.reduction, self._all_gather
+
+        def has_room() -> bool:
+            reduction.advance(limit=0)
+            return all_gather.has_room()
+
+        self._wait(has_room, "publishing", lambda: all_gather.awaited)
+        self._translated(all_gather.start, plan, shards)
 
     def _advance(self) -> None:
         self._all_gather.advance()
         self.reduction.advance()
+        self.copies.advance()
 
     def _translated(self, function: Callable[..., T], *args: Any) -> T:
         """Call ``function``; an error of MPI is raised as one that names who is lost."""
@@ -266,15 +320,22 @@ class BucketSync:
         test: Callable[[], bool],
         phase: str,
         late: Callable[[], tuple[int, list[int]]],
+        ranks: Sequence[int] | None = None,
     ) -> None:
-        """Wait until ``test`` holds; ``late`` names the bucket and the nodes it depends on."""
+        """Wait until ``test`` holds.
+
+        Args:
+            test: Whether the wait is over.
+            phase: What is being done, for messages.
+            late: Names the bucket and what it depends on: nodes, or places in ``ranks``.
+            ranks: Those that it depends on; None takes the lane's, one on each node.
+        """
         if self._translated(test):
             return
         start = time.perf_counter()
         where = f"{phase} of bucket {late()[0]}"
-        self._collectives.wait(
-            test, self.step, where, lambda: [self._transport.ranks[node] for node in late()[1]]
-        )
+        named = self._transport.ranks if ranks is None else ranks
+        self._collectives.wait(test, self.step, where, lambda: [named[i] for i in late()[1]])
         self.waited_s += time.perf_counter() - start
 
     def _awaited_ranks(self) -> list[int]:
@@ -283,21 +344,29 @@ class BucketSync:
 
 
 def make_sync(
-    topology: Topology, backend: Backend, collectives: Collectives, wire_dtype: str | None
+    topology: Topology,
+    backend: Backend,
+    copies: Copies,
+    collectives: Collectives,
+    wire_dtype: str | None,
 ) -> BucketSync:
     """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
 
     Args:
         topology: The ranks.
         backend: Computes.
+        copies: To and from the devices of this node.
         collectives: For waits.
         wire_dtype: As in ``ShardPolicy``.
     """
-    kernel, place = backend.kernel, (topology.node, topology.node_rank)
-    averages = AveragedGrads(kernel, *place)
+    place = topology.node, topology.node_rank
+    averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
-        local, in_place = LocalTransport(topology.rank), InPlaceReduction(kernel, place[1])
-        return BucketSync(local, in_place, averages, collectives, None)
+        in_place = InPlaceReduction(backend, place[1])
+        all_gather = AllGather(LocalTransport(topology.rank), backend)
+        piece_numel = backend.kernel.piece_numel if copies.are_beside else None
+        return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
     transport = MpiTransport(topology, collectives.number)
     reduction = ReduceScatter(transport, backend, place, wire_dtype)
-    return BucketSync(transport, reduction, averages, collectives, kernel.piece_numel)
+    all_gather, piece_numel = AllGather(transport, backend), backend.kernel.piece_numel
+    return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)

@@ -56,6 +56,24 @@ def test_cases_of_one_rank(mpirun, tmp_path):
 
 
 @pytest.mark.any_mpi
+def test_cases_of_gpus_on_what_stands_in_for_one(mpirun, tmp_path):
+    names = ("gpu_kernel", "gpu_overhead", "gpu_memory", "gpu_offload")
+    words = ("--numel", "4096", "--rounds", "1", "--tensors", "3", "--device", "stand-in")
+    job = mpirun(1, "-m", "benchmarks", *names, *words, "--out", tmp_path, env=ENVIRONMENT,
+                 timeout_s=LIMIT_S)  # fmt: skip
+    assert job.returncode == 0, job.output
+    for name in ("gpu_overhead", "gpu_memory"):
+        assert require_recorded(tmp_path, name)["settings"] == {"device": "stand-in"}
+    text = (tmp_path / "gpu_kernel.jsonl").read_text()
+    kernels = [json.loads(line) for line in text.splitlines()]
+    assert [line["dtype"] for line in kernels] == ["float32", "bfloat16"]
+    assert all(ratio["target"] is None for line in kernels for ratio in line["ratios"])
+    if HAS_TORCH:
+        assert len(kernels[0]["ratios"]) == 3
+        assert len(json.loads((tmp_path / "gpu_offload.jsonl").read_text())["ratios"]) == 2
+
+
+@pytest.mark.any_mpi
 def test_cases_of_one_rank_refuse_two(mpirun, tmp_path):
     job = mpirun(2, "-m", "benchmarks", "overhead", "--out", tmp_path / "none", env=ENVIRONMENT)
     assert job.returncode != 0

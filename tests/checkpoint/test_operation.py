@@ -43,6 +43,9 @@ class Alone:
     def scalars(self):
         return Scalars([SPEC], [StepCount(4, 0.5)], [{"lr": 0.1}], num_steps=4, loss_scale=2.0)
 
+    def open(self):
+        self.calls.append("open")
+
     def trim(self):
         pass
 
@@ -114,7 +117,7 @@ def test_a_save_goes_from_state_to_state(tmp_path):
     assert (save.state, save.is_over) == (State.COMMITTED, True)
     assert save.finish() == save.committed == Committed(path, None)
     exchanged = ["agree", "allgather"]
-    assert sharded.calls == ["agree", "adopt", "allgather", *exchanged, *exchanged]
+    assert sharded.calls == ["agree", "adopt", "allgather", "open", *exchanged, *exchanged]
     with Reader(path, read_manifest(path)) as reader:
         reader.require_files()
         reader.read(reader.whole_files())

@@ -3,13 +3,14 @@
 import sys
 import types
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
 from shardopt.checkpoint.rng.streams import capture_rng, restore_rng
-from shardopt.errors import RandomStreamWarning
+from shardopt.errors import CheckpointError, RandomStreamWarning
 from tests.support.errors import is_last, warned
 from tests.support.frameworks import require
 from tests.support.streams import (
@@ -197,7 +198,8 @@ def test_torch_may_be_imported_and_not_saved(torch, monkeypatch):
 class Devices:
     """Stands in for torch.cuda with generators of the CPU; shows what is called, not that CUDA."""
 
-    def __init__(self, torch, number):
+    def __init__(self, torch, number, current=0):
+        self.current = current
         self.generators = [torch.Generator("cpu").manual_seed(index) for index in range(number)]
 
     def is_initialized(self):
@@ -206,11 +208,20 @@ class Devices:
     def device_count(self):
         return len(self.generators)
 
+    def current_device(self):
+        return self.current
+
     def get_rng_state_all(self):
         return [generator.get_state() for generator in self.generators]
 
     def set_rng_state(self, state, device):
         self.generators[device].set_state(state)
+
+
+def told_of_devices(before, after):
+    if before in (0, after):
+        return nullcontext()
+    return warned(MPI.COMM_SELF, RandomStreamWarning, f"{before} CUDA devices .* has {after}: ")
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3), (2, 0), (0, 2)])
@@ -224,9 +235,45 @@ def test_cuda_devices_go_on_by_number(torch, monkeypatch, before, after):
     for generator in torch.cuda.generators:
         torch.rand(3, generator=generator)
     expected = [torch.rand((), generator=generator) for generator in old[:after]]
-    restore_rng(states, MPI.COMM_SELF)
+    with told_of_devices(before, after):
+        restore_rng(states, MPI.COMM_SELF)
     for generator, value in zip(torch.cuda.generators, expected, strict=False):
         assert torch.rand((), generator=generator) == value
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 3), (1, 0)), ((2, 0), (2, 1))])
+def test_the_stream_of_the_device_in_use_follows_its_rank(torch, monkeypatch, before, after):
+    make_cpu_generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: make_cpu_generator("cpu"))
+    monkeypatch.setattr(torch, "cuda", Devices(torch, *before))
+    expected = torch.cuda.generators[before[1]]
+    state = through_json(capture_rng())
+    monkeypatch.setattr(torch, "cuda", Devices(torch, *after))
+    with told_of_devices(before[0], after[0]):
+        restore_rng([state], MPI.COMM_SELF)
+    new = torch.cuda.generators[after[1]]
+    assert torch.equal(torch.rand(5, generator=new), torch.rand(5, generator=expected))
+
+
+def test_a_state_without_the_device_in_use_goes_on_by_number(torch, monkeypatch):
+    make_cpu_generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: make_cpu_generator("cpu"))
+    monkeypatch.setattr(torch, "cuda", Devices(torch, 2, 1))
+    state = through_json(capture_rng())
+    del state["torch"]["device"]
+    monkeypatch.setattr(torch, "cuda", Devices(torch, 2, 0))
+    torch.cuda.generators[0].manual_seed(7)
+    restore_rng([state], MPI.COMM_SELF)
+    assert [generator.initial_seed() for generator in torch.cuda.generators] == [0, 1]
+
+
+@pytest.mark.parametrize("device", [2, -1, None, True])
+def test_a_device_that_was_not_saved_is_refused(torch, monkeypatch, device):
+    monkeypatch.setattr(torch, "cuda", Devices(torch, 2))
+    state = through_json(capture_rng())
+    state["torch"]["device"] = device
+    with pytest.raises(CheckpointError, match=r"\['device'\] must be a whole number from 0 to 1"):
+        restore_rng([state], MPI.COMM_SELF)
 
 
 @pytest.mark.mpi

@@ -105,7 +105,8 @@ def test_a_state_without_masters_takes_them_from_the_parameters(comm):
 def test_an_overflow_on_one_rank_skips_the_step_on_all(comm, dtype):
     values = initial(dtype=dtype)
     params, oracle = make_params(values), Oracle(values)
-    with NAdam(params, comm=comm) as opt:
+    policy = ShardPolicy(check_finite=None if dtype == "float16" else True)
+    with NAdam(params, comm=comm, policy=policy) as opt:
         train(opt, params, comm, dtype, range(2), oracle)
         params[3].grad[17] = np.inf if comm.rank == comm.size - 1 else 1
         with warned(comm, NonFiniteWarning):
@@ -115,6 +116,53 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(comm, dtype):
         train(opt, params, comm, dtype, range(2, 4), oracle)
         assert not opt.last_step.skipped
         assert_same(params, oracle)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_has_the_range_of_float32_is_not_checked_unless_asked(comm, dtype):
+    params = make_params(initial(dtype=dtype))
+    with NAdam(params, comm=comm) as opt:
+        params[3].grad[17] = np.nan if comm.rank == comm.size - 1 else 1
+        with warned(comm, NonFiniteWarning, match="'p3' holds inf or NaN since step 1"):
+            opt.step()
+        assert not opt.last_step.skipped
+        assert opt.last_step.grad_norm is None
+
+
+@pytest.mark.filterwarnings("ignore::shardopt.errors.NonFiniteWarning")
+def test_one_parameter_of_float16_has_all_checked(comm):
+    params = make_params([np.ones(5000, "bfloat16"), np.ones(3, "float16")])
+    with NAdam(params, comm=comm) as opt:
+        params[0].grad[17] = np.inf if comm.rank == comm.size - 1 else 1
+        opt.step()
+        assert opt.last_step.skipped
+
+
+@SIXTEEN
+@pytest.mark.parametrize("bucket_nbytes", [1, 32 << 20])
+@pytest.mark.parametrize("missing", [(), (2, 3, 4)])
+def test_bits_of_clipped_steps_are_those_of_one_process(comm, dtype, bucket_nbytes, missing):
+    values = initial(dtype=dtype)
+    params, oracle = make_params(values), Oracle(values)
+    policy = ShardPolicy(bucket_nbytes=bucket_nbytes)
+    with NAdam(params, comm=comm, policy=policy) as opt:
+        for step in range(6):
+            opt.max_grad_norm = None if step == 3 else 1.0  # sums of earlier steps stay behind
+            grads = all_grads(step, comm, dtype)
+            if step in (2, 4):
+                grads = [
+                    [None if i in missing else g for i, g in enumerate(mine)] for mine in grads
+                ]
+            opt.zero_grad(set_to_none=True)
+            for param, grad in zip(params, grads[comm.rank], strict=True):
+                param.grad = grad
+            opt.step()
+            oracle.step(grads, factor=opt.last_step.clip_factor)
+            assert_same(params, oracle)
+            present = [[g for g in mine if g is not None] for mine in grads]
+            if step != 3:
+                assert opt.last_step.clip_factor < 1
+                assert opt.last_step.grad_norm == pytest.approx(oracle.norm(present), rel=1e-6)
 
 
 def test_sums_over_ranks_do_not_overflow(comm):
@@ -203,6 +251,11 @@ def test_memory_of_sixteen_bits(comm, dtype):
     numel = 1 << 20
     with NAdam(make_params([np.ones(numel, dtype)]), comm=comm) as opt:
         report = opt.memory_report()
+        opt.max_grad_norm = 1.0
+        clipping = opt.memory_report()
+    sums = 4 if comm.size > 1 else 0  # the gradients of a single rank are the sum
+    checks = dtype == "float16"
     assert report.masters_node_nbytes == 4 * numel
-    assert report.node_nbytes == (2 + 2 * comm.size + 8 + 4) * numel
+    assert report.node_nbytes == (2 + 2 * comm.size + 8 + 4 + checks * sums) * numel
+    assert clipping.node_nbytes == (2 + 2 * comm.size + 8 + 4 + sums) * numel
     assert report.replicated_rank_nbytes == (2 + 2 + 8 + 4) * numel

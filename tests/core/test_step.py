@@ -64,9 +64,10 @@ def test_closing_releases_the_state(comm, share_node):
     opt = NAdam(params, comm=comm, policy=ShardPolicy(timeout_s=30, share_node=share_node))
     take_step(params, opt)
     (buffers,) = opt.core.parts.memory.buffers
-    arrays = [*opt.core.parts.memory.state.arrays(0).values(), buffers.sums]
+    sums = {} if buffers.sums is None else buffers.sums.arrays
+    arrays = [*opt.core.parts.memory.state.arrays(0).values(), *sums.values()]
     held = [weakref.ref(array.base) for array in arrays if array.base is not None]
-    del buffers, arrays
+    del buffers, sums, arrays
     opt.close()
     gc.collect()
     assert len(held) >= 2

@@ -7,7 +7,7 @@ import yaml
 
 from tests.support.pages import ARCHITECTURE, PAGES, README, ROOT, anchors, links, name_of
 
-MODULES = sorted((ROOT / "shardopt").rglob("*.py"))
+MODULES = sorted(each for each in (ROOT / "shardopt").rglob("*") if each.suffix in (".py", ".cu"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -43,7 +43,9 @@ def defined_notes():
     return {
         name: module
         for module in MODULES
-        for name in re.findall(r"^\s*\[Note: ([^\]]+)\]$", module.read_text("utf-8"), re.MULTILINE)
+        for name in re.findall(
+            r"^(?:\s*|// )\[Note: ([^\]]+)\]$", module.read_text("utf-8"), re.MULTILINE
+        )
     }
 
 

@@ -74,6 +74,33 @@ def test_pbs_runs_the_same_on_its_nodes(cluster, tmp_path):
     assert sorted(places) == [("0", "h2", "2"), ("1", "h2", "2"), ("2", "h1", "1")]
 
 
+MPIRUN = """#!/bin/bash
+if [[ $1 == --version ]]; then echo "HYDRA build details"; exit; fi
+echo "with $RANK_GPUS GPUs"
+exit 9
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts", "ranks"),
+    [
+        ((), "h1:2,h2:1,h3:1", 4),
+        (("--gpus-per-node", "4"), "h1:2,h2:1,h3:4", 7),
+        (("--gpus-per-node=4", "--ranks=5"), "h1:2,h2:1,h3:4", 5),
+    ],
+)
+def test_a_rank_for_each_gpu_of_hosts_without_a_number(hostfile, options, hosts, ranks):
+    hostfile.write_text(hostfile.read_text() + "h3\n")
+    mpirun = hostfile.with_name("mpirun")
+    mpirun.write_text(MPIRUN)
+    mpirun.chmod(0o755)
+    words = ("bash", LAUNCH / "hosts.sh", *options, hostfile, "true")
+    job = run(plain(f"MPIRUN={mpirun}", *words), hostfile.parent)
+    assert job.returncode == 9
+    assert f"-n {ranks} -launcher ssh -hosts {hosts} " in job.stdout
+    assert f"with {'4' * bool(options)} GPUs" in job.stdout
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.launchers import LAUNCH, launch, run, start
+from tests.support.launchers import LAUNCH, launch, plain, run, start
 
 
 def test_every_rank_runs_and_says_where(mpirun, tmp_path):
@@ -98,6 +98,18 @@ def test_what_ranks_print_on_stderr_is_passed_on(run_with):
     assert job.stderr == "  indented\n\nhalf a line 0\n  indented\n\nhalf a line 1\n"
 
 
+@pytest.mark.parametrize(("options", "ranks"), [((), 2), (("--ranks", "3"), 3)])
+def test_a_rank_for_each_gpu(mpirun, tmp_path, options, ranks):
+    show = "echo $SHARDOPT_LOCAL_RANK:$CUDA_VISIBLE_DEVICES"
+    words = ("bash", LAUNCH / "local.sh", "--gpus-per-node", "2", *options, "bash", "-c", show)
+    path = f"PATH={os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    job = run(plain(path, "CUDA_VISIBLE_DEVICES=4,6,7", *words), tmp_path)
+    assert job.returncode == 0, job.stdout + job.stderr
+    first, *places = job.stdout.splitlines()
+    assert f" -n {ranks} " in first
+    assert sorted(places) == ["0:4", "1:6", "2:4"][:ranks]
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -106,6 +118,8 @@ def test_what_ranks_print_on_stderr_is_passed_on(run_with):
     [
         (["--ranks", "0", "true"], "--ranks must be at least 1; got '0'."),
         (["--ranks"], "--ranks must have a value; got none."),
+        (["--gpus-per-node"], "--gpus-per-node must have a value; got none."),
+        (["--gpus-per-node=0", "true"], "--gpus-per-node must be at least 1; got '0'."),
         ([], "COMMAND must be given; got none."),
         (["--rank", "2", "true"], "options must be listed in --help; got --rank."),
         (["no-such-program"], "COMMAND must begin with a program; got 'no-such-program'."),

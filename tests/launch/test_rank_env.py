@@ -102,3 +102,27 @@ def test_gpus_are_dealt_out_in_turn(place):
         for rank in range(3)
     ]
     assert dealt == ["4", "6", "4"]
+
+
+def test_a_rank_knows_its_number_on_the_node_under_every_launcher(place):
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID"):
+        assert place(**{name: "3", "SLURM_LOCALID": "1"})["SHARDOPT_LOCAL_RANK"] == "3"
+    assert place(SLURM_LOCALID="1")["SHARDOPT_LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(("limit", "dealt"), [("1", "444"), ("2", "464"), ("all", ["4,6,7"] * 3)])
+def test_some_gpus_or_all_of_them(place, limit, dealt):
+    settings = {"CUDA_VISIBLE_DEVICES": "4,6,7", "RANK_GPUS": limit}
+    for rank, expected in enumerate(dealt):
+        assert place(MPI_LOCALRANKID=str(rank), **settings)["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_fewer_gpus_than_asked_for_end_the_rank(tmp_path, rank, told):
+    settings = (f"MPI_LOCALRANKID={rank}", "CUDA_VISIBLE_DEVICES=0,1", "RANK_GPUS=4")
+    job = run(plain(*settings, "bash", LAUNCH / "rank_env.sh", "true"), tmp_path)
+    sentence = (
+        f"rank_env.sh: --gpus-per-node must be at most the GPUs of a node; got 4, while "
+        f"{os.uname().nodename} shows 2. Ask for fewer, or check CUDA_VISIBLE_DEVICES.\n"
+    )
+    assert (job.returncode, job.stderr) == (2, sentence if told else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import cluster as cluster_module
-from tests.support.launchers import LAUNCH, PAYLOAD, ROOT, plain, wait_until
+from tests.support.launchers import LAUNCH, PAYLOAD, ROOT, plain, run, wait_until
 
 SLURM = Path(cluster_module.__file__).with_name("slurm.sh")
 
@@ -62,3 +62,30 @@ def test_a_job_that_must_leave_saves_and_goes_on_later(slurm, tmp_path, starter)
     assert printed("ends", 4), out.read_text() + slurm("scontrol", "show", "job", number)
     assert "on h1 with 2, 1 threads" in out.read_text()
     assert "on h2 with 2, 1 threads" in out.read_text()
+
+
+PROGRAMS = {
+    "mpirun": """echo "HYDRA build details" """,
+    "srun": """if [[ $1 == --mpi=list ]]; then echo pmi2; else echo "bound: $SLURM_GPU_BIND"; fi""",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "bound", "told"),
+    [
+        ((), "", False),
+        (("SLURM_GPUS_ON_NODE=4", "SLURM_GPUS_PER_NODE=4"), "none", False),
+        (("SLURM_GPUS_ON_NODE=4", "SLURM_GPU_BIND=closest"), "closest", False),
+        (("SLURM_GPUS_ON_NODE=4", "SLURM_GPUS_PER_TASK=1"), "none", True),
+    ],
+)
+def test_tasks_see_all_gpus_of_their_node(tmp_path, variables, bound, told):
+    """With programs in the place of Slurm's, which would need GPUs to give away."""
+    for name, body in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = (f"PATH={tmp_path}:/usr/bin:/bin", f"SLURM_SUBMIT_DIR={ROOT}", *variables)
+    job = run(plain(*settings, "bash", LAUNCH / "slurm.sbatch", "true"), tmp_path)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.splitlines()[-1] == f"bound: {bound}"
+    assert ("slurm.sbatch: --gpus-per-task should be left out; got 1." in job.stderr) == told

@@ -93,6 +93,18 @@ def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework
     assert job.stderr.splitlines().count(sentence) == 1
 
 
+@pytest.mark.any_mpi
+def test_a_gpu_that_is_missing_is_one_sentence(mpirun):
+    require("torch")
+    words = ("--framework", "torch", "--device", "cuda")
+    job = mpirun(2, SCRIPT, *words, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert job.returncode == 2
+    assert "Traceback" not in job.output
+    (told,) = [line for line in job.stderr.splitlines() if line.startswith("train_lm.py: ")]
+    assert told.startswith("train_lm.py: --device cuda must find a GPU; got none (CUDA of torch ")
+    assert told.endswith("Check nvidia-smi and CUDA_VISIBLE_DEVICES, or leave --device out.")
+
+
 @pytest.mark.parametrize("how", [[SCRIPT], ["-m", "mpi4py", SCRIPT], ["-m", "train_lm"]])
 def test_every_way_to_start_the_script_finds_its_modules(how):
     job = run([sys.executable, *how, "--help"], LAUNCH)

@@ -1,9 +1,11 @@
 """Spans behave as the sets of positions that they are."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardopt.layout.span import Span
+from shardopt.layout.span import Span, intersections, merged
 
 spans = st.tuples(st.integers(-50, 50), st.integers(0, 40)).map(lambda p: Span(p[0], p[0] + p[1]))
 
@@ -49,3 +51,20 @@ def test_an_index_selects_the_positions(span, position):
     assert (position in span) == (position in positions(span))
     moved = span.shift(100)
     assert list(range(300)[moved.slice]) == sorted(positions(moved))
+
+
+@given(st.lists(spans))
+def test_merged_spans_are_the_fewest_with_the_same_positions(some):
+    runs = merged(some)
+    assert all(runs)
+    assert all(one.stop < other.start for one, other in pairwise(runs))
+    assert set().union(*map(positions, runs)) == set().union(*map(positions, some))
+
+
+@given(st.lists(spans).map(merged), st.lists(spans).map(merged))
+def test_intersections_have_the_positions_that_both_lists_have(left, right):
+    found = intersections(left, right)
+    assert all(found)
+    assert found == sorted(found)
+    ours, theirs = (set().union(*map(positions, each)) for each in (left, right))
+    assert [p for span in found for p in range(span.start, span.stop)] == sorted(ours & theirs)

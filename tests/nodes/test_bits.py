@@ -156,7 +156,7 @@ def test_memory_is_what_the_plan_says(comm, wire_dtype):
     policy = ShardPolicy(share_node=share, wire_dtype=wire_dtype, timeout_s=30)
     with NAdam(make_params(shapes=shapes), comm=comm, policy=policy) as opt:
         parts = opt.core.parts
-        sums_nbytes = sum(buffers.sums.nbytes for buffers in parts.memory.buffers)
+        sums_nbytes = sum(buffers.sums.arrays["sum"].nbytes for buffers in parts.memory.buffers)
         staging_nbytes = parts.sync.reduction.staging_nbytes
         staging_of_node = opt.core.topology.node_comm.allreduce(staging_nbytes)
         assert opt.memory_report().travel_node_nbytes == sums_nbytes + staging_of_node

@@ -21,7 +21,7 @@ def test_nothing_is_sent_again_because_the_average_is_changed(comm):
     job = Job(comm, several_nodes(comm)[0])
     topology = job.opt.core.topology
     planned = plan_traffic(job.opt.partition, topology.node, topology.node_rank)
-    averages = [plan.part(plan.buffers.grads, topology.node) for plan in job.reduction.plans]
+    averages = [plan.parts(plan.buffers.grads)[topology.node] for plan in job.reduction.plans]
     more = sum(average.nbytes for average in averages) * (topology.num_nodes - 1)
     for step in range(3):
         job.opt.zero_grad()

@@ -11,7 +11,7 @@ from shardopt.backends.cpu.backend import CpuBackend
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.partition import ParamSpec, plan_partition
 from shardopt.layout.traffic import Traffic
-from shardopt.store.buffers import RegionArrays, ShardBuffers
+from shardopt.store.buffers import RegionArrays, ShardArrays, ShardBuffers
 from shardopt.transport.reduce_scatter import ReduceScatter
 
 
@@ -126,29 +126,48 @@ class InProcessTransport:
 
 
 class Lagging:
-    """An event that is done at the third look, as of a processor that computes on its own."""
+    """An event that is done at the third look; only then is the work before it carried out."""
 
-    def __init__(self):
-        self.looks = 0
+    def __init__(self, backend):
+        self._backend, self._position, self._looks = backend, backend.num_asked, 0
 
     def is_done(self):
-        self.looks += 1
-        return self.looks > 2
+        self._looks += 1
+        if self._looks > 2:
+            self._backend.run(self._position)
+        return self._backend.num_done >= self._position
 
 
-class InProcessBackend(CpuBackend):
-    """A backend whose events can be late.
+class LaggingBackend(CpuBackend):
+    """A backend that computes on its own: later than asked for, and in order."""
 
-    Args:
-        lags: Whether its events are done later than asked for.
-    """
-
-    def __init__(self, lags):
+    def __init__(self):
         super().__init__(1)
-        self.lags = lags
+        self.num_asked = self.num_done = 0
+        self._work = deque()
+        self._reduce, self.kernel.reduce = self.kernel.reduce, self._put_reduce
+
+    def put(self, work):
+        """Carry out a function once its turn comes."""
+        self._work.append(work)
+        self.num_asked += 1
+
+    def run(self, stop):
+        while self.num_done < stop:
+            self._work.popleft()()
+            self.num_done += 1
 
     def event(self):
-        return Lagging() if self.lags else super().event()
+        return Lagging(self)
+
+    def wait(self):
+        self.run(self.num_asked)
+
+    def copy(self, target, source):
+        self.put(lambda: np.copyto(target, source))
+
+    def _put_reduce(self, *args):
+        self.put(lambda: self._reduce(*args))
 
 
 @dataclass
@@ -168,6 +187,7 @@ class Rank:
     place: Place
     buffers: list
     transport: InProcessTransport
+    backend: CpuBackend
     reduction: ReduceScatter
 
 
@@ -192,7 +212,7 @@ class Cluster:
         world = self.num_nodes, self.node_size, self.bucket_nbytes
         self.partition = plan_partition(specs, *world)
         self.networks = [Network(self.seed + lane) for lane in range(self.node_size)]
-        self.backend = InProcessBackend(self.lags)
+        self.backend = CpuBackend(1)
         self.ranks = []
         for node in range(self.num_nodes):
             arrays = self._make_arrays(node)
@@ -204,19 +224,23 @@ class Cluster:
         numel, dtype = self.partition.regions[0].numel, self.dtype
         params = np.zeros(numel, dtype)
         grads = [np.zeros(numel, dtype) for _ in range(self.node_size)]
-        sums = np.zeros(self.partition.node_numel(node, 0), compute_dtype(dtype))
-        return RegionArrays(params, params, grads, sums)
+        sums = {"sum": np.zeros(self.partition.node_numel(node, 0), compute_dtype(dtype))}
+        return params, grads, ShardArrays(sums, None)
 
-    def _make_rank(self, place, arrays):
+    def _make_rank(self, place, memory):
+        params, grads, sums = memory
+        own = grads[place.node_rank]
+        arrays = RegionArrays(params, params, own, grads, [params], sums)
         buffers = [ShardBuffers(self.partition, 0, (place.node, place.node_rank), arrays)]
         transport = InProcessTransport(self.networks[place.node_rank], place.node, self.num_nodes)
         where = place.node, place.node_rank
-        reduction = ReduceScatter(transport, self.backend, where, self.wire_dtype)
+        backend = LaggingBackend() if self.lags else self.backend
+        reduction = ReduceScatter(transport, backend, where, self.wire_dtype)
         reduction.extend(self.partition, buffers)
         if self.trained is not None:
             reduction.activate(self.trained)
             reduction.reset()
-        return Rank(place, buffers, transport, reduction)
+        return Rank(place, buffers, transport, backend, reduction)
 
     def fill_grads(self, seed=0):
         """Draw gradients; the padding stays zero. Returns them by rank, [region_numel] each."""

@@ -80,11 +80,12 @@ class HostKernel:
 
     def update(self, sources: Sequence, targets: Sequence, state: Mapping, plan: UpdatePlan) -> int:
         """Call the kernel with arrays as sources and targets."""
-        return self.kernel.update(Rows.of(*sources), Rows.of(*targets), state, plan)
+        self.kernel.update(Rows.of(*sources), Rows.of(*targets), state, plan)
+        return self.kernel.take_poisoned()
 
-    def reduce(self, sources: Sequence, out, span: Span, square_sums=None) -> None:
+    def reduce(self, sources: Sequence, out, span: Span, square_sums=None, factor=1.0) -> None:
         """Call the kernel with arrays as sources."""
-        self.kernel.reduce(Rows.of(*sources), out, span, square_sums)
+        self.kernel.reduce(Rows.of(*sources), out, span, square_sums, factor)
 
 
 class Guarded:

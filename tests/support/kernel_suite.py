@@ -174,21 +174,21 @@ class ReduceSuite:
         total = np.array(before).astype(np.float64).sum(axis=0)
         square_sums = np.full(2, np.nan)
         row = num_sources // 2
-        out = None if has_master(dtype) else arena.grads[row]
+        apart = has_master(dtype)  # 16 bits cannot hold the sum
+        out = np.empty(arena.numel, compute_dtype(dtype)) if apart else arena.grads[row]
         kernel.reduce(arena.grads, out, arena.whole, square_sums)
         expected = (total**2).reshape(2, -1).sum(axis=1)
         tolerance = TOLERANCE[compute_dtype(dtype)]
         np.testing.assert_allclose(square_sums, expected, rtol=10 * tolerance)
-        if out is not None:
-            np.testing.assert_allclose(out, total, atol=8 * tolerance)
+        np.testing.assert_allclose(out, total, atol=8 * tolerance)
+        if not apart:
             before[row] = out
         for grad, kept in zip(arena.grads, before, strict=True):
             assert_same_bits(grad, kept)
         arena.guards.assert_untouched()
 
-    @pytest.mark.parametrize("num_sources", [1, 3])
-    def test_without_out_the_squares_are_the_same(self, kernel, dtype, num_sources):
-        arena, full = Arena(num_sources, dtype), compute_dtype(dtype)
+    def test_without_out_the_squares_are_the_same(self, kernel, dtype):
+        arena, full = Arena(1, dtype), compute_dtype(dtype)
         before, widened = np.array(arena.grads), [grad.astype(full) for grad in arena.grads]
         measured, summed = np.full((2, 2), np.nan)
         kernel.reduce(arena.grads, None, arena.whole, measured)
@@ -230,7 +230,7 @@ class ReduceSuite:
         arena = Arena(2, dtype)
         arena.grads[0][arena.numel - 1] = poison
         square_sums = np.zeros(2)
-        out = None if has_master(dtype) else arena.grads[0]
+        out = np.empty(arena.numel, compute_dtype(dtype))
         kernel.reduce(arena.grads, out, arena.whole, square_sums)
         assert np.isfinite(square_sums).tolist() == [True, False]
 

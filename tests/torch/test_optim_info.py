@@ -15,7 +15,7 @@ What applies:
     not_og_supported_flags: maximize    trained against torch.optim.NAdam
     supports_complex, param_groups      test_params.py, test_interface.py
     supports_sparse = False             refused, unless autograd can add it (test_params.py)
-    supports_multiple_devices           refused: parameters are in the CPU's memory
+    supports_multiple_devices           a rank trains on one: tests/torch/test_devices.py
 
 Of torch's test_optim.py, which wheels do not have: forloop goes right direction, step hooks, state
 dict hooks, state dict deterministic, state dict from an older version, numbers for tensors in it,

@@ -181,7 +181,11 @@ def with_grad_dtype():
 
 
 REFUSED = {
-    "meta": (lambda: torch.ones(3, device="meta"), PartitionError, "memory; got device meta"),
+    "meta": (
+        lambda: torch.ones(3, device="meta"),
+        PartitionError,
+        "on the CPU or a CUDA GPU; got device meta",
+    ),
     "int": (
         lambda: torch.arange(3),
         PartitionError,

@@ -1,5 +1,6 @@
 """Updated shards reach every node."""
 
+import functools
 import random
 
 import numpy as np
@@ -10,22 +11,31 @@ from hypothesis import strategies as st
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.transport.all_gather import AllGather
 from shardopt.transport.local import LocalTransport
-from tests.support.in_process import Broken, Cluster
+from tests.support.in_process import Broken, Cluster, LaggingBackend
 
 worlds = st.tuples(st.integers(2, 4), st.integers(1, 3))
 
 
 def gathers(cluster):
-    """An all-gather for each rank, whose parameters show their owner."""
-    for number, rank in enumerate(cluster.ranks):
-        for plan in rank.reduction.plans:
-            plan.part(rank.buffers[0].params, rank.place.node)[:] = number + 1
-    return [AllGather(rank.transport) for rank in cluster.ranks]
+    """An all-gather for each rank, and the function that updates a bucket and starts it."""
+    return [
+        (AllGather(rank.transport, rank.backend), functools.partial(update, rank, number + 1))
+        for number, rank in enumerate(cluster.ranks)
+    ]
 
 
-def start(gather, plan):
-    """Send and receive the parameters of a bucket."""
-    gather.start(plan, plan.buffers.params)
+def update(rank, number, gather, plan):
+    """Have the parameters that a rank owns show its number, and send them."""
+    shards = plan.parts(plan.buffers.params)
+
+    def work():
+        shards[rank.place.node][:] = number
+
+    if isinstance(rank.backend, LaggingBackend):
+        rank.backend.put(work)
+    else:
+        work()
+    gather.start(plan, shards)
 
 
 def owners(cluster):
@@ -37,17 +47,18 @@ def owners(cluster):
     return numbers
 
 
-@given(worlds, st.integers(1, 9 * CHUNK_NUMEL), st.integers(0, 1 << 30))
-@settings(max_examples=30)
-def test_every_node_has_all_shards(world, numel, seed):
-    cluster, order = Cluster(*world, [numel], seed=seed), random.Random(seed)
+@given(worlds, st.integers(1, 9 * CHUNK_NUMEL), st.integers(0, 1 << 30), st.booleans())
+@settings(max_examples=40)
+def test_every_node_has_all_shards(world, numel, seed, lags):
+    cluster, order = Cluster(*world, [numel], seed=seed, lags=lags), random.Random(seed)
     running = list(zip(gathers(cluster), cluster.ranks, strict=True))
-    left = {id(gather): list(rank.reduction.plans) for gather, rank in running}
+    left = {id(gather): list(rank.reduction.plans) for (gather, _), rank in running}
     for _ in range(100_000):
-        gather, _ = order.choice(running)
+        (gather, start), _ = order.choice(running)
         if left[id(gather)] and gather.has_room():
             start(gather, left[id(gather)].pop(0))
-        if not any(left.values()) and all(gather.advance() == 0 for gather, _ in running):
+        in_transit = [gather.advance() for (gather, _), _ in running]  # look at all
+        if not any(left.values()) and not any(in_transit):
             break
     for rank in cluster.ranks:
         np.testing.assert_array_equal(rank.buffers[0].params, owners(cluster))
@@ -55,7 +66,7 @@ def test_every_node_has_all_shards(world, numel, seed):
 
 def test_it_takes_no_more_buckets_than_it_has_room_for():
     cluster = Cluster(2, 1, [9 * CHUNK_NUMEL])
-    gather, plans = gathers(cluster)[0], cluster.ranks[0].reduction.plans
+    (gather, start), plans = gathers(cluster)[0], cluster.ranks[0].reduction.plans
     started = 0
     while gather.has_room():
         start(gather, plans[started])
@@ -66,7 +77,7 @@ def test_it_takes_no_more_buckets_than_it_has_room_for():
 
 def test_a_broken_connection_is_raised_where_progress_is_made():
     cluster = Cluster(2, 1, [2 * CHUNK_NUMEL])
-    gather = gathers(cluster)[0]
+    gather, start = gathers(cluster)[0]
     start(gather, cluster.ranks[0].reduction.plans[0])
     cluster.networks[0].cut(1)
     with pytest.raises(Broken):
@@ -75,8 +86,8 @@ def test_a_broken_connection_is_raised_where_progress_is_made():
 
 def test_on_one_node_there_is_nothing_to_send():
     cluster = Cluster(1, 2, [3 * CHUNK_NUMEL])
-    gather = AllGather(LocalTransport(0))
+    gather = AllGather(LocalTransport(0), cluster.backend)
     for plan in cluster.ranks[0].reduction.plans:
-        start(gather, plan)
+        gather.start(plan, plan.parts(plan.buffers.params))
         assert gather.advance() == 0
     assert gather.awaited == (0, [])

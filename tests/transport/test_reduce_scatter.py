@@ -55,7 +55,7 @@ def assert_sums(cluster, expected):
     for rank in cluster.ranks:
         (buffers,) = rank.buffers
         for plan in rank.reduction.plans:
-            owned = buffers.sums[plan.shard.local.slice]
+            owned = buffers.sums_of(plan.shard)
             np.testing.assert_array_equal(owned, expected[buffers.local(plan.shard).slice])
 
 
@@ -77,7 +77,7 @@ def test_owners_get_the_sums_over_all_ranks(world, numels, seed, bucket_nbytes):
 
 def published(rank):
     """The shards that would be sent to each other node after the update."""
-    params = [plan.part(rank.buffers[0].params, rank.place.node) for plan in rank.reduction.plans]
+    params = [plan.parts(rank.buffers[0].params)[rank.place.node] for plan in rank.reduction.plans]
     return params * len(rank.transport.others)
 
 
@@ -98,6 +98,19 @@ def test_pieces_are_sent_once_they_are_computed(num_chunks, node_size):
     expected = expected_sums(cluster, cluster.fill_grads())
     run_until_reduced(cluster)
     assert_sums(cluster, expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("node_size", [1, 2])
+def test_memory_is_used_again_once_it_is_read(seed, node_size):
+    numel = 4 * NUM_STAGING_BUFFERS * node_size * CHUNK_NUMEL
+    cluster = Cluster(2, node_size, [numel], seed=seed, lags=True)
+    expected = expected_sums(cluster, cluster.fill_grads(seed))
+    run_until_reduced(cluster, seed)
+    assert_sums(cluster, expected)
+    square_sums = sum(rank.reduction.square_sums(-1) for rank in cluster.ranks)
+    chunks = expected.astype(np.float64).reshape(-1, CHUNK_NUMEL)
+    np.testing.assert_allclose(square_sums, (chunks**2).sum(1), rtol=1e-12)
 
 
 def test_a_limit_starts_no_more_buckets():
@@ -150,7 +163,7 @@ def test_buckets_that_changed_are_sent_again_and_the_last_sum_holds():
         (buffers,) = rank.buffers
         for index, plan in enumerate(rank.reduction.plans):
             expected = after if index in changed else before
-            owned = buffers.sums[plan.shard.local.slice]
+            owned = buffers.sums_of(plan.shard)
             np.testing.assert_array_equal(owned, expected[buffers.local(plan.shard).slice])
 
 

@@ -52,6 +52,7 @@ class Learner(ABC):
         shape: The model's sizes.
         weights: Its first weights, from ``initial_weights``.
         dtype: The dtype of weights and gradients.
+        device: Where they are, from ``find_device``.
         **settings: Arguments for the framework's NAdam.
 
     Attributes:
@@ -66,8 +67,23 @@ class Learner(ABC):
 
     @abstractmethod
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **settings: Any,
     ) -> None: ...
+
+    @staticmethod
+    def find_device(choice: str, local_rank: int) -> str:
+        """Return the device of this rank's model; raises ``ValueError`` if there is none such.
+
+        Args:
+            choice: ``auto``, ``cpu`` or ``cuda``.
+            local_rank: The rank's number on its node: GPUs are taken in turn.
+        """
+        return "cpu"
 
     @staticmethod
     def limit_threads(count: int) -> None:

@@ -23,7 +23,12 @@ class Learner(base.Learner):
     framework = f"JAX {jax.__version__}"
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **settings: Any,
     ) -> None:
         jax.config.update("jax_platforms", "cpu")  # as the optimizer runs on the CPU
         self.shape = shape

@@ -40,7 +40,12 @@ class Learner(base.Learner):
     framework = f"lucid {version('lucid-dl')}"
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **settings: Any,
     ) -> None:
         self.shape = shape
         with np.errstate(all="ignore"):  # nn.Linear converts uninitialised memory

@@ -25,7 +25,12 @@ class Learner(base.Learner):
     """The model in NumPy; see ``base.Learner``."""
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **settings: Any,
     ) -> None:
         self.shape = shape
         self.model = Transformer(shape, {n: w.astype(dtype) for n, w in weights.items()})

@@ -29,12 +29,20 @@ class Learner(base.Learner):
     framework = f"PyTorch {torch.__version__.split('+')[0]}"  # without +cpu
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: str = "float32", **settings: Any
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **settings: Any,
     ) -> None:
         self.shape = shape
-        self.model = Transformer(shape)
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            self.framework += f" on {torch.cuda.get_device_name(self.device)}"
+        self.model = Transformer(shape, self.device)
         self.model.load_state_dict({n: torch.from_numpy(w) for n, w in out_by_in(weights).items()})
-        self.model.to(getattr(torch, dtype))
+        self.model.to(self.device, getattr(torch, dtype))
         self.opt = NAdam(self.model.named_parameters(), **settings)
 
     @staticmethod
@@ -43,10 +51,32 @@ class Learner(base.Learner):
         base.Learner.limit_threads(count)
         torch.set_num_threads(count)
 
+    @staticmethod
+    def find_device(choice: str, local_rank: int) -> str:
+        """Take the GPUs that this rank sees in turn; see ``base.Learner.find_device``."""
+        count = 0 if choice == "cpu" else torch.cuda.device_count()
+        if count:
+            number = local_rank % count
+            torch.cuda.set_device(number)  # or torch would keep a context on the first GPU, too
+            return f"cuda:{number}"
+        if choice == "cuda":
+            build = torch.version.cuda or "none: a build for CPUs"
+            raise ValueError(
+                f"--device cuda must find a GPU; got none (CUDA of torch {torch.__version__}: "
+                f"{build}). Check nvidia-smi and CUDA_VISIBLE_DEVICES, or leave --device out."
+            )
+        return "cpu"
+
+    def step(self) -> None:
+        """Update, and wait for a GPU: the time that a step takes is measured."""
+        super().step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @torch.no_grad()
     def logits(self, inputs: Array) -> Array:
         """Run the model forward."""
-        logits: Array = self.model(as_tensor(inputs)).flatten(0, 1).numpy()
+        logits: Array = self.model(self._as_tensor(inputs)).flatten(0, 1).cpu().numpy()
         return logits
 
     @torch.no_grad()
@@ -62,17 +92,22 @@ class Learner(base.Learner):
         return loss.item()
 
     def _loss(self, inputs: Array, targets: Array) -> Tensor:
-        logits = self.model(as_tensor(inputs))
-        return F.cross_entropy(logits.flatten(0, 1), as_tensor(targets).flatten())
+        logits = self.model(self._as_tensor(inputs))
+        return F.cross_entropy(logits.flatten(0, 1), self._as_tensor(targets).flatten())
+
+    def _as_tensor(self, tokens: Array) -> Tensor:
+        """Convert bytes to int64, as indexing requires, on the model's device."""
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
 
 
 class Transformer(nn.Module):
     """Tokens [batch, time] in, float32 logits [batch, time, 256] out."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, device: torch.device | None = None) -> None:
         super().__init__()
         angles = torch.from_numpy(rotary_angles(shape.context, shape.head_width)).float()
         # Not a buffer: ``model.to(torch.bfloat16)`` would round the angles of distant positions.
+        angles = angles.to(device)
         self.rotations = torch.polar(torch.ones_like(angles), angles)
         self.embedding = nn.Embedding(NUM_BYTES, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
@@ -140,8 +175,3 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate each pair of ``x`` [batch, heads, time, head_width], as a complex number."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations).flatten(-2).type_as(x)
-
-
-def as_tensor(tokens: Array) -> Tensor:
-    """Convert bytes to int64, as indexing requires."""
-    return torch.from_numpy(tokens.astype(np.int64))

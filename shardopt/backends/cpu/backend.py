@@ -1,15 +1,9 @@
 """The CPU backend: NumPy arrays, the node's shared memory, and a kernel that runs on threads."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from shardopt._typing import FloatArray
+from shardopt._typing import Array, FloatArray
 from shardopt.backends.cpu.kernel import CpuKernel
-from shardopt.backends.cpu.memory import padded_zeros
-
-if TYPE_CHECKING:
-    from shardopt.comm.node_memory.arena import Arena, NodeMemory
 
 
 class CpuBackend:
@@ -25,22 +19,35 @@ class CpuBackend:
     def __init__(self, threads: int) -> None:
         self.kernel = CpuKernel(threads)
 
-    def zeros(self, numel: int, dtype: str, index: int, origin: FloatArray) -> FloatArray:
-        """See ``Backend.zeros``."""
-        return padded_zeros(numel, dtype, index, origin)
+    def host_zeros(self, numel: int, dtype: str) -> Array:
+        """See ``Backend.host_zeros``."""
+        return np.zeros(numel, dtype)
 
-    def share(self, arena: "Arena", nbytes: int, *, private: bool) -> "NodeMemory":
-        """See ``Backend.share``."""
-        return arena.allocate(nbytes, private=private)
-
-    def copy(self, target: FloatArray, source: FloatArray) -> None:
+    def copy(self, target: Array, source: Array) -> None:
         """See ``Backend.copy``."""
         assert target.shape == source.shape
-        np.copyto(target, source, casting="no")
+        np.copyto(target, source, casting="equiv")  # bytes may be swapped
+
+    def duplicate(self, array: Array) -> Array:
+        """See ``Backend.duplicate``."""
+        return array.copy()
+
+    def zero(self, array: Array) -> None:
+        """See ``Backend.zero``."""
+        if array.flags.c_contiguous:  # some dtypes are filled slowly
+            array = array.reshape(-1).view(np.uint8)
+        array[...] = 0
+
+    def scale(self, array: FloatArray, factor: float) -> None:
+        """See ``Backend.scale``."""
+        array *= array.dtype.type(factor)
 
     def event(self) -> "_Done":
         """See ``Backend.event``."""
         return _Done()
+
+    def wait(self) -> None:
+        """Return: all work is done."""
 
     def host(self, array: FloatArray) -> FloatArray:
         """Return the array itself, which the host can read."""
@@ -57,3 +64,6 @@ class _Done:
     def is_done(self) -> bool:
         """See ``Event.is_done``."""
         return True
+
+    def wait(self) -> None:
+        """See ``Event.wait``."""

@@ -13,7 +13,7 @@ from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
 from shardopt.backends.cpu import loops
 from shardopt.backends.cpu.copying import copy_past_cache
 from shardopt.errors import KernelError
-from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
+from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
@@ -36,8 +36,9 @@ class CpuKernel:
         self.threads = threads
         self.piece_numel = 2 * threads * MIN_PIECE_NUMEL  # well under a millisecond
         self._pool = ThreadPoolExecutor(threads - 1, "shardopt") if threads > 1 else None
+        self._poisoned = ALL_FINITE
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None) -> None:
+    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
         """See ``Kernel.prepare``; compiles."""
         if dtype not in DTYPES:
             raise KernelError(
@@ -46,23 +47,25 @@ class CpuKernel:
             )
         full, span = compute_dtype(dtype), Span(0, CHUNK_NUMEL)
         grads, param = np.zeros((2, CHUNK_NUMEL), dtype)
-        sources, squares = Rows.of(grads), np.zeros(1)
+        sums, squares = np.zeros(CHUNK_NUMEL, full), np.zeros(1)
+        sources = [Rows.of(grads), Rows.of(sums)]  # of updates
+        self.reduce(sources[0], None, span, squares)
         if wire_dtype is None:
-            self.reduce(sources, None if has_master(dtype) else param, span, squares)
+            self.reduce(sources[0], sums, span, squares)
         else:
-            wire, sums = np.zeros(CHUNK_NUMEL, wire_dtype), np.zeros(CHUNK_NUMEL, full)
-            self.reduce(sources, wire, span, None)
+            wire = np.zeros(CHUNK_NUMEL, wire_dtype)
+            self.reduce(sources.pop(0), wire, span, None)
             self.reduce(Rows.of(wire), sums, span, squares)
-            sources = Rows.of(sums)
         state = {each.key: np.zeros(CHUNK_NUMEL, each.dtype) for each in state_specs(dtype)}
         coefficients = np.zeros((1, NUM_COEFFICIENTS), full)
         plan = UpdatePlan(span, np.zeros((0, 3), np.int64), coefficients)
-        self.update(sources, Rows.of(param), state, plan)
+        for rows in sources:
+            self.update(rows, Rows.of(param), state, plan)
         copy_past_cache(np.empty(0, np.uint8), np.empty(0, np.uint8))  # for checkpoints
 
     def update(
         self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan
-    ) -> int:
+    ) -> None:
         """See ``Kernel.update``."""
         grads, params = _by_address(sources), _by_address(targets)
         arrays = tuple(state[key] for key in _DTYPES[targets.dtype].state_keys)
@@ -72,8 +75,16 @@ class CpuKernel:
             part = piece.start, piece.stop, plan.segments, plan.coefficients
             return int(loops.update(grads, params, arrays, partials, part))
 
-        flags = self._run(update_piece, plan.span)
-        return min((flag for flag in flags if flag != ALL_FINITE), default=ALL_FINITE)
+        found = [flag for flag in self._run(update_piece, plan.span) if flag != ALL_FINITE]
+        if found:
+            position = plan.origin + min(found)
+            first = self._poisoned == ALL_FINITE
+            self._poisoned = position if first else min(position, self._poisoned)
+
+    def take_poisoned(self) -> int:
+        """See ``Kernel.take_poisoned``."""
+        position, self._poisoned = self._poisoned, ALL_FINITE
+        return position
 
     def reduce(
         self,
@@ -81,6 +92,7 @@ class CpuKernel:
         out: FloatArray | None,
         span: Span,
         square_sums: NDArray[np.float64] | None,
+        factor: float = 1.0,
     ) -> None:
         """See ``Kernel.reduce``."""
         rows, sums = _by_address(sources), None if out is None else _stand_in(out)
@@ -91,7 +103,8 @@ class CpuKernel:
             part = None if sums is None else sums[local.slice]
             chunks = slice(local.start // CHUNK_NUMEL, local.stop // CHUNK_NUMEL)
             squares = None if square_sums is None else square_sums[chunks]
-            loops.reduce(rows, part, partials, (piece.start, piece.stop), squares)
+            scaled = piece.start, piece.stop, factor
+            loops.reduce(rows, part, partials, scaled, squares)
 
         self._run(reduce_piece, span)
 

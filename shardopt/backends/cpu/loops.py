@@ -360,6 +360,14 @@ def update(sources: Any, targets: Any, state: Any, partials: FloatArray, plan: A
 
 
 @_jit
+def _scaled(values: FloatArray, factor: float, out: FloatArray) -> FloatArray:
+    scale = out.dtype.type(factor)
+    for i in range(out.size):
+        out[i] = values[i] * scale
+    return out
+
+
+@_jit
 def _square_sum(values: FloatArray, accumulators: FloatArray) -> float:
     """Sum squares in float64, every 64th in one accumulator: a fixed order that vectorises."""
     accumulators[:] = 0.0
@@ -378,14 +386,16 @@ def _square_sum(values: FloatArray, accumulators: FloatArray) -> float:
 def reduce(sources: Any, out: Any, partials: FloatArray, span: Any, square_sums: Any) -> None:
     """Reduce the chunks of a span; see ``Kernel.reduce``.
 
-    ``span`` is start and stop; ``out`` and ``square_sums`` begin at its start. The rows of
-    ``partials`` are as long as a chunk.
+    ``span`` is start, stop and the factor; ``out`` and ``square_sums`` begin at its start. The rows
+    of ``partials`` are as long as a chunk.
     """
-    start, stop = span
+    start, stop, factor = span
     accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
     chunk_numel = partials.shape[1]
     for begin in range(start, stop, chunk_numel):
         total = _sum_sources(sources, begin, begin + chunk_numel, partials)
+        if factor != 1.0:
+            total = _scaled(total, factor, partials[0])
         if out is not None:
             _store(total, out[begin - start : begin - start + chunk_numel])
         if square_sums is not None:

@@ -119,11 +119,21 @@ def _bit_generator(**more: Reader) -> Reader:
     return read
 
 
+def _torch(name: str, value: Any) -> dict[str, Any]:
+    """Read torch's streams; older checkpoints do not say which device was in use."""
+    readers: dict[str, Reader] = {"cpu": _array(np.uint8), "cuda": _each(_array(np.uint8))}
+    if isinstance(value, Mapping) and "device" in value:
+        cuda = value.get("cuda")
+        readers["device"] = _whole(len(cuda) - 1 if isinstance(cuda, list) else 0)
+    read: dict[str, Any] = _record(**readers)(name, value)
+    return read
+
+
 read_state: Reader = _record(
     python=_record(**_MT19937, gauss_next=_optional(_finite)),
     numpy=_bit_generator(has_gauss=_whole(1), gauss=_finite),
     generators=_named(_bit_generator()),
-    torch=_optional(_record(cpu=_array(np.uint8), cuda=_each(_array(np.uint8)))),
+    torch=_optional(_torch),
     cupy=_optional(_record(seed=_whole((1 << 64) - 1))),
 )
 """Reads a rank's whole state."""

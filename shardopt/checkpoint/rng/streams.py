@@ -40,10 +40,10 @@ def capture_rng(**generators: np.random.Generator) -> dict[str, Any]:
         extra={"per_rank": capture_rng(order=generator)}
 
     The streams are those of Python's ``random``; of NumPy's functions, such as ``np.random.rand``;
-    of torch on the CPU and, if CUDA is initialised, on every device; and of CuPy on the current
-    device. torch and CuPy are left out if nobody has imported them. JAX has no such state: its keys
-    are values, which you can save as they are. The number of calls of ``Generator.spawn`` is not
-    part of a generator's state, and is not restored.
+    of torch on the CPU and, if CUDA is initialised, on every device, with the number of the current
+    one; and of CuPy on the current device. torch and CuPy are left out if nobody has imported them.
+    JAX has no such state: its keys are values, which you can save as they are. The number of calls
+    of ``Generator.spawn`` is not part of a generator's state, and is not restored.
 
     CuPy does not reveal its state. Its stream is therefore seeded with a number drawn from it, now
     and again by ``restore_rng``. So a resumed run draws the same numbers as this one goes on to
@@ -84,9 +84,11 @@ def restore_rng(
     all saved states, the number of ranks and this rank: differently on every rank, and in the same
     way whenever that is repeated.
 
-    A saved stream of torch or CuPy is ignored if the framework has not been imported or the device
-    is missing, so import what you want to continue. A stream that was not saved stays as it is,
-    unless all are seeded.
+    A saved stream of torch or CuPy is ignored if the framework has not been imported or there is no
+    device, so import what you want to continue. The streams of torch's CUDA devices go on by
+    number, but that of the device that a rank used goes on where the rank is now: its number may be
+    another one. If a rank has another number of devices, a warning says so. A stream that was not
+    saved stays as it is, unless all are seeded.
 
     Collective: every rank, within the default ``timeout_s`` of ``ShardPolicy``; otherwise the job
     ends. If one rank finds an error, all raise it, and nothing has changed; only a device that
@@ -103,7 +105,8 @@ def restore_rng(
         RankMismatchError: Ranks have different numbers of states.
 
     Warns:
-        RandomStreamWarning: All streams have been seeded; shown on rank 0.
+        RandomStreamWarning: All streams have been seeded, or there is another number of devices;
+            shown on rank 0.
     """
     comm = MPI.COMM_WORLD if comm is None else comm
     setters, error = attempt(_plan, states, comm.rank, comm.size, generators)
@@ -135,11 +138,11 @@ def _capture_torch() -> dict[str, Any] | None:
     torch = sys.modules.get("torch")
     if torch is None:
         return None
-    by_device = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "cpu": torch.get_rng_state().numpy().copy(),
-        "cuda": [state.numpy().copy() for state in by_device],
-    }
+    cpu, cuda = torch.get_rng_state().numpy().copy(), list[Any]()
+    if torch.cuda.is_initialized():
+        cuda = [state.numpy().copy() for state in torch.cuda.get_rng_state_all()]
+    in_use = {"device": int(torch.cuda.current_device())} if cuda else {}
+    return {"cpu": cpu, "cuda": cuda, **in_use}
 
 
 def _capture_cupy() -> dict[str, int] | None:
@@ -172,7 +175,8 @@ def _plan(
         name = f"states[{rank}]"
         state = read_state(name, states[rank])
         _require_names(state["generators"], generators)
-        return [*_continue_streams(state, generators), *_continue_torch(name, state["torch"])]
+        of_torch = _continue_torch(name, state["torch"], aloud=rank == 0)
+        return [*_continue_streams(state, generators), *of_torch]
     read = [read_state(f"states[{index}]", state) for index, state in enumerate(states)]
     _require_names({name for state in read for name in state["generators"]}, generators)
     return list(_begin_streams((digest_of(_printable(read)), size, rank), generators))
@@ -210,14 +214,20 @@ def _continue_streams(
         yield partial(_seed_cupy, cupy, state["cupy"]["seed"])
 
 
-def _continue_torch(name: str, state: Mapping[str, Any] | None) -> Iterator[_Setter]:
+def _continue_torch(
+    name: str, state: Mapping[str, Any] | None, *, aloud: bool
+) -> Iterator[_Setter]:
     torch = sys.modules.get("torch")
     if torch is None or state is None:
         return
     setters = {"cpu": (state["cpu"], torch.set_rng_state)}
     num_devices = torch.cuda.device_count() if state["cuda"] else 0
-    for index, array in enumerate(state["cuda"][:num_devices]):
-        setters[f"cuda:{index}"] = array, partial(torch.cuda.set_rng_state, device=index)
+    sources = {index: index for index in range(min(num_devices, len(state["cuda"])))}
+    if num_devices and "device" in state:  # a rank's device may have another number by now
+        sources[torch.cuda.current_device()] = state["device"]
+    for index, source in sources.items():
+        setter = partial(torch.cuda.set_rng_state, device=index)
+        setters[f"cuda:{index}"] = state["cuda"][source], setter
     for device, (array, setter) in setters.items():
         saved = torch.from_numpy(array.copy())  # torch warns of arrays that are read-only
         try:
@@ -226,6 +236,16 @@ def _continue_torch(name: str, state: Mapping[str, Any] | None) -> Iterator[_Set
             rule = f"be a state of torch {torch.__version__} on {device}"
             require(False, f"{name}['torch']", rule, error, UNDAMAGED)
         yield partial(setter, saved)
+    if state["cuda"] and num_devices != len(state["cuda"]):
+        yield partial(tell, _devices_warning(len(state["cuda"]), num_devices), aloud=aloud)
+
+
+def _devices_warning(num_saved: int, num_here: int) -> RandomStreamWarning:
+    goes_on = "that of the device in use goes on, and others by number, as far as they are here"
+    return RandomStreamWarning(
+        f"torch's random streams of {num_saved} CUDA devices were saved, but a rank of this job "
+        f"has {num_here}: {goes_on if num_here else 'none of them goes on'}."
+    )
 
 
 def _begin_streams(

@@ -1,7 +1,8 @@
 """``shardopt doctor``: examine an MPI job, measure its parts, and judge what that means.
 
-``library`` and ``job`` collect the facts and ``measure`` the speeds, as the values of ``facts``.
-``job_findings`` and ``speed_findings`` judge them, and ``render`` writes the report.
+``library``, ``job`` and ``gpus`` collect the facts and ``measure`` the speeds, as the values of
+``facts``. ``job_findings``, with those of memory and GPUs, and ``speed_findings`` judge them, and
+``render`` writes the report.
 """
 
 import argparse
@@ -37,7 +38,7 @@ _positive.__name__ = "number > 0"  # argparse names it when a word does not fit
 
 COMMAND = Command(
     name="doctor",
-    summary="examine an MPI job: launcher, ranks, cores, memory, links between nodes",
+    summary="examine an MPI job: launcher, ranks, cores, GPUs, memory, links between nodes",
     details=(
         "Start it the way you start the training job. It describes the job, measures memory,\n"
         "barriers and links for a few seconds, and judges each: ok, note or problem."

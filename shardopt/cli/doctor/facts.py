@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from shardopt.backends.cuda.peers import Device, Peers
+from shardopt.backends.cuda.software import Software
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
@@ -67,6 +70,23 @@ class Mpirun:
 
 
 @dataclass(frozen=True, slots=True)
+class RankGpu:
+    """What a rank on a node with GPUs can do with them.
+
+    Attributes:
+        software: CuPy, the driver, and the GPUs that the rank sees.
+        device: The GPU that it takes, or None if it cannot use any.
+        pinned_nbytes: Bytes that it may lock in memory, or None if there is no limit.
+        slurm_binding: A setting by which Slurm gives it a GPU that other tasks cannot reach.
+    """
+
+    software: Software
+    device: Device | None
+    pinned_nbytes: int | None
+    slurm_binding: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Rank:
     """The resources of one rank.
 
@@ -78,6 +98,7 @@ class Rank:
         omp_num_threads: OMP_NUM_THREADS, or None if it is not set.
         cuda_visible_devices: CUDA_VISIBLE_DEVICES, or None if it is not set.
         namespaces: The namespaces of its process IDs and of its mounts; empty if not known.
+        gpu: What it can do with GPUs; None on a node without.
     """
 
     rank: int
@@ -87,6 +108,7 @@ class Rank:
     omp_num_threads: str | None
     cuda_visible_devices: str | None
     namespaces: tuple[str, ...]
+    gpu: RankGpu | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +129,7 @@ class Node:
         tracking_reason: Why no faster way is used, or None if there is none.
         num_gpus: Number of NVIDIA GPUs that this node shows.
         sharing_problem: Why its ranks cannot share memory, or None if they can.
+        peers: How its ranks exchange what is on their GPUs; None if they cannot use any.
     """
 
     host: str
@@ -122,6 +145,7 @@ class Node:
     tracking_reason: str | None
     num_gpus: int
     sharing_problem: str | None
+    peers: Peers | None = None
 
 
 @dataclass(frozen=True, slots=True)

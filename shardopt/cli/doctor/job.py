@@ -10,7 +10,9 @@ from typing import cast
 import numpy as np
 from mpi4py import MPI
 
-from shardopt.cli.doctor.facts import Node, Rank
+from shardopt.backends.cuda.peers import Peers
+from shardopt.cli.doctor.facts import Node, Rank, RankGpu
+from shardopt.cli.doctor.gpus import count_gpus, describe_gpus
 from shardopt.cli.doctor.watch import Watch
 from shardopt.comm.flags import NodeFlags
 from shardopt.comm.node_memory.arena import Arena
@@ -57,8 +59,9 @@ def describe_job(topology: Topology, watch: Watch) -> tuple[tuple[Rank, ...], tu
     comm, node_comm = topology.comm, topology.node_comm
     with watch.together("a test of the nodes' shared memory", comm):
         problems = node_comm.allgather(try_sharing(topology))
+    gpu, peers = describe_gpus(topology, watch)
     with watch.together("the description of the ranks", comm):
-        view = _View(_describe_rank(topology), _describe_node(topology, problems))
+        view = _View(_describe_rank(topology, gpu), _describe_node(topology, problems, peers))
         views = comm.gather(view) or []
     nodes = {view.rank.node: view.node for view in views}
     return tuple(view.rank for view in views), tuple(nodes[node] for node in sorted(nodes))
@@ -88,7 +91,7 @@ def try_sharing(topology: Topology) -> str | None:
     return f"got memory in which rank {topology.rank} does not see what rank {unseen[0]} stores"
 
 
-def _describe_rank(topology: Topology) -> Rank:
+def _describe_rank(topology: Topology, gpu: RankGpu | None) -> Rank:
     return Rank(
         rank=topology.rank,
         node=topology.node,
@@ -97,6 +100,7 @@ def _describe_rank(topology: Topology) -> Rank:
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         namespaces=_read_namespaces(),
+        gpu=gpu,
     )
 
 
@@ -107,7 +111,7 @@ def _read_namespaces() -> tuple[str, ...]:
         return ()
 
 
-def _describe_node(topology: Topology, problems: Sequence[str | None]) -> Node:
+def _describe_node(topology: Topology, problems: Sequence[str | None], peers: Peers | None) -> Node:
     room = read_memory_room() or MemoryRoom(0, None)
     tracking, reason = _describe_tracking()
     return Node(
@@ -122,8 +126,9 @@ def _describe_node(topology: Topology, problems: Sequence[str | None]) -> Node:
         mpi_shm_nbytes=mpi_shm_nbytes(MPI.Get_library_version(), topology.node_comm.size),
         tracking=tracking,
         tracking_reason=reason,
-        num_gpus=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        num_gpus=count_gpus(),
         sharing_problem=next(filter(None, problems), None),
+        peers=peers,
     )
 
 

@@ -3,6 +3,7 @@
 from shardopt.cli import text
 from shardopt.cli.doctor.facts import Job, Node, starts
 from shardopt.cli.doctor.finding import Finding, Level
+from shardopt.cli.doctor.gpu_findings import judge_gpus
 from shardopt.cli.doctor.memory_findings import judge_memory
 from shardopt.comm.node_memory.mpi_shm import MPI_SHM_FOLDER
 
@@ -21,7 +22,7 @@ def judge_job(job: Job) -> list[Finding]:
         _judge_threads(job),
         *judge_memory(job),
         _judge_thread_level(job),
-        _judge_gpus(job),
+        *judge_gpus(job),
     ]
 
 
@@ -206,24 +207,6 @@ def _judge_thread_level(job: Job) -> Finding:
         return Finding(Level.NOTE, "MPI threads", told)
     told = "thread level multiple: gradients can be sent while backward runs."
     return Finding(Level.OK, "MPI threads", told)
-
-
-def _judge_gpus(job: Job) -> Finding:
-    num_gpus = sum(node.num_gpus for node in job.nodes)
-    if not num_gpus:
-        return Finding(Level.OK, "GPUs", "none; shardopt needs none.")
-    aware = {
-        True: "accepts",
-        False: "does not accept",
-        None: "does not report whether it accepts",
-    }
-    visible = job.ranks[0].cuda_visible_devices
-    seen = "" if visible is None else f", CUDA_VISIBLE_DEVICES of rank 0 is {visible!r}"
-    told = (
-        f"{_count(num_gpus, 'GPU')}{seen}; updates run on the CPU, with parameters in the node's "
-        f"memory. {job.library.name} {aware[job.library.cuda_aware]} pointers to GPU memory."
-    )
-    return Finding(Level.NOTE, "GPUs", told)
 
 
 def _count(number: int, word: str, plural: str = "s") -> str:

@@ -85,8 +85,13 @@ def _shortened(heads: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
 
 def _paragraph(finding: Finding) -> str:
     start = f"{finding.level:<9}{finding.topic:<15}"
-    body = text.printable(finding.text)
-    return textwrap.fill(body, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+    return textwrap.fill(
+        text.printable(finding.text),
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,  # of options that are copied from here
+    )
 
 
 def _conclusion(findings: Sequence[Finding]) -> str:

@@ -10,7 +10,8 @@ and summed gradients are written by the owner of their shard.
 
 Gradients that leave while backward runs become readable by a flag in place of the collective: the
 writer's fence, its store to a flag of ``NodeFlags``, the reader's load of that flag, the reader's
-fence; see [Note: gradients sent during backward].
+fence; see [Note: gradients sent during backward]. So do gradients and parameters that are copied
+beside updates, once the device has reported that a copy is done; see [Note: copies beside updates].
 """
 
 import functools
@@ -154,6 +155,7 @@ class Arena:
         comm: As given.
         fd: The file.
         chunks: Its parts, each mapped by itself.
+        reclaimers: Release what else the ranks share, along with this memory; alike on all ranks.
     """
 
     def __init__(self, node_comm: MPI.Intracomm) -> None:
@@ -166,6 +168,7 @@ class Arena:
             )
         self._nbytes = 0
         self.chunks: list[_Chunk] = []
+        self.reclaimers: list[Callable[[], None]] = []
         self._ranges: dict[int, _Range] = {}
         self._num_ranges = 0
         self._unused: set[int] = set()  # ranges of which this rank holds no array any more
@@ -260,6 +263,8 @@ class Arena:
 
     def reclaim(self) -> None:
         """Release the ranges of which no rank holds an array any more. Collective."""
+        for reclaim in self.reclaimers:
+            reclaim()
         unused = sorted(set.intersection(*self.comm.allgather(set(self._unused))))
         if not unused:
             return

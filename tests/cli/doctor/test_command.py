@@ -51,6 +51,11 @@ def test_a_job_of_this_machine(run, num_ranks):
     assert {tuple(rank["cores"]) for rank in found["ranks"]} == {
         tuple(sorted(os.sched_getaffinity(0)))
     }
+    if node["num_gpus"] == 0:
+        assert [rank["gpu"] for rank in found["ranks"]] == [None] * num_ranks
+        assert node["peers"] is None
+        (gpus,) = [f for f in content["findings"] if "GPU" in f["topic"]]
+        assert gpus["text"] == "none; shardopt needs none."
     assert speeds["memory"][0] > 0
     assert bool(speeds["barrier_s"][0]) == (num_ranks > 1)
     assert speeds["links"] == speeds["exchange"] == []
@@ -91,6 +96,29 @@ def test_open_mpi_without_dev_shm(run, mpirun):
     levels = {f["topic"]: f["level"] for f in json.loads(job.stdout)["findings"]}
     assert levels["shared memory"] == "ok"
     assert levels["/dev/shm"] == "note"
+
+
+GPUS_WITHOUT_CUPY = """
+import sys
+from shardopt.cli import main
+import mpi4py
+mpi4py.rc.initialize = False
+sys.modules["cupy"] = None
+import shardopt.cli.doctor.gpus as gpus, shardopt.cli.doctor.job as job
+gpus.count_gpus = job.count_gpus = lambda: 4
+sys.exit(main(["doctor", "--quick"]))
+"""
+
+
+@pytest.mark.any_mpi
+def test_gpus_that_cannot_be_used_are_a_note(run):
+    job = run(2, source=GPUS_WITHOUT_CUPY)
+    told = " ".join(job.stdout.split())
+    assert "note GPUs every rank should be able to use its node's GPUs; got 4 on" in told, (
+        job.output
+    )
+    assert "but not for rank 0. CuPy " in told
+    assert "pip install 'shardopt[cuda" in told
 
 
 @pytest.mark.parametrize("way", ["pagemap", "compare", "magic"])

@@ -138,10 +138,7 @@ def test_threads(numbers, told):
     assert told in finding.text
 
 
-def test_levels_of_threads_and_gpus():
+def test_levels_of_threads():
     job = make_job()
     single = replace(job, library=replace(job.library, thread_level="single"))
     assert judge(single, "MPI threads").level is Level.NOTE
-    finding = judge(with_node(job, 0, num_gpus=4), "GPUs")
-    assert finding.level is Level.NOTE
-    assert finding.text.startswith("4 GPUs; ")

@@ -60,3 +60,12 @@ def test_the_wait_for_others_must_be_positive(capsys):
     assert parse_options(["--timeout", "2.5"]).timeout == 2.5
     told = "--timeout must be > 0; got 0. Leave it out for 300."
     assert refusal(capsys, "--timeout", "0") == told
+
+
+@pytest.mark.parametrize("framework", ["numpy", "jax"])
+def test_other_frameworks_refuse_gpus(capsys, framework):
+    assert parse_options(["--framework", framework]).device == "auto"
+    assert refusal(capsys, "--framework", framework, "--device", "cuda") == (
+        f"--device must be cpu or auto with --framework {framework}; got cuda. "
+        "Add --framework torch, or leave --device out."
+    )

@@ -1,5 +1,7 @@
 """The model in every framework is the NumPy model: the same losses, gradients and steps."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -148,3 +150,52 @@ def test_bfloat16_learns_nearly_as_float32(make_learner):
             learner.step()
         assert learner.logits(inputs).dtype == np.float32
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_learner():
+    require("torch")
+    return import_learner("torch")
+
+
+def test_batches_and_rotations_are_where_the_model_is(torch_learner):
+    """A device that computes no values takes no tensor of the CPU's."""
+    import torch
+
+    module = sys.modules[torch_learner.__module__]
+    learner = object.__new__(torch_learner)  # the optimizer would refuse such parameters
+    learner.device = torch.device("meta")
+    learner.model = module.Transformer(SHAPE, learner.device).to(learner.device)
+    loss = learner._loss(*draw_bytes())
+    assert loss.device == learner.device
+    loss.backward()
+    assert {param.grad.device for param in learner.model.parameters()} == {learner.device}
+
+
+@pytest.mark.parametrize(
+    ("choice", "count", "local_rank", "device"),
+    [
+        ("cpu", 4, 1, "cpu"),
+        ("auto", 0, 1, "cpu"),
+        ("auto", 1, 3, "cuda:0"),  # the only one that a launcher shows
+        ("cuda", 4, 3, "cuda:3"),
+        ("cuda", 4, 6, "cuda:2"),
+    ],
+)
+def test_gpus_are_taken_in_turn(torch_learner, monkeypatch, choice, count, local_rank, device):
+    import torch
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert torch_learner.find_device(choice, local_rank) == device
+    assert [f"cuda:{number}" for number in taken] == ([device] if device != "cpu" else [])
+
+
+@pytest.mark.parametrize("framework", ["numpy", "jax", "lucid"])
+def test_other_models_stay_on_the_cpu(framework):
+    require(framework)
+    assert import_learner(framework).find_device("auto", 1) == "cpu"
