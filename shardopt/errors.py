@@ -18,6 +18,10 @@ class PartitionError(ShardoptError, ValueError):
     """Parameters cannot be laid out, or one was replaced by something that does not fit."""
 
 
+class PlanError(ShardoptError, ValueError):
+    """A plan is asked for with values that are missing, out of range or cannot be read."""
+
+
 class CheckpointError(ShardoptError, ValueError):
     """A state, a state dict or a checkpoint does not fit this optimizer, or is damaged."""
 

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from shardopt._version import __version__
-from shardopt.cli import ckpt, doctor
+from shardopt.cli import ckpt, doctor, plan
 from shardopt.cli.base import Exit, Parser, add_command, add_group
 from shardopt.cli.text import printable
 from shardopt.errors import DamagedCheckpointError, ShardoptError
 
 GROUPS = (ckpt.GROUP,)
-COMMANDS = (doctor.COMMAND,)
+COMMANDS = (doctor.COMMAND, plan.COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

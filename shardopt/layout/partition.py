@@ -175,11 +175,6 @@ class Partition:
         """Return the elements of a region that the ranks of a node own."""
         return sum(shard.numel for shard in self.node_shards(node, region))
 
-    def lane_shards(self, bucket: Bucket, node_rank: int) -> tuple[Span, ...]:
-        """Return the spans of a bucket that the ranks of one lane own, by node."""
-        lane = bucket.lane_part(node_rank, self.node_size)
-        return tuple(lane.cut(node, self.num_nodes, CHUNK_NUMEL) for node in range(self.num_nodes))
-
     def bucket_of(self, shard: Shard) -> Bucket:
         """Return the bucket that a shard is part of."""
         last = bisect_right(self.buckets, shard.start, key=lambda bucket: bucket.start)
@@ -192,11 +187,12 @@ class Partition:
             mask: Bit mask of the parameters.
         """
         numbers: set[int] = set()
+        starts = [bucket.start for bucket in self.buckets]
+        stops = [bucket.stop for bucket in self.buckets]
         for index, param in enumerate(self.params):
             if mask >> index & 1 and param:
-                first = bisect_right(self.buckets, param.start, key=lambda bucket: bucket.stop)
-                last = bisect_left(self.buckets, param.stop, key=lambda bucket: bucket.start)
-                numbers.update(range(first, last))
+                first = bisect_right(stops, param.start)
+                numbers.update(range(first, bisect_left(starts, param.stop)))
         return sorted(numbers)
 
     def params_in(self, region: int, span: Span) -> Iterator[tuple[int, Span]]:

@@ -1,6 +1,6 @@
 """Messages between nodes: their sizes and numbers, computed before anything is sent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from shardopt.layout.dtypes import wire_dtype_of
 from shardopt.layout.padding import STEP_NBYTES
-from shardopt.layout.partition import Partition
+from shardopt.layout.partition import CHUNK_NUMEL, Bucket, Partition
 from shardopt.layout.span import Span
 
 MIB = 1 << 20
@@ -41,20 +41,38 @@ class Traffic(NamedTuple):
 class LanePart:
     """The part of a bucket that the ranks of one lane own.
 
+    It takes the same memory for every number of nodes.
+
     Attributes:
         dtype: Of its parameters.
         wire_dtype: In which sums of its gradients are sent.
-        shards: The span that each node owns, in the flat index space.
+        span: The part, in the flat index space.
+        num_nodes: Nodes in the job.
     """
 
     dtype: str
     wire_dtype: str
-    shards: tuple[Span, ...]
+    span: Span
+    num_nodes: int
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.shards[-1].stop - self.shards[0].start
+        return self.span.numel
+
+    @property
+    def num_shards(self) -> int:
+        """Number of nodes whose shard has elements."""
+        return min(self.numel // CHUNK_NUMEL, self.num_nodes)
+
+    @property
+    def shards(self) -> tuple[Span, ...]:
+        """The span that each node owns, in the flat index space."""
+        return tuple(map(self.shard, range(self.num_nodes)))
+
+    def shard(self, node: int) -> Span:
+        """Return the span that one node owns, in the flat index space."""
+        return self.span.cut(node, self.num_nodes, CHUNK_NUMEL)
 
 
 def lane_parts(
@@ -69,9 +87,28 @@ def lane_parts(
         first: The bucket to begin with.
     """
     for bucket in partition.buckets[first:]:
-        dtype = partition.regions[bucket.region].dtype
-        wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
-        yield LanePart(dtype, wire, partition.lane_shards(bucket, node_rank))
+        yield _lane_part(partition, bucket, node_rank, wire_dtype)
+
+
+def _lane_part(
+    partition: Partition, bucket: Bucket, node_rank: int, wire_dtype: str | None
+) -> LanePart:
+    dtype = partition.regions[bucket.region].dtype
+    wire = wire_dtype_of(dtype, partition.node_size, wire_dtype)
+    span = bucket.lane_part(node_rank, partition.node_size)
+    return LanePart(dtype, wire, span, partition.num_nodes)
+
+
+def _kinds_of_buckets(
+    partition: Partition, buckets: Iterable[Bucket]
+) -> Iterable[tuple[Bucket, int]]:
+    """Return a bucket of each size and dtype, and how many there are: they are cut alike."""
+    regions = partition.regions
+    kinds: dict[tuple[int, str], tuple[Bucket, int]] = {}
+    for bucket in buckets:
+        kind = bucket.numel, regions[bucket.region].dtype
+        kinds[kind] = bucket, kinds.get(kind, (bucket, 0))[1] + 1
+    return kinds.values()
 
 
 def plan_traffic(
@@ -92,15 +129,14 @@ def plan_traffic(
     """
     nbytes = messages = 0
     others = partition.num_nodes - 1
-    sent_buckets = set(partition.buckets_of((1 << len(partition.params)) - 1))
-    for number, part in enumerate(lane_parts(partition, node_rank, wire_dtype)):
-        if number not in sent_buckets:
-            continue
-        own = part.shards[node]
-        sent = [shard for shard in part.shards if shard is not own]
-        nbytes += sum(shard.numel for shard in sent) * np.dtype(part.wire_dtype).itemsize
-        nbytes += own.numel * others * np.dtype(part.dtype).itemsize
-        messages += sum(map(bool, sent)) + bool(own) * others
+    numbers = partition.buckets_of((1 << len(partition.params)) - 1)
+    sent_buckets = (partition.buckets[number] for number in numbers)
+    for bucket, count in _kinds_of_buckets(partition, sent_buckets):
+        part = _lane_part(partition, bucket, node_rank, wire_dtype)
+        own = part.shard(node)
+        nbytes += count * (part.numel - own.numel) * np.dtype(part.wire_dtype).itemsize
+        nbytes += count * own.numel * others * np.dtype(part.dtype).itemsize
+        messages += count * (part.num_shards - bool(own) + bool(own) * others)
     return Traffic(nbytes, messages)
 
 
@@ -122,11 +158,12 @@ def plan_staging_buffer(
         from_device: Whether gradients are on a device, which nothing is sent from.
     """
     send = receive = 0
-    for part in lane_parts(partition, node_rank, wire_dtype):
+    for bucket, _ in _kinds_of_buckets(partition, partition.buckets):
+        part = _lane_part(partition, bucket, node_rank, wire_dtype)
         itemsize = np.dtype(part.wire_dtype).itemsize
         if from_device or not sends_grads(part.dtype, partition.node_size, part.wire_dtype):
             send = max(send, part.numel * itemsize)
-        row = partial_row_numel(part.shards[node].numel, itemsize)
+        row = partial_row_numel(part.shard(node).numel, itemsize)
         receive = max(receive, partition.num_nodes * row * itemsize)
     return send, receive
 

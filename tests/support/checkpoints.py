@@ -23,7 +23,7 @@ from shardopt.checkpoint.format.values import Encoder
 from shardopt.cli import main
 from shardopt.layout.span import Span
 
-FORM = re.compile(r"shardopt ckpt: .+ must .+; got.+\. .+\.\n", re.DOTALL)
+FORM = re.compile(r"shardopt (?:ckpt|plan): .+ must .+; got.+\. .+\.\n", re.DOTALL)
 
 
 def zero_state(params):
@@ -131,11 +131,11 @@ class Result:
         return json.loads(self.stdout)
 
 
-def call(capsys, *words):
-    """Run ``shardopt ckpt`` with some words, in this process."""
+def call(capsys, *words, command="ckpt"):
+    """Run ``shardopt ckpt``, or another command, with some words, in this process."""
     capsys.readouterr()
     try:
-        code = main(["ckpt", *map(str, words)])
+        code = main([command, *map(str, words)])
     except SystemExit as end:
         code = end.code
     captured = capsys.readouterr()

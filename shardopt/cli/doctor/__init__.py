@@ -6,6 +6,7 @@
 """
 
 import argparse
+from pathlib import Path
 
 from shardopt.cli.base import Command, Exit
 
@@ -14,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the arguments."""
     parser.add_argument("--quick", action="store_true", help="measure for a shorter time")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    calibrate_help = "write the measured speeds to a file for shardopt plan --calibration"
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help=calibrate_help)
     timeout_help = "longest time to wait for another rank, in seconds (default: 30)"
     parser.add_argument(
         "--timeout", type=_positive, default=30.0, metavar="SECONDS", help=timeout_help
@@ -24,7 +27,12 @@ def run(options: argparse.Namespace) -> Exit:
     """Examine the job that this process is a rank of. Collective: every rank."""
     from shardopt.cli.doctor.examine import examine  # loads MPI, which no other command needs
 
-    return examine(quick=options.quick, as_json=options.json, timeout_s=options.timeout)
+    return examine(
+        quick=options.quick,
+        as_json=options.json,
+        timeout_s=options.timeout,
+        calibration=options.calibrate,
+    )
 
 
 def _positive(word: str) -> float:

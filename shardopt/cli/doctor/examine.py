@@ -5,11 +5,13 @@ import platform
 import sys
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import mpi4py
 
 from shardopt.cli import text
 from shardopt.cli.base import Exit
+from shardopt.cli.doctor.calibrate import calibrate
 from shardopt.cli.doctor.facts import Job, Speeds, starts
 from shardopt.cli.doctor.finding import Level
 from shardopt.cli.doctor.job_findings import judge_job
@@ -18,15 +20,22 @@ from shardopt.cli.doctor.render import render
 from shardopt.cli.doctor.slurm import find_slurm
 from shardopt.cli.doctor.speed_findings import judge_speeds
 from shardopt.cli.doctor.start import find_node_rank, why_not_start
+from shardopt.planner.machine import write_calibration
 
 
-def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
+def examine(
+    *, quick: bool, as_json: bool, timeout_s: float, calibration: Path | None = None
+) -> Exit:
     """Examine the job, and print the report on rank 0. Collective: every rank.
 
     Args:
         quick: Measure for a shorter time.
         as_json: Print one JSON object.
         timeout_s: Longest time to wait for another rank, in seconds.
+        calibration: A file for the measured speeds, which rank 0 writes; None for no file.
+
+    Raises:
+        OSError: The file cannot be written; on rank 0, when the examination is over.
     """
     # Examine launcher and library before MPI starts: the wrong pair may crash there.
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
@@ -48,11 +57,19 @@ def examine(*, quick: bool, as_json: bool, timeout_s: float) -> Exit:
     if problem:
         job = replace(job, world_size=job.launched, start_problem=problem)
         return _refuse(job, as_json)
-    return _examine_job(job, quick, as_json, timeout_s)
+    job, speeds = _examine_job(job, quick, timeout_s)
+    if not job.launcher_fits:
+        return _report(job, None, as_json) if launcher and launcher.rank == 0 else Exit.FINE
+    if speeds is None:
+        return Exit.FINE
+    code = _report(job, speeds, as_json)
+    if calibration is not None:
+        write_calibration(calibration, *calibrate(job, speeds))
+    return code
 
 
-def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Exit:
-    """Do everything that needs MPI."""
+def _examine_job(start: Job, quick: bool, timeout_s: float) -> tuple[Job, Speeds | None]:
+    """Do everything that needs MPI; only rank 0 has the speeds."""
     from mpi4py import MPI
 
     from shardopt.cli.doctor.job import describe_job, split
@@ -69,7 +86,7 @@ def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Ex
     install_abort_hook()
     job = replace(start, library=describe_library(), world_size=MPI.COMM_WORLD.size)
     if not job.launcher_fits:
-        return _report(job, None, as_json) if number == 0 else Exit.FINE
+        return job, None
     topology = split(MPI.COMM_WORLD, watch)
     ranks, nodes = describe_job(topology, watch)
     watch.hosts = {rank.rank: nodes[rank.node].host for rank in ranks}
@@ -77,8 +94,7 @@ def _examine_job(start: Job, quick: bool, as_json: bool, timeout_s: float) -> Ex
     with watch.together("the end of the examination", topology.comm):
         pass
     topology.free()
-    job = replace(job, ranks=ranks, nodes=nodes)
-    return Exit.FINE if speeds is None else _report(job, speeds, as_json)
+    return replace(job, ranks=ranks, nodes=nodes), speeds
 
 
 def _refuse(job: Job, as_json: bool) -> Exit:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardopt.cli import main
+from shardopt.planner.machine import read_calibration
 from tests.conftest import read_job_env
 from tests.support.shm import limit_shm
 
@@ -26,8 +27,9 @@ def run(mpirun):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_job_of_this_machine(run, num_ranks):
-    job = run(num_ranks, *DOCTOR, "--quick", "--json")
+def test_a_job_of_this_machine(run, num_ranks, tmp_path):
+    file = tmp_path / "speeds.json"
+    job = run(num_ranks, *DOCTOR, "--quick", "--json", "--calibrate", file)
     content = json.loads(job.stdout)  # one object, though all ranks ran
     problems = [f for f in content["findings"] if f["level"] == "problem"]
     assert job.returncode == bool(problems), job.output
@@ -57,6 +59,9 @@ def test_a_job_of_this_machine(run, num_ranks):
         (gpus,) = [f for f in content["findings"] if "GPU" in f["topic"]]
         assert gpus["text"] == "none; shardopt needs none."
     assert speeds["memory"][0] > 0
+    calibrated = read_calibration(file)
+    assert calibrated["memory_nbytes_per_s"] == speeds["memory"][0]
+    assert ("barrier_s" in calibrated) == (num_ranks > 1)
     assert bool(speeds["barrier_s"][0]) == (num_ranks > 1)
     assert speeds["links"] == speeds["exchange"] == []
     assert {"launcher", "nodes", "shared memory", "/dev/shm", "write tracking", "step"} <= {

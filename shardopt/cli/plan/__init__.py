@@ -1,0 +1,78 @@
+"""``shardopt plan``: what a job needs before it runs, and how it would scale.
+
+``options`` turns words into what ``planner`` takes, ``contents`` computes the plan as plain values,
+which ``--json`` prints, and ``render`` and ``picture`` show them.
+"""
+
+import argparse
+from pathlib import Path
+
+from shardopt.cli.base import Command, Exit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments."""
+    model = parser.add_argument_group("model, one of").add_mutually_exclusive_group(required=True)
+    model.add_argument("--params", metavar="N", help="number of parameters, such as 7e9")
+    model.add_argument("--model", metavar="SCRIPT:FUNCTION", help="what script.py:make_model makes")
+    model.add_argument("--safetensors", type=Path, nargs="+", metavar="FILE", help="saved model")
+    size = parser.add_argument_group("with --params")
+    size.add_argument("--dtype", default="float32", help="of parameters (default: float32)")
+    size.add_argument("--tensors", default="256", metavar="N", help="equal ones (default: 256)")
+    job = parser.add_argument_group("job")
+    job.add_argument("--nodes", default="1", metavar="N", help="(default: 1)")
+    job.add_argument("--ranks-per-node", default="1", metavar="N", help="(default: 1)")
+    job.add_argument("--bucket", metavar="SIZE", help="such as 16MiB (default: as ShardPolicy)")
+    job.add_argument("--wire-dtype", choices=("bfloat16", "float16"), help="as in ShardPolicy")
+    job.add_argument("--clip", action="store_true", help="with max_grad_norm")
+    job.add_argument("--backward", metavar="TIME", help="of a backward, such as 1.5s, for overlap")
+    job.add_argument("--slow-nodes", metavar="SHARE:FACTOR", help="such as 0.01:2, simulated")
+    job.add_argument("--node-mtbf", metavar="TIME", help="mean time between failures, such as 5y")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--calibration", type=Path, metavar="FILE", help="of doctor --calibrate")
+    machine.add_argument("--memory-bandwidth", metavar="RATE", help="of a node, such as 400GB/s")
+    machine.add_argument("--link", metavar="RATE", help="of a node, each way, such as 200Gbit")
+    machine.add_argument("--latency", metavar="TIME", help="of a message (default: 5us)")
+    machine.add_argument("--message-cost", metavar="TIME", help="of sending one (default: 2us)")
+    machine.add_argument("--disk", metavar="RATE", help="of a node (default: 1GB/s)")
+    machine.add_argument("--gpu", metavar="NAME", help="of each rank: a100, h100, h200, b200, l40s")
+    machine.add_argument("--offload", action="store_true", help="moments in the node's memory")
+    parser.add_argument("--scaling", action="store_true", help="simulate 1 to 4096 nodes, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it, with --scaling")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    """Compute the plan, and print it."""
+    from shardopt.cli.plan.contents import make_plan  # loads NumPy and the layout
+    from shardopt.cli.plan.options import read_request
+    from shardopt.cli.plan.picture import draw_scaling
+    from shardopt.cli.plan.render import render
+    from shardopt.cli.text import print_json
+
+    request = read_request(options)
+    plan = make_plan(request)
+    if options.plot is not None and plan.scaling is not None:
+        options.plot.write_text(draw_scaling(plan, plan.scaling), encoding="utf-8")
+    if options.json:
+        print_json(plan.to_json())
+    else:
+        print(render(plan))
+    return Exit.FINE if plan.fits else Exit.PROBLEMS
+
+
+COMMAND = Command(
+    name="plan",
+    summary="compute memory, traffic and time of a job before it runs, and how it scales",
+    details=(
+        "Bytes and messages are exact: they come from the code that training uses. Times follow\n"
+        "from the speeds of the machine and are simulated, not measured."
+    ),
+    example=(
+        "shardopt plan --params 7e9 --dtype bfloat16 --nodes 16 --ranks-per-node 8 \\\n"
+        "    --link 200Gbit --memory-bandwidth 400GB/s"
+    ),
+    exit_codes=("the plan fits the memory of its GPUs, if it has any", "it does not fit"),
+    add_arguments=add_arguments,
+    run=run,
+)

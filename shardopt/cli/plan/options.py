@@ -1,0 +1,103 @@
+"""The words of ``shardopt plan``, read and checked."""
+
+import argparse
+from dataclasses import dataclass
+
+from shardopt.errors import PlanError
+from shardopt.planner.estimate import Layout
+from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
+from shardopt.planner.model import Model, evenly, load_model, read_safetensors
+from shardopt.planner.units import parse_count, parse_nbytes, parse_rate, parse_seconds
+
+_RATES = {"memory_bandwidth": "memory_nbytes_per_s", "link": "link_nbytes_per_s"}
+_RATES |= {"disk": "disk_nbytes_per_s"}
+_TIMES = {"latency": "latency_s", "message_cost": "message_s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to plan.
+
+    Attributes:
+        model: The parameters.
+        layout: The job.
+        machine: Its speeds.
+        node_mtbf_s: Mean time between failures of a node in seconds, or None.
+        with_scaling: Whether to simulate other numbers of nodes.
+    """
+
+    model: Model
+    layout: Layout
+    machine: Machine
+    node_mtbf_s: float | None
+    with_scaling: bool
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Turn options into a request.
+
+    Raises:
+        PlanError: One of them is out of range, or one is missing.
+        OSError: A file cannot be read.
+    """
+    layout = _read_layout(options)
+    return Request(
+        model=_read_model(options),
+        layout=layout,
+        machine=_read_machine(options, layout.num_nodes),
+        node_mtbf_s=options.node_mtbf and parse_seconds("--node-mtbf", options.node_mtbf),
+        with_scaling=options.scaling or options.plot is not None,
+    )
+
+
+def _read_model(options: argparse.Namespace) -> Model:
+    if options.model is not None:
+        return load_model(options.model)
+    if options.safetensors is not None:
+        return read_safetensors(options.safetensors)
+    num_tensors = parse_count("--tensors", options.tensors)
+    return evenly(parse_count("--params", options.params), options.dtype, num_tensors)
+
+
+def _read_layout(options: argparse.Namespace) -> Layout:
+    if options.offload and options.gpu is None:
+        raise PlanError("--offload must come with --gpu; got none. Name the GPU of each rank.")
+    slow_share, slowdown = _read_slow_nodes(options.slow_nodes)
+    return Layout(
+        num_nodes=parse_count("--nodes", options.nodes),
+        node_size=parse_count("--ranks-per-node", options.ranks_per_node),
+        bucket_nbytes=options.bucket and parse_nbytes("--bucket", options.bucket),
+        wire_dtype=options.wire_dtype,
+        placement="cpu" if options.gpu is None else "offload" if options.offload else "cuda",
+        needs_norm=options.clip,
+        backward_s=parse_seconds("--backward", options.backward) if options.backward else 0.0,
+        slow_share=slow_share,
+        slowdown=slowdown,
+    )
+
+
+def _read_slow_nodes(word: str | None) -> tuple[float, float]:
+    """Return the share of slow nodes, and the factor that they are slower by."""
+    if word is None:
+        return 0.0, 1.0
+    try:
+        share, factor = map(float, word.split(":"))
+    except ValueError:
+        share = factor = 0.0
+    if not (0 < share <= 1 <= factor < 1000):
+        raise PlanError(
+            f"--slow-nodes must be a share <= 1 and a factor >= 1; got {word!r}. Write 0.01:2 for "
+            "a hundredth of the nodes that is up to twice as slow."
+        )
+    return share, factor
+
+
+def _read_machine(options: argparse.Namespace, num_nodes: int) -> Machine:
+    given = {}
+    for names, parse in ((_RATES, parse_rate), (_TIMES, parse_seconds)):
+        for option, name in names.items():
+            if (word := getattr(options, option)) is not None:
+                given[name] = parse(f"--{option.replace('_', '-')}", word)
+    calibration = read_calibration(options.calibration) if options.calibration else {}
+    gpu = find_gpu(options.gpu) if options.gpu is not None else None
+    return make_machine(given, calibration, gpu, num_nodes)

@@ -1,0 +1,236 @@
+"""A plan as text: tables by rich if it is installed, else plain ones."""
+
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shardopt.cli import text
+from shardopt.cli.plan.contents import LABELS, Plan
+from shardopt.planner.estimate import BAND, MEASURED_NODES
+from shardopt.planner.scaling import GOOD_SHARE, Scaling
+
+_WIDTH = 100
+_Rows = Sequence[tuple[str, ...]]
+
+
+def render(plan: Plan) -> str:
+    """Return the whole report."""
+    parts = [
+        text.fields(_overview(plan)),
+        _table(f"Memory, {LABELS['memory']}", ("kind", ">node", ">rank"), _memory(plan)),
+        _table(
+            f"Traffic of a step, {LABELS['traffic']}",
+            ("sent to other nodes by", ">bytes", ">messages"),
+            [
+                ("the rank that sends most", *_traffic(plan.estimate.rank_traffic)),
+                ("the node that sends most", *_traffic(plan.estimate.node_traffic)),
+            ],
+        ),
+        _table(f"Time of a step, {plan.times_are}", ("phase", ">time"), _times(plan)),
+        _table(
+            f"Others, {LABELS['peers']}: the least that they take",
+            ("", ">rank", ">node", ">sent by a node", ">step"),
+            list(_peers(plan)),
+        ),
+        _table("Checkpoints, by formula", ("", ">value"), _saves(plan)),
+    ]
+    if plan.scaling is not None:
+        parts += _scaling(plan.scaling)
+    return "\n\n".join([*parts, "\n".join(map(_paragraph, _remarks(plan)))])
+
+
+def _overview(plan: Plan) -> list[tuple[str, str]]:
+    layout, machine = plan.estimate.layout, plan.machine
+    origins = machine.origins
+    pairs = [
+        ("model", plan.source),
+        ("parameters", f"{plan.numel:,}"),
+        ("job", f"{layout.num_nodes} nodes of {layout.node_size} ranks, stage 1"),
+        ("bucket", f"{text.nbytes(layout.bucket)}, {plan.estimate.num_buckets} of them"),
+    ]
+    speeds = [
+        ("memory of a node", "memory_nbytes_per_s", text.rate(machine.memory_nbytes_per_s)),
+        ("latency", "latency_s", text.seconds(machine.latency_s)),
+        ("cost per message", "message_s", text.seconds(machine.message_s)),
+        ("disk of a node", "disk_nbytes_per_s", text.rate(machine.disk_nbytes_per_s)),
+    ]
+    if machine.link_nbytes_per_s is not None:
+        link = text.rate(machine.link_nbytes_per_s)
+        speeds.insert(1, ("link of a node", "link_nbytes_per_s", link))
+    if machine.gpu is not None:
+        gpu = f"{machine.gpu.name}, {text.nbytes(machine.gpu.memory_nbytes)}"
+        speeds.insert(0, ("GPU of a rank", "gpu", gpu))
+    return pairs + [(name, f"{value} ({origins[key]})") for name, key, value in speeds]
+
+
+def _memory(plan: Plan) -> _Rows:
+    memory = plan.estimate.memory
+    kinds = {
+        "parameters": memory.params_node_nbytes,
+        "gradients": memory.grads_node_nbytes,
+        "moments": memory.moments_node_nbytes,
+        "masters": memory.masters_node_nbytes,
+        "sums and staging buffers": memory.travel_node_nbytes,
+        "sum, stage 1": memory.node_nbytes,
+    }
+    size = memory.node_size
+    rows = [(name, text.nbytes(n), text.nbytes(n // size)) for name, n in kinds.items()]
+    if plan.machine.gpu is not None:
+        rows.append(("on the GPU of each rank", "", text.nbytes(memory.device_rank_nbytes)))
+    return rows
+
+
+def _traffic(traffic: tuple[int, int]) -> tuple[str, str]:
+    return text.nbytes(traffic[0]), f"{traffic[1]:,}"
+
+
+def _times(plan: Plan) -> _Rows:
+    found, phases = plan.estimate, plan.estimate.phases
+    rows = [
+        ("reduce-scatter, alone", text.seconds(phases.reduce_scatter_s)),
+        ("update, alone", text.seconds(phases.update_s)),
+        ("all-gather, alone", text.seconds(phases.all_gather_s)),
+        ("consensus", text.seconds(phases.consensus_s)),
+        ("step: phases overlap", text.seconds(found.simulated.step_s)),
+    ]
+    if found.band_s is not None:
+        low, high = map(text.seconds, found.band_s)
+        rows.append(("band of the step", f"{low} to {high}"))
+    if found.layout.backward_s:
+        rows.append(("hidden behind backward", text.seconds(found.hidden_s)))
+        left_s = found.simulated.step_s - found.hidden_s
+        rows.append(("step after backward", text.seconds(left_s)))
+    return rows
+
+
+def _peers(plan: Plan) -> Iterator[tuple[str, ...]]:
+    found = plan.estimate
+    yield (
+        "shardopt",
+        text.nbytes(found.memory.rank_nbytes),
+        text.nbytes(found.memory.node_nbytes),
+        text.nbytes(found.node_traffic.nbytes),
+        text.seconds(found.simulated.step_s),
+    )
+    for peer in plan.peers:
+        sizes = (peer.rank_nbytes, peer.node_nbytes, peer.sent_nbytes)
+        yield (peer.name, *map(text.nbytes, sizes), text.seconds(peer.step_s))
+
+
+def _saves(plan: Plan) -> _Rows:
+    saves = plan.saves
+    rows = [
+        ("size", text.nbytes(saves.nbytes)),
+        ("training waits", text.seconds(saves.waits_s)),
+        ("durable after", text.seconds(saves.durable_s)),
+    ]
+    if saves.interval_s is not None and saves.job_mtbf_s and saves.lost_share is not None:
+        rows += [
+            ("time between failures of the job", _duration(saves.job_mtbf_s)),
+            ("interval worth choosing", _duration(saves.interval_s)),
+            ("time lost then", f"{saves.lost_share:.2%}"),
+        ]
+    return rows
+
+
+def _duration(value_s: float) -> str:
+    """Format a time that may be long: in minutes, hours or days from two of them on."""
+    for unit, length_s in (("days", 86400), ("h", 3600), ("min", 60)):
+        if value_s >= 2 * length_s:
+            return f"{value_s / length_s:.1f} {unit}"
+    return text.seconds(value_s)
+
+
+def _scaling(scaling: Scaling) -> list[str]:
+    rows = []
+    for point in scaling.points:
+        band = "-"
+        if point.is_extrapolated:
+            band = f"{text.seconds(point.low_s['lanes'])} to {text.seconds(point.high_s['lanes'])}"
+        times = (point.step_s[name] for name in ("lanes", "direct", "ring"))
+        memory = text.nbytes(point.node_nbytes)
+        kind = "extrapolated" if point.is_extrapolated else "simulated"
+        limit = text.seconds(point.limit_s)
+        rows.append((str(point.num_nodes), *map(text.seconds, times), band, limit, memory, kind))
+    heads = (">nodes", ">lanes", ">direct", ">ring", ">band of lanes", ">limit", ">node memory", "")
+    buckets = [
+        (
+            str(each.num_nodes),
+            text.nbytes(each.default_nbytes),
+            text.seconds(each.default_s),
+            text.nbytes(each.best_nbytes),
+            text.seconds(each.best_s),
+            text.nbytes(max(0, each.staging_nbytes)),
+        )
+        for each in scaling.buckets
+    ]
+    bucket_heads = (">nodes", ">default", ">step", ">smallest as good", ">step", ">saves a node")
+    return [
+        _table("Step by number of nodes, simulated", heads, rows),
+        _table("Buckets, simulated", bucket_heads, buckets),
+        "\n".join(f"{name} {_stop(scaling, stop)}" for name, stop in scaling.stops_at.items()),
+    ]
+
+
+def _stop(scaling: Scaling, stop: int) -> str:
+    close = f"within {GOOD_SHARE:.0%} of the limit"
+    if not stop:
+        return f"exchange: never {close} (simulated)."
+    more = " and may go on" if stop == scaling.points[-1].num_nodes else ", and no further"
+    return f"exchange: {close} up to {stop} nodes{more} (simulated)."
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    found, gpu = plan.estimate, plan.machine.gpu
+    assumed = [name for name, origin in plan.machine.origins.items() if origin == "assumed"]
+    yield (
+        f"Bytes and messages are exact. Times are {plan.times_are}, not measured; assumed are "
+        f"{', '.join(sorted(assumed)) or 'no speeds'}."
+    )
+    if found.layout.is_extrapolated:
+        yield (
+            f"Beyond {MEASURED_NODES} nodes times are extrapolated; the band is latency and cost "
+            f"per message x {BAND[0]:g} to {BAND[1]:g}."
+        )
+    slowest = max(kind.slowdown for kind in found.layout.kinds)
+    if slowest > 1:
+        yield f"Some nodes are drawn as slow, up to {slowest:g} times: all others wait for them."
+    if found.node_share > 1.02:
+        yield (
+            f"The last node owns {found.node_share:.1f} times the average: a bucket has too few "
+            "chunks of 4096 elements for so many ranks. Raise --bucket."
+        )
+    if gpu is not None:
+        yield "Steps on GPUs have not been measured: they cannot beat published bandwidths."
+    if gpu is not None and not plan.fits:
+        need = text.nbytes(found.memory.device_rank_nbytes)
+        yield (
+            f"Each GPU must hold {need}; {gpu.name} has {text.nbytes(gpu.memory_nbytes)}. Take "
+            "more nodes or --offload."
+        )
+    if plan.saves.interval_s is not None:
+        yield "The interval is Daly's (2006), from Young's (1974), of the time that training waits."
+
+
+def _paragraph(words: str) -> str:
+    return textwrap.fill(words, _WIDTH, break_on_hyphens=False)
+
+
+def _table(title: str, heads: Sequence[str], rows: _Rows) -> str:
+    """Format rows under a title; heads that begin with ``>`` are right-aligned."""
+    try:
+        from rich import box  # an extra, and slow to load
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return f"{title}\n{text.table(heads, rows)}"
+    made: Any = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        justify = "right" if head.startswith(">") else "left"
+        made.add_column(head.lstrip(">"), justify=justify, no_wrap=True)
+    for row in rows:
+        made.add_row(*map(text.printable, row))
+    out = io.StringIO()
+    Console(file=out, width=_WIDTH, highlight=False, markup=False).print(made)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

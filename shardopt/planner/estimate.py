@@ -1,0 +1,266 @@
+"""The memory, traffic and time of a job's step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from shardopt.layout.footprint import MemoryReport, Placement, plan_memory
+from shardopt.layout.partition import ParamSpec, Partition, plan_partition
+from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
+from shardopt.planner.machine import Machine
+from shardopt.planner.model import Model
+from shardopt.planner.simulate import (
+    BucketTimes,
+    Exchange,
+    NodeKind,
+    Simulated,
+    draw_kinds,
+    simulate,
+    times_of,
+)
+from shardopt.planner.work import plan_work
+
+MEASURED_NODES = 8
+"""Node counts beyond this one have not been measured: what is said of them is extrapolated."""
+
+BAND = (0.5, 2.0)
+"""Factors on latency and cost per message for the band around what is extrapolated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a job is started and configured.
+
+    Attributes:
+        num_nodes: Nodes.
+        node_size: Ranks on each node.
+        bucket_nbytes: As in ``ShardPolicy``.
+        wire_dtype: Likewise.
+        placement: Where arrays are.
+        needs_norm: Whether steps measure the norm of the gradient before the update.
+        backward_s: Seconds of backward, which overlap hides communication behind; 0 without.
+        slow_share: The share of its nodes that are slow.
+        slowdown: The factor that they are slower by, at most.
+    """
+
+    num_nodes: int
+    node_size: int
+    bucket_nbytes: int | None = None
+    wire_dtype: str | None = None
+    placement: Placement = "cpu"
+    needs_norm: bool = False
+    backward_s: float = 0.0
+    slow_share: float = 0.0
+    slowdown: float = 1.0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.num_nodes * self.node_size
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of parameters in a bucket, the default if none are given."""
+        return self.bucket_nbytes or default_bucket_nbytes(self.num_nodes, self.world_size)
+
+    @property
+    def kinds(self) -> tuple[NodeKind, ...]:
+        """The kinds of its nodes, drawn alike every time."""
+        return draw_kinds(self.num_nodes, self.slow_share, self.slowdown)
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether it has more nodes than have been measured."""
+        return self.num_nodes > MEASURED_NODES
+
+
+class Phases(NamedTuple):
+    """Seconds of each phase of a step, if it ran alone; in a step they overlap."""
+
+    reduce_scatter_s: float
+    update_s: float
+    all_gather_s: float
+    consensus_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a step takes.
+
+    Attributes:
+        layout: The job.
+        stage: The ZeRO stage.
+        memory: Exact, padding included.
+        rank_traffic: Sent in a step by the rank that sends most; exact.
+        node_traffic: Sent in a step by the node that sends most; exact.
+        num_buckets: Buckets of parameters.
+        node_share: The shards of the node with the largest ones, over those of an average node.
+        phases: The time of each phase.
+        simulated: The whole step, after a backward without overlap.
+        band_s: The least and the greatest time of a step, if it is extrapolated.
+        hidden_s: Seconds of a step that overlap hides behind backward; 0 without backward.
+    """
+
+    layout: Layout
+    stage: int
+    memory: MemoryReport
+    rank_traffic: Traffic
+    node_traffic: Traffic
+    num_buckets: int
+    node_share: float
+    phases: Phases
+    simulated: Simulated
+    band_s: tuple[float, float] | None
+    hidden_s: float
+
+
+def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
+    """Compute memory and traffic, and simulate a step.
+
+    Args:
+        model: The parameters.
+        layout: The job.
+        machine: Its speeds.
+    """
+    partition = _plan(model.specs, layout)
+    moving = _plan(model.trained_specs, layout)  # others are neither sent nor updated
+    nodes = _extreme_traffic(moving, layout)
+    step = StepTimes.of(moving, layout, machine)
+    simulated = step.run(layout)
+    hidden_s = 0.0
+    if layout.backward_s and layout.num_nodes > 1:
+        behind = StepTimes.of(moving, layout, machine, backward_s=layout.backward_s)
+        hidden_s = simulated.step_s - behind.run(layout, layout.backward_s).step_s
+    band_s = None
+    if layout.is_extrapolated:
+        low, high = (StepTimes.of(moving, layout, machine.scaled(f)).run(layout) for f in BAND)
+        band_s = low.step_s, high.step_s
+    return Estimate(
+        layout=layout,
+        stage=1,
+        memory=plan_memory(
+            partition,
+            layout.wire_dtype,
+            model.trained,
+            needs_norm=layout.needs_norm,
+            placement=layout.placement,
+        ),
+        rank_traffic=max(rank for node in nodes for rank in node),
+        node_traffic=max(Traffic(*map(sum, zip(*node, strict=True))) for node in nodes),
+        num_buckets=len(partition.buckets),
+        node_share=_node_share(moving),
+        phases=step.phases,
+        simulated=simulated,
+        band_s=band_s,
+        hidden_s=hidden_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """The times of a step's buckets, latencies and consensus, for one way between nodes."""
+
+    buckets: list[BucketTimes]
+    latency_s: float
+    consensus_s: float
+
+    @classmethod
+    def of(
+        cls,
+        partition: Partition,
+        layout: Layout,
+        machine: Machine,
+        *,
+        exchange: Exchange = "lanes",
+        backward_s: float = 0.0,
+    ) -> "StepTimes":
+        """Compute the times of a partition.
+
+        With a direct exchange every rank is a node of its own, of those on one host, which share
+        its link and its memory; messages between them take neither.
+        """
+        if exchange == "direct":
+            partition, layout, machine = _of_lone_ranks(partition, layout, machine)
+        work = plan_work(partition, layout.wire_dtype, layout.placement)
+        times = times_of(
+            work, machine, layout.node_size, placement=layout.placement, backward_s=backward_s
+        )
+        rounds = min(layout.num_nodes - 1, layout.num_nodes if exchange == "ring" else 1)
+        return cls(times, rounds * machine.latency_s, _consensus_s(layout, machine))
+
+    def run(self, layout: Layout, backward_s: float = 0.0) -> Simulated:
+        """Simulate the step."""
+        found = simulate(self.buckets, self.latency_s, kinds=layout.kinds, backward_s=backward_s)
+        return Simulated(found.step_s + self.consensus_s, found.computing_s, found.sending_s)
+
+    @property
+    def phases(self) -> Phases:
+        """The time of each phase alone."""
+        buckets = self.buckets
+        computing_s = sum(each.reduce_s + each.sum_s for each in buckets)
+        sending_s = sum(each.send_grads_s for each in buckets)
+        gathering_s = sum(each.send_params_s for each in buckets)
+        return Phases(
+            reduce_scatter_s=max(computing_s, sending_s) + self.latency_s,
+            update_s=sum(each.update_s for each in buckets),
+            all_gather_s=gathering_s + self.latency_s,
+            consensus_s=self.consensus_s,
+        )
+
+
+def _extreme_traffic(partition: Partition, layout: Layout) -> list[list[Traffic]]:
+    """Return what each rank sends of the first node and of the last.
+
+    They have the smallest and the largest shards. Either may send most: the larger a shard, the
+    less of the gradients is sent, and the more of the parameters.
+    """
+    nodes, lanes = {0, layout.num_nodes - 1}, range(layout.node_size)
+    return [
+        [plan_traffic(partition, node, lane, layout.wire_dtype) for lane in lanes]
+        for node in sorted(nodes)
+    ]
+
+
+def _plan(specs: Sequence[ParamSpec], layout: Layout) -> Partition:
+    return plan_partition(specs, layout.num_nodes, layout.node_size, layout.bucket)
+
+
+def _of_lone_ranks(
+    partition: Partition, layout: Layout, machine: Machine
+) -> tuple[Partition, Layout, Machine]:
+    """Make every rank a node that has its share of a host's memory bandwidth and link."""
+    node_size, world_size = layout.node_size, layout.world_size
+    link = machine.link_nbytes_per_s
+    if link is not None and layout.num_nodes > 1:
+        link *= (world_size - 1) / (world_size - node_size) / node_size
+    shared = replace(
+        machine,
+        memory_nbytes_per_s=machine.memory_nbytes_per_s / node_size,
+        link_nbytes_per_s=link,
+    )
+    alone = replace(layout, num_nodes=world_size, node_size=1)
+    specs = [param.spec for param in partition.params]
+    return plan_partition(specs, world_size, 1, partition.bucket_nbytes), alone, shared
+
+
+def _consensus_s(layout: Layout, machine: Machine) -> float:
+    """Return the time of the two small all-reduces of a step, by recursive doubling."""
+    within_s = machine.barrier_s if layout.node_size > 1 else 0.0
+    rounds = math.ceil(math.log2(layout.num_nodes))
+    return 2 * (within_s + rounds * (machine.latency_s + machine.message_s))
+
+
+def _node_share(partition: Partition) -> float:
+    last = partition.num_nodes - 1
+    regions = range(len(partition.regions))
+    own_numel = sum(partition.node_numel(last, region) for region in regions)
+    return own_numel * partition.num_nodes / partition.numel if partition.numel else 1.0
+
+
+def merged(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """Return one parameter per dtype: as many buckets and as many bytes, up to padding."""
+    numel: dict[str, int] = {}
+    for spec in specs:
+        numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
+    return [ParamSpec(dtype, (count,), dtype, 0) for dtype, count in numel.items()]

@@ -1,0 +1,156 @@
+"""The work of a step, bucket by bucket, on the node that has most of it."""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+
+from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.footprint import Placement
+from shardopt.layout.partition import ParamSpec, Partition, plan_partition
+from shardopt.layout.state_spec import state_specs
+from shardopt.layout.traffic import LanePart, lane_parts, sends_grads
+from shardopt.planner.machine import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes that the ranks of a node move together, by the way they take.
+
+    Attributes:
+        memory_nbytes: Read from memory and written to it: that of the node, or of its GPUs.
+        peer_nbytes: Between the GPUs of the node.
+        host_nbytes: Between GPUs and the memory of the node.
+    """
+
+    memory_nbytes: int = 0
+    peer_nbytes: int = 0
+    host_nbytes: int = 0
+
+    def seconds(self, machine: Machine, node_size: int, placement: Placement) -> float:
+        """Return the time it takes, if all ways are used at once and the slowest one counts."""
+        gpu, memory_nbytes_per_s = machine.gpu, machine.memory_nbytes_per_s
+        if gpu is None:
+            return self.memory_nbytes / memory_nbytes_per_s
+        if placement == "cuda":
+            memory_nbytes_per_s = node_size * gpu.nbytes_per_s
+        return max(
+            self.memory_nbytes / memory_nbytes_per_s,
+            self.peer_nbytes / (node_size * gpu.peer_nbytes_per_s),
+            self.host_nbytes / (node_size * gpu.host_nbytes_per_s),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BucketWork:
+    """The work for one bucket on one node.
+
+    Copies that an MPI library makes are not counted.
+
+    Attributes:
+        numel: Elements of the bucket.
+        reduced: Moved to sum the gradients of the node's ranks for the other nodes.
+        summed: Moved to add up what the nodes have sent.
+        updated: Moved to update the node's shards.
+        grads_nbytes: Gradients that the node sends.
+        params_nbytes: Parameters that the node sends.
+        grads_messages: Messages with gradients of the rank that sends most.
+        params_messages: Messages with parameters, likewise.
+    """
+
+    numel: int
+    reduced: Moved
+    summed: Moved
+    updated: Moved
+    grads_nbytes: int
+    params_nbytes: int
+    grads_messages: int
+    params_messages: int
+
+
+def plan_work(
+    partition: Partition, wire_dtype: str | None = None, placement: Placement = "cpu"
+) -> list[BucketWork]:
+    """Compute the work of a step in the order in which buckets are sent, the last ones first.
+
+    It is the work of the last node, whose shards are the largest. Buckets of one size are alike,
+    so it takes time for each size only.
+
+    Args:
+        partition: The layout of parameters that all have gradients.
+        wire_dtype: As in ``ShardPolicy``.
+        placement: Where arrays are.
+    """
+
+    @cache
+    def work_of(numel: int, dtype: str) -> BucketWork:
+        spec = ParamSpec("", (numel,), dtype, 0)
+        nbytes = numel * np.dtype(dtype).itemsize
+        alone = plan_partition([spec], partition.num_nodes, partition.node_size, nbytes)
+        lanes = range(partition.node_size)
+        parts = [part for lane in lanes for part in lane_parts(alone, lane, wire_dtype)]
+        return _work_of(parts, partition, placement)
+
+    regions = partition.regions
+    return [work_of(b.numel, regions[b.region].dtype) for b in reversed(partition.buckets)]
+
+
+def _work_of(parts: list[LanePart], partition: Partition, placement: Placement) -> BucketWork:
+    num_nodes, node_size, others = partition.num_nodes, partition.node_size, partition.num_nodes - 1
+    numel, own = sum(p.numel for p in parts), [p.shard(others).numel for p in parts]
+    dtype, wire_dtype, own_numel = parts[0].dtype, parts[0].wire_dtype, sum(own)
+    item, wire, full = (
+        np.dtype(name).itemsize for name in (dtype, wire_dtype, compute_dtype(dtype))
+    )
+    add_gpus = partial(_with_gpus, node_size=node_size, placement=placement)
+    written = (2 * item + 2 * sum(spec.nbytes(1) for spec in state_specs(dtype))) * own_numel
+    if num_nodes == 1:
+        moved = Moved(node_size * item * own_numel + written)
+        updated = add_gpus(moved, shared_nbytes=2 * item * own_numel)
+        return BucketWork(numel, Moved(), Moved(), updated, 0, 0, 0, 0)
+    reduced_numel = own_numel if sends_grads(dtype, node_size, wire_dtype) else numel
+    return BucketWork(
+        numel=numel,
+        reduced=add_gpus(
+            Moved((node_size * item + wire) * reduced_numel),
+            shared_nbytes=item * reduced_numel,
+            sent_nbytes=wire * (numel - own_numel),
+        ),
+        summed=add_gpus(
+            Moved((num_nodes * wire + full) * own_numel), sent_nbytes=wire * others * own_numel
+        ),
+        updated=add_gpus(
+            Moved(full * own_numel + written),
+            shared_nbytes=item * own_numel,
+            sent_nbytes=item * (own_numel + node_size * (numel - own_numel)),
+        ),
+        grads_nbytes=wire * (numel - own_numel),
+        params_nbytes=item * own_numel * others,
+        grads_messages=max(p.num_shards - bool(n) for p, n in zip(parts, own, strict=True)),
+        params_messages=max(bool(n) * others for n in own),
+    )
+
+
+def _with_gpus(
+    moved: Moved,
+    *,
+    node_size: int,
+    placement: Placement,
+    shared_nbytes: int = 0,
+    sent_nbytes: int = 0,
+) -> Moved:
+    """Add what moves between GPUs, and between them and the host.
+
+    Args:
+        moved: What moves in memory.
+        node_size: Ranks, each with a GPU.
+        placement: Where arrays are.
+        shared_nbytes: Gradients of one rank that are read, and one copy of what is written to the
+            parameters of all.
+        sent_nbytes: To other nodes or from them, which passes through the memory of the node.
+    """
+    if placement == "cuda":
+        return replace(moved, peer_nbytes=shared_nbytes * (node_size - 1), host_nbytes=sent_nbytes)
+    if placement == "offload":  # all gradients down, parameters up to every GPU
+        return replace(moved, host_nbytes=shared_nbytes * node_size)
+    return moved

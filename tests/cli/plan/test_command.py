@@ -1,0 +1,147 @@
+"""``shardopt plan`` as it is called: its report, its JSON, its picture, its errors."""
+
+import builtins
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from shardopt.cli.doctor.calibrate import calibrate
+from shardopt.layout.partition import ParamSpec, plan_partition
+from shardopt.layout.traffic import default_bucket_nbytes, plan_traffic
+from shardopt.planner.machine import write_calibration
+from tests.support.checkpoints import call, refused
+from tests.support.doctor import make_job, make_speeds
+
+JOB = ["--params", "3e7", "--dtype", "bfloat16", "--tensors", "1", "--nodes", "16"]
+JOB += ["--ranks-per-node", "2"]
+SPEEDS = ["--link", "200Gbit", "--memory-bandwidth", "400GB/s"]
+
+
+def plan(capsys, *words):
+    return call(capsys, *words, command="plan")
+
+
+def test_the_numbers_are_those_of_the_layout(capsys):
+    found = plan(capsys, *JOB, *SPEEDS, "--json").json
+    spec = ParamSpec("p0", (30_000_000,), "bfloat16", 0)
+    partition = plan_partition([spec], 16, 2, default_bucket_nbytes(16, 32))
+    ranks = [plan_traffic(partition, 15, lane) for lane in (0, 1)]
+    assert found["node_traffic"]["nbytes"] == sum(rank.nbytes for rank in ranks)
+    assert found["rank_traffic"]["messages"] == max(rank.messages for rank in ranks)
+    assert found["layout"]["bucket_nbytes"] == partition.bucket_nbytes
+    assert found["stage"] == 1
+    assert found["memory"]["params_node_nbytes"] == 2 * partition.numel
+    assert [peer["name"] for peer in found["peers"]] == [
+        *("replicated NAdam", "torch ZeRO-1", "FSDP2")
+    ]
+    assert found["labels"]["times"] == "extrapolated"
+    assert found["machine"]["origins"]["link_nbytes_per_s"] == "given"
+    assert found["scaling"] is None
+
+
+def test_the_report_labels_what_it_has_not_measured(capsys):
+    words = ["--backward", "1s", "--node-mtbf", "5y", "--slow-nodes", "0.1:2"]
+    text = plan(capsys, *JOB, *SPEEDS, *words).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    for told in (
+        "Memory, exact",
+        "Traffic of a step, exact",
+        "Time of a step, extrapolated",
+        "by formula",
+        "(given)",
+        "(assumed)",
+        "band of the step",
+        "hidden behind backward",
+        "Beyond 8 nodes times are extrapolated",
+        "interval worth choosing",
+        "Daly",
+        "drawn as slow",
+    ):
+        assert told in text, told
+    few = [word if word != "16" else "4" for word in JOB]
+    text = plan(capsys, *few, *SPEEDS).stdout
+    assert "Time of a step, simulated" in text
+    assert "extrapolated" not in text
+
+
+def test_shards_that_are_uneven_are_remarked_on(capsys):
+    """A bucket of 4 chunks on 16 nodes: the last one owns a chunk of every other lane part."""
+    uneven = "The last node owns"
+    assert uneven in plan(capsys, *JOB, *SPEEDS, "--bucket", "32KiB").stdout
+    assert uneven not in plan(capsys, *JOB, *SPEEDS, "--bucket", "8MiB").stdout
+
+
+def test_without_rich_the_tables_are_plain(capsys, monkeypatch):
+    load = builtins.__import__
+
+    def load_no_rich(name, *args, **settings):
+        if name.partition(".")[0] == "rich":
+            raise ImportError(name)
+        return load(name, *args, **settings)
+
+    with_rich = plan(capsys, *JOB, *SPEEDS).stdout
+    monkeypatch.setattr(builtins, "__import__", load_no_rich)
+    plain = plan(capsys, *JOB, *SPEEDS).stdout
+    kept = [line.replace("─", "").split() for line in with_rich.splitlines()]
+    assert [words for words in kept if words] == [
+        line.split() for line in plain.splitlines() if line.strip()
+    ]
+
+
+def test_scaling_and_its_picture(capsys, tmp_path):
+    out = tmp_path / "out.svg"
+    text = plan(capsys, *JOB, *SPEEDS, "--plot", out).stdout
+    assert "lanes exchange: " in text
+    assert "4096" in text
+    drawn = " ".join(t for t in ET.fromstring(out.read_text()).itertext() if t.strip())
+    for told in ("simulated, not measured", "extrapolated beyond 8 nodes", "x 0.5 to 2"):
+        assert told in drawn
+
+
+def test_speeds_from_a_calibration(capsys, tmp_path):
+    job = make_job()
+    speeds, origin = calibrate(job, make_speeds(job, exchange=2e9))
+    path = tmp_path / "speeds.json"
+    write_calibration(path, speeds, origin)
+    assert json.loads(path.read_text())["measured"]["hosts"] == ["h1", "h2"]
+    found = plan(capsys, *JOB, "--calibration", path, "--json").json["machine"]
+    assert found["link_nbytes_per_s"] == 2e9
+    assert found["memory_nbytes_per_s"] == 100e9
+    assert (found["latency_s"], found["origins"]["latency_s"]) == (20e-6, "calibrated")
+    lone = make_job(sizes=(2,))
+    assert set(calibrate(lone, make_speeds(lone))[0]) == {"memory_nbytes_per_s", "barrier_s"}
+
+
+def test_gpus_that_are_too_small(capsys):
+    words = ["--params", "70e9", "--dtype", "bfloat16", "--ranks-per-node", "8", "--gpu", "h100"]
+    result = plan(capsys, *words)
+    assert result.code == 1
+    assert "Each GPU must hold 385 GB; h100 has 80.0 GB." in result.stdout
+    assert plan(capsys, "--params", "1e9", *words[2:], "--offload").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "arguments must match --help"),
+        (["--params", "7e9"], "--memory-bandwidth must be given"),
+        (["--params", "7e9", "--nodes", "2", *SPEEDS[2:]], "--link must be given"),
+        (["--params", "7x", *SPEEDS], "--params must be a whole number"),
+        ([*JOB, "--link", "200", *SPEEDS[2:]], "--link must be bytes or bits per second"),
+        ([*JOB, *SPEEDS, "--gpu", "k80"], "--gpu must be one of"),
+        ([*JOB, *SPEEDS, "--offload"], "--offload must come with --gpu"),
+        ([*JOB, *SPEEDS, "--slow-nodes", "2"], "--slow-nodes must be a share"),
+        ([*JOB, *SPEEDS, "--calibration", "none.json"], "none.json must be accessible"),
+        (["--safetensors", "none.safetensors", *SPEEDS], "none.safetensors must be accessible"),
+        (["--model", "none.py:f", *SPEEDS], "--model must be script.py:function"),
+    ],
+)
+def test_wrong_options(capsys, words, told):
+    refused(plan(capsys, *words), told)
+
+
+def test_help(capsys):
+    text = plan(capsys, "--help").stdout
+    assert "example:\n  shardopt plan " in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -1,0 +1,159 @@
+"""Estimates, peers and checkpoints against formulas that are written out here."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shardopt.layout.partition import plan_partition
+from shardopt.layout.traffic import plan_traffic
+from shardopt.planner.estimate import Layout, estimate, merged
+from shardopt.planner.machine import GPUS, make_machine
+from shardopt.planner.model import Model, evenly
+from shardopt.planner.peers import plan_peers
+from shardopt.planner.saving import daly_interval, plan_saves, young_interval
+from shardopt.planner.simulate import NodeKind
+
+SPEEDS = {"memory_nbytes_per_s": 400e9, "link_nbytes_per_s": 25e9, "disk_nbytes_per_s": 2e9}
+MACHINE = make_machine(SPEEDS, {}, None, 16)
+MODEL = evenly(1 << 26, "bfloat16", 64)
+LAYOUT = Layout(4, 2)
+
+
+def test_traffic_is_that_of_the_partition():
+    found = estimate(MODEL, LAYOUT, MACHINE)
+    partition = plan_partition(MODEL.specs, 4, 2, LAYOUT.bucket)
+    ranks = [plan_traffic(partition, 3, lane) for lane in (0, 1)]
+    assert found.node_traffic.nbytes == sum(rank.nbytes for rank in ranks)
+    assert found.node_traffic.messages == sum(rank.messages for rank in ranks)
+    assert found.rank_traffic in ranks
+    assert found.num_buckets == len(partition.buckets)
+
+
+def test_a_step_lies_between_its_longest_phase_and_all_of_them():
+    found = estimate(MODEL, LAYOUT, MACHINE)
+    assert max(found.phases) <= found.simulated.step_s <= sum(found.phases)
+    assert found.band_s is None
+    far = estimate(MODEL, replace(LAYOUT, num_nodes=16), MACHINE)
+    low, high = far.band_s
+    assert low < far.simulated.step_s < high
+
+
+def test_a_long_backward_hides_the_exchange_of_gradients_but_for_the_last_bucket():
+    layout = replace(LAYOUT, backward_s=10.0)
+    found = estimate(MODEL, layout, MACHINE)
+    left_s = found.simulated.step_s - found.hidden_s
+    assert found.hidden_s > 0.8 * found.phases.reduce_scatter_s
+    assert left_s >= found.phases.all_gather_s
+    assert estimate(MODEL, replace(layout, num_nodes=1), MACHINE).hidden_s == 0
+
+
+def test_a_slow_node_makes_all_wait():
+    slow = replace(LAYOUT, slow_share=0.5, slowdown=100.0)
+    assert len(slow.kinds) == 3
+    assert replace(slow, num_nodes=1, slow_share=0.1).kinds == LAYOUT.kinds == (NodeKind(),)
+    assert estimate(MODEL, slow, MACHINE).simulated.step_s > 2 * (
+        estimate(MODEL, LAYOUT, MACHINE).simulated.step_s
+    )
+
+
+def test_frozen_parameters_are_neither_sent_nor_updated():
+    half = tuple(i % 2 == 0 for i in range(64))
+    frozen = estimate(replace(MODEL, trained=half), LAYOUT, MACHINE)
+    whole = estimate(evenly(1 << 25, "bfloat16", 32), LAYOUT, MACHINE)
+    assert frozen.node_traffic == whole.node_traffic
+    assert frozen.memory.moments_node_nbytes == whole.memory.moments_node_nbytes
+    assert frozen.memory.params_node_nbytes == 2 * whole.memory.params_node_nbytes
+    none = estimate(replace(MODEL, trained=(False,) * 64), LAYOUT, MACHINE)
+    assert none.node_traffic == (0, 0)
+    assert none.simulated.step_s == none.phases.consensus_s
+
+
+def test_merged_parameters_have_as_many_elements():
+    model = Model("", (*evenly(10, "float32", 2).specs, *evenly(7, "float64", 3).specs), ())
+    assert {spec.dtype: spec.numel for spec in merged(model.specs)} == {"float32": 10, "float64": 7}
+
+
+def test_peers_by_formula():
+    numel, ranks = MODEL.numel, 8
+    replicated, zero_1, fsdp2 = plan_peers(MODEL, LAYOUT, MACHINE, num_modules=16)
+    assert replicated.rank_nbytes == (2 + 2 + 12) * numel
+    assert replicated.sent_nbytes == 2 * 2 * numel * 7 // 8
+    assert zero_1.rank_nbytes == (2 + 2) * numel + 12 * numel // ranks
+    assert zero_1.sent_nbytes == replicated.sent_nbytes + 2 * numel
+    assert fsdp2.rank_nbytes == 16 * numel // ranks + 3 * 2 * numel // 16
+    assert fsdp2.sent_nbytes == 3 * 2 * numel * 7 // 8
+    update_s = 30 * numel / 400e9  # bytes of one copy: gradient, parameter and state both ways
+    assert replicated.step_s == pytest.approx(replicated.sent_nbytes / 25e9 + 2 * update_s)
+    assert fsdp2.step_s == pytest.approx(fsdp2.sent_nbytes / 25e9 + update_s / 4)
+
+
+def test_whole_tensors_are_uneven():
+    """Three tensors on two ranks: one has two of them. On many ranks most have none."""
+    model = evenly(3 << 20, "float32", 3)
+    _, zero_1, _ = plan_peers(model, Layout(1, 2), MACHINE)
+    assert zero_1.rank_nbytes == 8 * model.numel + 8 * 2 * (1 << 20)
+    _, zero_1, _ = plan_peers(model, Layout(4096, 8), MACHINE)
+    assert zero_1.rank_nbytes == 8 * model.numel + 8 * (1 << 20)
+
+
+def test_zero_1_partitions_as_torch_does():
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("torch.distributed.optim")
+    sizes = [100, 90, 1000, 5, 37, 400, 400, 2, 900, 61]
+    params = [torch.empty(size) for size in sizes]
+    zero = optim.ZeroRedundancyOptimizer.__new__(optim.ZeroRedundancyOptimizer)
+    zero._partition_parameters_cache, zero.world_size = [], 3
+    zero.param_groups = [{"params": params}]
+    shares = [
+        sum(p.numel() for group in groups for p in group["params"])
+        for groups in zero._partition_parameters()
+    ]
+    specs = tuple(s for i, n in enumerate(sizes) for s in _renamed(evenly(n, "float32", 1), i))
+    model = Model("", specs, (True,) * len(specs))
+    _, planned, _ = plan_peers(model, Layout(1, 3), MACHINE)
+    assert planned.rank_nbytes == 8 * sum(sizes) + 8 * max(shares)
+
+
+def _renamed(model, number):
+    return [replace(spec, name=f"p{number}") for spec in model.specs]
+
+
+def test_gpus():
+    layout = replace(LAYOUT, placement="cuda")
+    found = estimate(MODEL, layout, replace(MACHINE, gpu=GPUS["h100"]))
+    assert found.memory.device_rank_nbytes == pytest.approx(
+        (2 + 2 + (12 + 4) / 8) * MODEL.numel, rel=0.01
+    )
+    alone = Layout(1, 8)
+    gpus = estimate(MODEL, replace(alone, placement="cuda"), replace(MACHINE, gpu=GPUS["h100"]))
+    assert gpus.simulated.step_s < estimate(MODEL, alone, MACHINE).simulated.step_s
+
+
+def test_checkpoints():
+    found = plan_saves(MODEL, LAYOUT, MACHINE, node_mtbf_s=4e6)
+    assert found.nbytes == (2 + 12) * MODEL.numel
+    assert found.waits_s == pytest.approx(2 * found.nbytes / 4 / 400e9)
+    assert found.durable_s == pytest.approx(found.waits_s + found.nbytes / 4 / 2e9)
+    assert found.job_mtbf_s == 1e6
+    assert found.interval_s == pytest.approx(daly_interval(found.waits_s, 1e6))
+    often = plan_saves(MODEL, LAYOUT, MACHINE, node_mtbf_s=0.04)
+    assert often.interval_s == often.durable_s  # no save begins before the last one has ended
+    assert plan_saves(MODEL, LAYOUT, MACHINE).interval_s is None
+
+
+def expected_lost(interval_s, save_s, mtbf_s):
+    """Daly's complete model: the time that a second of work takes, without restarts."""
+    return mtbf_s * math.expm1((interval_s + save_s) / mtbf_s) / interval_s
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-3, 0.1, 0.5])
+def test_daly_interval_is_the_best_one_of_his_model(ratio):
+    save_s, mtbf_s = ratio * 1e4, 1e4
+    found = daly_interval(save_s, mtbf_s)
+    around = np.geomspace(found / 10, found * 10, 4001)
+    best = min(expected_lost(each, save_s, mtbf_s) for each in around)
+    assert expected_lost(found, save_s, mtbf_s) == pytest.approx(best, rel=2e-3)
+    assert found < young_interval(save_s, mtbf_s)
+    assert daly_interval(2 * mtbf_s, mtbf_s) == mtbf_s

@@ -1,0 +1,62 @@
+"""Speeds by their origin, and files of calibration."""
+
+import json
+
+import pytest
+
+from shardopt.errors import PlanError
+from shardopt.planner.machine import (
+    ASSUMED,
+    GPUS,
+    find_gpu,
+    make_machine,
+    read_calibration,
+    write_calibration,
+)
+
+SPEEDS = {"memory_nbytes_per_s": 100e9, "link_nbytes_per_s": 1e9, "latency_s": 3e-6}
+
+
+def test_options_come_before_a_calibration_and_that_before_what_is_assumed(tmp_path):
+    path = tmp_path / "speeds.json"
+    write_calibration(path, SPEEDS, {"hosts": ["a"]})
+    machine = make_machine({"link_nbytes_per_s": 2e9}, read_calibration(path), None, 2)
+    assert (machine.link_nbytes_per_s, machine.origins["link_nbytes_per_s"]) == (2e9, "given")
+    assert (machine.latency_s, machine.origins["latency_s"]) == (3e-6, "calibrated")
+    assert machine.message_s == ASSUMED["message_s"]
+    assert machine.origins["message_s"] == "assumed"
+    assert machine.scaled(2).latency_s == 6e-6
+
+
+def test_what_cannot_be_assumed():
+    with pytest.raises(PlanError, match=r"--memory-bandwidth must be given.+; got none\."):
+        make_machine({}, {}, None, 1)
+    with pytest.raises(PlanError, match=r"--link must be given.+; got none\."):
+        make_machine({"memory_nbytes_per_s": 1e9}, {}, GPUS["h100"], 2)
+    assert make_machine({"memory_nbytes_per_s": 1e9}, {}, None, 1).link_nbytes_per_s is None
+
+
+def test_gpus_by_name():
+    assert find_gpu("H100") is GPUS["h100"]
+    with pytest.raises(PlanError, match="--gpu must be one of a100, .*; got 'k80'"):
+        find_gpu("k80")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "\x00",
+        json.dumps({"format": "other", "speeds": SPEEDS}),
+        json.dumps({"format": "shardopt calibration 1", "speeds": {"latency_s": -1}}),
+        json.dumps({"format": "shardopt calibration 1", "speeds": {"latency_s": "fast"}}),
+        json.dumps({"format": "shardopt calibration 1", "speeds": 3}),
+    ],
+)
+def test_a_file_that_is_no_calibration(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match="calibration must be a file that shardopt doctor"):
+        read_calibration(path)
