@@ -67,7 +67,7 @@ class Place:
         return importlib.import_module("tests.support.arena_device").on_device(values)
 
     def release(self) -> None:
-        """Give back what CuPy keeps of memory that is free."""
+        """Release the free memory that CuPy keeps."""
         if self.is_real:
             self._cupy.get_default_memory_pool().free_all_blocks()
 

@@ -270,7 +270,7 @@ class CopyQueue(Protocol):
         ...
 
     def join(self) -> None:
-        """Let the device begin all work that it is given from now on after the copies so far."""
+        """Begin all work that the device is given from now on after the copies so far."""
         ...
 
 
@@ -279,11 +279,11 @@ class Device(Backend, Protocol):
 
     [Note: order of devices]
     A device works in the order of one queue, the framework's current one (in CUDA's words: stream).
-    Devices of several ranks are ordered by events, not by
-    hosts that wait: a rank records an event with ``publish`` before it meets the others, and lets
-    its device wait for theirs with ``acquire`` after that. All that a rank has handed to its device
-    before the meeting is done before what any rank hands to its own after it. An event must have
-    been recorded before another process waits for it, which is what the meeting is for.
+    Devices of several ranks are ordered by events, not by hosts that wait: a rank records an event
+    with ``publish`` before it meets the others, and lets its device wait for theirs with
+    ``acquire`` after that. All that a rank has handed to its device before the meeting is done
+    before what any rank hands to its own after it. An event must have been recorded before another
+    process waits for it, which is what the meeting is for.
 
     Attributes:
         has_peers: Whether the ranks of the node address each other's memory.
@@ -309,7 +309,7 @@ class Device(Backend, Protocol):
         ...
 
     def pin(self, array: Array) -> None:
-        """Let the device address an array of node memory, for as long as the array lives.
+        """Make an array of node memory addressable by the device, for as long as the array lives.
 
         Collective over the node.
         """
@@ -324,7 +324,7 @@ class Device(Backend, Protocol):
         ...
 
     def acquire(self) -> None:
-        """Let all work from now on wait for what other ranks have published."""
+        """Begin all work from now on after what other ranks have published."""
         ...
 
     def enter(self, queue: int) -> None:

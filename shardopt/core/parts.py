@@ -140,6 +140,31 @@ def kind_of(device: str) -> str:
     return device.partition(":")[0]
 
 
+def _make_residence(
+    device: str | None, host: Backend, consensus: Consensus, *, offload: bool
+) -> tuple[Residence, str]:
+    """Choose where parameters live, and where steps compute. Collective: every rank.
+
+    Args:
+        device: See ``make_parts``.
+        host: Computes on this rank's cores.
+        consensus: The ranks.
+        offload: Whether steps compute there although parameters are on a device.
+
+    Returns:
+        The residence, and the device that all parameters must be on.
+    """
+    everyone = consensus.collectives.allgather(device, 0, "NAdam()")
+    kinds = {kind_of(each) for each in everyone if each is not None}
+    if device is None or len(kinds) > 1:
+        return InNodeMemory(host), HOST
+    if kinds == {HOST} or None in everyone:  # the error of a rank without is raised soon
+        return InNodeMemory(host), device
+    arena = consensus.group.arena
+    made = _make_device(device, arena, consensus)
+    return OnDevice(made, arena, host if offload else None), device
+
+
 def _make_device(name: str, arena: Arena, consensus: Consensus) -> Device:
     """Return the device of this rank, or raise on all ranks if one cannot use its own."""
     made, error = attempt(make_device, name, arena)
@@ -185,15 +210,9 @@ def make_parts(
         place = topology.places[topology.rank]
         arena = consensus.group.arena
         arena.reclaim()  # what dropped optimizers have left
-        everyone = collectives.allgather(device, 0, "NAdam()")
-        kinds = {kind_of(each) for each in everyone if each is not None}
-        residence: Residence = InNodeMemory(CpuBackend(policy.threads or num_cores))
-        if device is None or len(kinds) > 1:
-            device = HOST
-        elif kinds != {HOST} and None not in everyone:  # else that rank's error is raised soon
-            host = residence.backend if policy.offload else None
-            of_device = _make_device(device, arena, consensus)
-            residence = OnDevice(of_device, arena, host, counts_writes=adapter.counts_writes)
+        host = CpuBackend(policy.threads or num_cores)
+        offload = policy.offload is not None
+        residence, device = _make_residence(device, host, consensus, offload=offload)
         backend = residence.backend
         memory = Memory(place, arena, residence)
         registry = Registry(adapter, layout, residence.holder, device)

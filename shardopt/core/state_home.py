@@ -15,7 +15,7 @@ from shardopt.params.writes import UserWrites, Written, describe
 
 
 class StateAtHome:
-    """What this rank has of the state at home; see [Note: node memory and devices].
+    """The part of the state that this rank has at home; see [Note: node memory and devices].
 
     Args:
         parts: The optimizer's.

@@ -54,8 +54,6 @@ class Leaf:
 class JaxAdapter(ArrayAdapter[Leaf]):
     """See ``Adapter``."""
 
-    counts_writes = True  # there are none: see [Note: arrays that never change]
-
     def name(self, param: Leaf) -> str | None:
         """Return the leaf's path in the tree."""
         if not isinstance(param, Leaf):

@@ -25,7 +25,6 @@ class Adapter(Protocol[P]):
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
-        counts_writes: The framework counts writes to parameters; see ``was_written``.
         step_dtype: Of step counts in the state.
         copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
             it to 0.
@@ -33,7 +32,6 @@ class Adapter(Protocol[P]):
 
     grads_from_start: bool
     reports_grads: bool
-    counts_writes: bool
     step_dtype: str
     copied_nbytes: int
 
@@ -233,7 +231,6 @@ class ArrayAdapter(Adapter[A]):
 
     grads_from_start = False
     reports_grads = False
-    counts_writes = False
     step_dtype = "float64"
     copied_nbytes = 0
     _place = HOST

@@ -197,9 +197,8 @@ class UserWrites:
             if index == param
         ]
         spans[region] = [span for _, span in parts]
-        # Some of it may stay. Not all parameters: other ranks may be writing new values of those.
-        for is_updated in (False, True):  # one of the two copies it home
-            residence.bring_params_home(spans, is_updated=is_updated)
+        # Some of it may stay. Where updates happen at home, it is there already.
+        residence.bring_params_home(spans, is_updated=True)
         for local, span in parts:
             new, bits = own[local.slice], np.int64 if own.itemsize == 8 else np.int32
             differ = new.view(bits) != masters[local.slice].view(bits)

@@ -86,7 +86,7 @@ class Phases(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a step takes.
+    """The plan of a job: its memory, its traffic, and the time of a step.
 
     Attributes:
         layout: The job.

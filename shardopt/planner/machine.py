@@ -1,4 +1,4 @@
-"""What a machine can do: speeds from options, from a calibration, or published for a GPU."""
+"""The speeds of a machine: from options, from a calibration, or published for a GPU."""
 
 import json
 from collections.abc import Mapping

@@ -37,24 +37,15 @@ class OnDevice:
         device: Holds them.
         arena: The memory of the node.
         host: Computes at home, to offload the state; None to compute on the device.
-        counts_writes: Whether the framework counts writes to parameters; see ``Adapter``.
     """
 
     is_home = False
 
-    def __init__(
-        self,
-        device: Device,
-        arena: Arena,
-        host: Backend | None = None,
-        *,
-        counts_writes: bool = False,
-    ) -> None:
+    def __init__(self, device: Device, arena: Arena, host: Backend | None = None) -> None:
         self.holder: Backend = device
         self._device = device
         self._arena = arena
         self._is_offloaded = host is not None
-        self._counts_writes = counts_writes
         self.placement: Placement = "cuda" if host is None else "offload"
         self.backend: Backend = device if host is None else host
         self.offloaded = None if host is None else device
@@ -159,11 +150,12 @@ class OnDevice:
     def adopt_unseen(self, spans: Sequence[_Spans]) -> None:
         """See ``Residence.adopt_unseen``.
 
-        On a device the kernel reads this rank's own copy. To offload, 4 bytes an element and the
-        number of ranks are copied home, beside the 8 of gradients and parameters: no way to find
-        what has changed moves less, as only the device could compare.
+        On a device the kernel reads this rank's own copy. For offloaded updates each rank copies
+        its shards home in every step: 4N/W bytes of float32 beside 8N for gradients and parameters.
+        To compare them with home would move as much, and no framework counts all writes: torch
+        misses those through ``p.data``.
         """
-        if self._is_offloaded and not self._counts_writes:
+        if self._is_offloaded:
             self._bring_owned_home(spans)
             self._device.wait()
 
@@ -201,7 +193,7 @@ class OnDevice:
     def bring_home(self, *, params: bool, state: bool, of_node: bool = False) -> None:
         """See ``Residence.bring_home``."""
         pairs: list[Pair] = []
-        if params and (of_node or not (self._is_offloaded and self._counts_writes)):
+        if params:
             for region in self._regions:
                 here = [Span(0, region.home.params.size)] if of_node else region.owned
                 own = region.arrays.own_params

@@ -169,7 +169,7 @@ class Residence(Protocol):
         ...
 
     def adopt_unseen(self, spans: Sequence[Sequence[Span]]) -> None:
-        """Have the kernel read what users have written to parameters, if nobody sees such writes.
+        """Have the kernel read what users have written to parameters, even if nobody counts writes.
 
         Of each parameter it reads what the copies of the owners of its shards hold.
 

@@ -51,7 +51,6 @@ class _TorchAdapter(Adapter[Tensor]):
 
     grads_from_start = False
     reports_grads = True
-    counts_writes = True
     step_dtype = "float32"
 
     def __init__(self, names: Mapping[Tensor, str], comm_size: int) -> None:

@@ -46,7 +46,7 @@ class Copies(Protocol):
         ...
 
     def keep_grads(self) -> None:
-        """Let the device write to this rank's gradients only once they are copied."""
+        """Have the device write to this rank's gradients only once they are copied."""
         ...
 
     def begin(self, present: int) -> None:

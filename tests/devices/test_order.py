@@ -48,8 +48,9 @@ def train(pair):
 
 
 def train_apart(pair):
-    """Take a step on nodes of one rank."""
+    """Average gradients, and take a step, on nodes of one rank."""
     pair.grads()
+    pair.both(lambda opt: opt.average_grads())
     pair.step()
 
 

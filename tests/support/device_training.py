@@ -38,8 +38,6 @@ def draw(rng, dtype=np.float32, shapes=SHAPES):
 class CountingAdapter(shardopt.numpy._NumpyAdapter):
     """The adapter of a framework that counts writes to arrays, as torch does."""
 
-    counts_writes = True
-
     def __init__(self):
         self._versions = {}
 

@@ -248,7 +248,7 @@ class CudaCopies:
         return self._side.record()
 
     def join(self) -> None:
-        """Let the GPU begin all work that it is given from now on after the copies so far."""
+        """Begin all work that the GPU is given from now on after the copies so far."""
         self._gpu.wait_for(self._side.record())
 
 

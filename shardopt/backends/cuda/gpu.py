@@ -37,7 +37,7 @@ class Gpu(Protocol):
         ...
 
     def wait_for(self, event: Any) -> None:
-        """Let later work wait for an event of ``record``, ``mark`` or ``open_mark``."""
+        """Begin all later work after an event of ``record``, ``mark`` or ``open_mark``."""
         ...
 
     def side(self) -> "Gpu":

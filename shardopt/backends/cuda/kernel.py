@@ -21,7 +21,7 @@ from shardopt.rule.nadam import NUM_COEFFICIENTS
 SOURCE = Path(__file__).with_name("fused.cu")
 
 FLAG_UNSET = 0x7F7F7F7F7F7F7F7F
-"""What the flag holds while all parameters are finite: no position in the flat index space."""
+"""The flag while all parameters are finite: no position in the flat index space."""
 
 _THREADS = 256
 _COHORTS = 16
@@ -35,7 +35,7 @@ Launch = Callable[[int, int, bytes], None]
 
 
 class Launcher(Protocol):
-    """What ``CudaKernel`` needs of a GPU, which works in the order of the calls.
+    """A GPU as ``CudaKernel`` uses it; it works in the order of the calls.
 
     Attributes:
         flag: [1] int64 in its memory, which kernels lower to where they find inf or NaN.

@@ -1,4 +1,4 @@
-"""What the ranks of a node share of their GPUs: blocks of memory, and events."""
+"""Blocks of memory and events of GPUs that the ranks of a node share."""
 
 import weakref
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What ranks of a node find out about each other's GPUs, and the one conclusion for all of them.
+"""The findings of a node's ranks about each other's GPUs, and one conclusion for all of them.
 
 Plain values and pure functions; ``probing`` does the trying.
 """
@@ -70,7 +70,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a rank found when it tried.
+    """The findings of one rank.
 
     Attributes:
         rank: Its number in the job, for messages.

@@ -1,4 +1,4 @@
-"""What this process can do with GPUs, and what the GPUs of a node can do for each other.
+"""Trying out the GPU of this process, and whether the ranks of a node reach each other's GPUs.
 
 [Note: direct or staged]
 On GPUs, the owner of a shard reads the gradients of its node's other ranks, and writes their

@@ -14,7 +14,7 @@ _FIRST_FOR_CUDA_13 = 580  # the first driver that runs what CUDA 13 compiles
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """What this process can use.
+    """The software for GPUs that this process can use.
 
     Attributes:
         driver: The version of NVIDIA's driver, or None if the system does not show it.

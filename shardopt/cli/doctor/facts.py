@@ -71,7 +71,7 @@ class Mpirun:
 
 @dataclass(frozen=True, slots=True)
 class RankGpu:
-    """What a rank on a node with GPUs can do with them.
+    """The GPUs of a node as one of its ranks finds them.
 
     Attributes:
         software: CuPy, the driver, and the GPUs that the rank sees.

@@ -16,7 +16,7 @@ _TIMES = {"latency": "latency_s", "message_cost": "message_s"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to plan.
+    """The job to plan.
 
     Attributes:
         model: The parameters.
