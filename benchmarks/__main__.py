@@ -1,16 +1,19 @@
 """The command line of the benchmarks; see README.md."""
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from benchmarks import RESULTS_FOLDER
 from benchmarks.cases import CASES
+from benchmarks.commands import compare, plot, quick, write_tables
+from benchmarks.commands.options import report_parser
 from benchmarks.harness.options import add_options, read_options
 from benchmarks.harness.record import append
-from benchmarks.report import tables, verdict
+from benchmarks.report import verdict
 
 _DESCRIPTION = """\
 Measure shardopt against its peers and the limits of the machine. Without arguments, list the cases
@@ -20,11 +23,17 @@ with their targets. With the names of cases, measure them and append a line to t
 
 def main(words: Sequence[str]) -> None:
     """Run one of the commands, or the cases named."""
-    commands = {"plot": plot, "tables": write_tables, "summary": summarize}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "plot": plot.main,
+        "tables": write_tables.main,
+        "summary": summarize,
+        "compare": compare.main,
+        "quick": quick.main,
+    }
     if not words:
         print(list_cases())
-    elif words[0] in commands:
-        commands[words[0]](words[1:])
+    elif words[0].removeprefix("--") in commands:
+        commands[words[0].removeprefix("--")](words[1:])
     else:
         run_cases(words)
 
@@ -49,9 +58,9 @@ def run_cases(words: Sequence[str]) -> None:
     shown = [name for name in named if name in CASES] or list(CASES)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        usage="%(prog)s [CASE ... [options] | plot | tables | summary]",
+        usage="%(prog)s [CASE ... [options] | --quick | plot | tables | summary | compare]",
         description=_DESCRIPTION,
-        epilog="Each of plot, tables and summary takes --help too.",
+        epilog="Each of --quick, plot, tables, summary and compare takes --help too.",
     )
     parser.add_argument("case", nargs="*", type=known_case, metavar="CASE", help=", ".join(CASES))
     parser.add_argument(
@@ -60,9 +69,15 @@ def run_cases(words: Sequence[str]) -> None:
     add_options(parser, {name: CASES[name].options for name in shown})
     arguments = parser.parse_args(words)
     for case in map(CASES.__getitem__, arguments.case):
+        results = []
         for result in case.measure(read_options(case.options, arguments)):
             append(case, result, arguments.out)
-            print(verdict.table(case, result), flush=True)
+            results.append(result)
+            if case.page is None:
+                print(verdict.table(case, result), flush=True)
+        if case.page is not None and results:
+            pages = importlib.import_module(case.page)
+            print(pages.page(results), flush=True)
 
 
 def known_case(word: str) -> str:
@@ -73,63 +88,12 @@ def known_case(word: str) -> str:
     return word
 
 
-def plot(words: Sequence[str]) -> None:
-    """Draw the plot of step times."""
-    parser = _report_parser("plot", "Draw the times of a step, from the newest results.")
-    parser.add_argument("--mpi", default="MPICH", help="library whose times are shown (MPICH)")
-    parser.add_argument("--png", action="store_true", help="draw a PNG beside the SVG")
-    parser.add_argument(
-        "--to", type=Path, default=tables.STEP_PLOT, help="SVG file to write (benchmarks/plots/...)"
-    )
-    arguments = parser.parse_args(words)
-    steps = tables.read_figures(arguments.results).steps
-    shown = [result for result in steps if result.origin.mpi.startswith(arguments.mpi)]
-    if not shown:
-        sys.exit(f"There are no results of step with {arguments.mpi} in {arguments.results}.")
-    from benchmarks.report.plot import draw_step_time  # here: only this needs matplotlib
-
-    paths = [arguments.to, *([arguments.to.with_suffix(".png")] if arguments.png else [])]
-    draw_step_time(shown, paths)
-    print("\n".join(map(str, paths)))
-
-
-def write_tables(words: Sequence[str]) -> None:
-    """Write the tables of results, or that of targets, as Markdown."""
-    parser = _report_parser("tables", "Write the newest results as Markdown tables.")
-    parser.add_argument("--targets", action="store_true", help="write the table of targets instead")
-    parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="rewrite the part of FILE between its markers"
-    )
-    arguments = parser.parse_args(words)
-    part = tables.TARGETS if arguments.targets else tables.FIGURES
-    if arguments.targets:
-        text = tables.targets_table(CASES)
-    else:
-        place = {} if arguments.into is None else {"folder": arguments.into.parent}
-        text = tables.figures_text(tables.read_figures(arguments.results), **place)
-    if arguments.into is None:
-        print(text)
-    else:
-        tables.rewrite(arguments.into, part, text)
-
-
 def summarize(words: Sequence[str]) -> None:
     """Print the targets beside the newest results."""
-    arguments = _report_parser(
+    arguments = report_parser(
         "summary", "Compare the newest results of all cases with their targets."
     ).parse_args(words)
     print(verdict.summary(CASES, arguments.results))
-
-
-def _report_parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS_FOLDER,
-        help="folder with the results (benchmarks/results)",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ class PlanError(ShardoptError, ValueError):
     """A plan is asked for with values that are missing, out of range or cannot be read."""
 
 
+class TraceError(ShardoptError, ValueError):
+    """A trace cannot be written where it was asked for, or what is to be read is none."""
+
+
 class CheckpointError(ShardoptError, ValueError):
     """A state, a state dict or a checkpoint does not fit this optimizer, or is damaged."""
 
@@ -96,6 +100,10 @@ class LostStateWarning(RuntimeWarning):
 
 class CheckpointWarning(RuntimeWarning):
     """A checkpoint could not be saved, or was skipped in the search for the newest one."""
+
+
+class TraceWarning(RuntimeWarning):
+    """A trace has ended early; training goes on."""
 
 
 class RandomStreamWarning(RuntimeWarning):

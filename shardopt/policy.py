@@ -1,5 +1,6 @@
 """Settings of the sharding itself, apart from the mathematics."""
 
+import os
 from dataclasses import dataclass, field, fields
 
 from shardopt.errors import HyperparamsError
@@ -7,7 +8,9 @@ from shardopt.errors import HyperparamsError
 
 @dataclass(slots=True, unsafe_hash=True)  # of what never changes
 class ShardPolicy:
-    """How parameters are sharded and communicated; equal on every rank, apart from ``timeout_s``.
+    """How parameters are sharded and communicated; equal on every rank.
+
+    Only ``timeout_s`` and ``trace`` may differ between ranks.
 
     Only ``timeout_s`` can be set later, as ``opt.policy.timeout_s``, which holds from the next wait
     on. Optimizers that were built with the same object share it.
@@ -41,6 +44,10 @@ class ShardPolicy:
             copied beside the updates; see [Note: copies beside updates]. None keeps everything on
             the GPU of its owner. Parameters on CPUs are updated where they are in any case. The
             bits are the same.
+        trace: A folder to which this rank writes what its steps and saves do, and when, in a file
+            that ``shardopt trace`` and Chrome's and Perfetto's viewers read. None takes the
+            environment variable SHARDOPT_TRACE, and writes nothing if that is not set either. May
+            differ between ranks.
         timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
             the job is ended. May differ between ranks.
 
@@ -56,6 +63,7 @@ class ShardPolicy:
     threads: int | None = None
     check_finite: bool | None = None
     offload: str | None = None
+    trace: str | os.PathLike[str] | None = None
     timeout_s: float = field(default=300.0, hash=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +83,12 @@ class ShardPolicy:
         self._require(offload, "offload", "be cpu or None (state on disk is not supported yet)")
         if self.offload is not None:
             object.__setattr__(self, "offload", "cpu")  # one name, so that ranks may use either
+        folder: object = self.trace
+        if isinstance(folder, os.PathLike):
+            folder = os.fspath(folder)
+        is_folder = folder is None or (isinstance(folder, str) and folder != "")
+        self._require(is_folder, "trace", "be the path of a folder or None")
+        object.__setattr__(self, "trace", folder)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a field for the first time, or ``timeout_s`` at any time.
@@ -100,7 +114,7 @@ class ShardPolicy:
 
     def describe(self) -> dict[str, object]:
         """The settings that ranks must share, by name."""
-        names = [name for name in _NAMES if name != "timeout_s"]
+        names = [name for name in _NAMES if name not in ("timeout_s", "trace")]
         return {f"policy.{name}": getattr(self, name) for name in names}
 
     def _require(self, holds: bool, name: str, rule: str) -> None:

@@ -13,6 +13,7 @@ from shardopt.errors import (
     NoGradientWarning,
     NonFiniteWarning,
 )
+from shardopt.trace import OFF, Trace
 
 _INSIDE = ("shardopt.", "torch.")  # torch wraps step()
 
@@ -168,18 +169,23 @@ def tell(warning: Warning, *, aloud: bool) -> None:
 
 
 class Stopwatch:
-    """A clock that measures named laps.
+    """A clock that measures named laps, which a trace shows, too.
+
+    Args:
+        trace: Shows them.
 
     Attributes:
         seconds: The time of each lap so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace = OFF) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._trace = trace
+        self._last_ns = time.perf_counter_ns()
 
     def lap(self, name: str) -> None:
         """End the current lap under the name ``name``, and begin the next."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
+        now_ns = time.perf_counter_ns()
+        self.seconds[name] = (now_ns - self._last_ns) / 1e9
+        self._trace.lap(name, self._last_ns, now_ns)
+        self._last_ns = now_ns

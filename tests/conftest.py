@@ -21,17 +21,16 @@ if TYPE_CHECKING:
     from shardopt.numpy import NAdam
 
 TESTS = Path(__file__).parent
-NO_MPI_CHANGES = (
-    "torch",  # tests/nodes runs every front end with every MPI
+NO_NUMBER_CHANGES = (
+    "torch",  # tests/nodes runs every front end on any number of ranks, with every MPI
     "jax",
     "test_lucid.py",
     "params",
     "test_compiling.py",
     "test_policy.py",
-    "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree with every MPI
+    "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree
     "core/test_bad_state.py",
-    "devices/test_arrays.py",  # tests/devices/test_steps.py and test_nodes.py run with every MPI
-    "devices/test_checkpoints.py",
+    "devices/test_arrays.py",  # tests/devices/test_steps.py and test_nodes.py run always
     "devices/test_memory.py",
     "devices/test_offload.py",
     "devices/test_order.py",
@@ -44,6 +43,25 @@ NO_MPI_CHANGES = (
     "checkpoint/test_partial.py",
     "checkpoint/test_other_models.py",
 )
+"""What one rank and three show: a third is neither first nor last, and divides nothing evenly."""
+
+NO_MPI_CHANGES = (
+    *NO_NUMBER_CHANGES,
+    "core/test_writes.py",  # node memory is no MPI's; tests/comm/node_memory runs with every MPI
+    "core/test_unequal_writes.py",
+    "core/test_state_view.py",
+    "core/test_sixteen_bits.py",  # arithmetic
+    "core/test_edited_groups.py",  # settings
+    "core/test_settings.py",
+    "devices/test_checkpoints.py",
+    "checkpoint/test_alignment.py",  # files
+    "checkpoint/test_bad_rng.py",
+    "checkpoint/test_interop.py",
+    "checkpoint/test_odd_models.py",
+    "checkpoint/test_power_loss.py",
+)
+LEFT_OUT = {"ranks": NO_NUMBER_CHANGES, "mpi-ranks": NO_MPI_CHANGES}
+"""By part, files that need not even be imported."""
 
 pytest_plugins = ["tests.support.in_step", "tests.support.cluster", "tests.support.gpu"]
 
@@ -85,10 +103,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add an option for tests/run.sh, which runs some tests side by side or with one MPI only."""
     parser.addoption(
         "--part",
-        choices=["plain", "jobs", "mpi-jobs", "mpi-ranks"],
+        choices=["plain", "jobs", "mpi-jobs", "ranks", "mpi-ranks"],
         help="of the tests without ranks: those that start no mpirun, those that do, "
-        "or those of them that are not marked any_mpi; of the tests on ranks: those not so marked",
+        "or those of them that are not marked any_mpi; of the tests on ranks: those that a number "
+        "of ranks may change, or those of them that are not marked any_mpi",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of which ``--part`` leaves out every test on ranks."""
+    left_out = LEFT_OUT.get(config.getoption("--part"), ())
+    return True if any(collection_path == TESTS / name for name in left_out) else None
 
 
 def pytest_collection() -> None:
@@ -106,11 +131,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests that start mpirun themselves, and those that no MPI library changes."""
+    """Mark the tests that start mpirun themselves."""
     if "mpirun" in getattr(item, "fixturenames", ()):
         item.add_marker("mpirun")
-    elif any(item.path.is_relative_to(TESTS / name) for name in NO_MPI_CHANGES):
-        item.add_marker("any_mpi")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -125,7 +148,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return "mpirun" not in marks
         if part == "mpi-ranks":
             return "any_mpi" not in marks
-        return part is None or (
+        return part in (None, "ranks") or (
             "mpirun" in marks and not (part == "mpi-jobs" and "any_mpi" in marks)
         )
 

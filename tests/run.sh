@@ -3,8 +3,8 @@
 #
 #   bash tests/run.sh [--all] [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
 #
-# With Open MPI, and on 4 ranks, it leaves out what no MPI library changes, such as most tests of the
-# frameworks; --all runs every test with both.
+# On 2 and on 4 ranks it leaves out what 1 and 3 show, such as most tests of the frameworks, and with
+# Open MPI what no MPI library changes, too; --all runs every test on all of them, with both.
 #
 #   bash tests/run.sh --clients [--ranks "2"] [arguments for pytest ...]
 #
@@ -177,7 +177,12 @@ pytest=(-m pytest --color=no -p no:cacheprovider -rs --durations 8 "$@")
 # on_ranks HOW MPI N: run, or begin, the tests that want ranks.
 on_ranks() {
     local bin=$PWD/.test-env/$2/bin part=()
-    if [[ $2 != "${mpis[0]}" || $3 -gt 3 ]] && ! "$everything"; then part=(--part mpi-ranks); fi
+    if [[ $2 != "${mpis[0]}" ]]; then
+        part=(--part mpi-ranks)
+    elif [[ $3 != [13] && " ${ranks[*]} " == *" 3 "* ]]; then
+        part=(--part ranks)
+    fi
+    if "$everything"; then part=(); fi
     "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" \
         "$bin/python" "${pytest[@]}" --with-mpi ${part[@]+"${part[@]}"}
 }

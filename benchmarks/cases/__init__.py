@@ -12,12 +12,28 @@ from benchmarks.cases import (
     nodes,
     offload,
     overhead,
+    predict,
+    scaling,
     step,
+    training,
     writes,
 )
 from benchmarks.harness.case import Case
 
-_ON_CPUS = (kernel, overhead, step, faces, writes, offload, memory, checkpoint, nodes)
+_ON_CPUS = (
+    kernel,
+    overhead,
+    step,
+    training,
+    faces,
+    writes,
+    offload,
+    memory,
+    checkpoint,
+    scaling,
+    nodes,
+    predict,
+)
 _ON_GPUS = (gpu_kernel, gpu_overhead, gpu_memory, gpu_offload)
 
 CASES: dict[str, Case] = {package.CASE.name: package.CASE for package in (*_ON_CPUS, *_ON_GPUS)}

@@ -24,7 +24,7 @@ from shardopt.backends.devices import make_device
 from shardopt.checkpoint.format.disk import sync_folder
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.checkpoint.format.requests import wanted_slices
-from shardopt.comm.failure import Abort
+from shardopt.comm.failure import Abort, install_abort_hook
 from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology, make_topology
 from shardopt.core import parts
@@ -34,17 +34,23 @@ from shardopt.layout.padding import row_numel
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
-from shardopt.layout.traffic import default_bucket_nbytes
-from shardopt.measure.cores import cores_per_rank
+from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
+from shardopt.measure.cores import bound_to, cores_per_rank, count_cores
 from shardopt.numpy import NAdam
+from shardopt.planner.chart import Chart, Series, draw
+from shardopt.planner.work import plan_work
 from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
 from shardopt.transport.copies import CopiesAround
 
 __all__ = [
     "CHUNK_NUMEL",
+    "Chart",
+    "Series",
     "Topology",
     "compute_dtype",
+    "draw",
     "has_master",
+    "install_abort_hook",
     "padded_zeros",
     "sync_folder",
 ]
@@ -162,9 +168,9 @@ def _stand_in(arena: Arena) -> Any:
 
 
 @contextmanager
-def topology_of(comm: MPI.Intracomm) -> Iterator[Topology]:
+def topology_of(comm: MPI.Intracomm, share_node: bool | int = True) -> Iterator[Topology]:
     """Yield the nodes and lanes of some ranks. Collective: every rank, on its way in and out."""
-    topology = make_topology(comm, share_node=True, timeout_s=60, failure=Abort())
+    topology = make_topology(comm, share_node=share_node, timeout_s=60, failure=Abort())
     yield topology
     topology.free()
 
@@ -173,6 +179,37 @@ def share_of_cores(comm: MPI.Intracomm) -> int:
     """Return the cores of each rank, as the optimizer counts them. Collective: every rank."""
     with topology_of(comm) as topology:
         return cores_per_rank(topology)
+
+
+def is_oversubscribed(comm: MPI.Intracomm, threads: int) -> bool:
+    """Return whether some ranks have more threads than cores. Collective: every rank.
+
+    Args:
+        comm: The ranks at work.
+        threads: Of each of them.
+    """
+    mine = MPI.Get_processor_name(), bound_to()
+    sharing = comm.allgather(mine).count(mine)
+    crowded: bool = comm.allreduce(sharing * threads > count_cores(), MPI.LOR)
+    return crowded
+
+
+def memory_nbytes(opt: NAdam) -> int:
+    """Return the bytes that a step must read and write on a node, copies by MPI left out."""
+    work = plan_work(opt.partition)
+    moved = (each for bucket in work for each in (bucket.reduced, bucket.summed, bucket.updated))
+    return sum(each.memory_nbytes for each in moved)
+
+
+def topology_in(opt: NAdam) -> Topology:
+    """Return the nodes and lanes of an optimizer."""
+    return opt.core.parts.topology
+
+
+def planned_traffic(opt: NAdam) -> Traffic:
+    """Return what this rank should send in a step."""
+    topology = topology_in(opt)
+    return plan_traffic(opt.partition, topology.node, topology.node_rank)
 
 
 def bucket_nbytes(policy: ShardPolicy, num_nodes: int, world_size: int) -> int:
@@ -240,7 +277,7 @@ def num_cores(opt: NAdam) -> int:
 
 def saves_in_flight(opt: NAdam) -> bool:
     """Return whether something is being saved beside the steps of an optimizer."""
-    return bool(opt.core.listeners)
+    return bool(opt.core.background)
 
 
 def owned_arrays(opt: NAdam) -> list[FloatArray]:

@@ -24,6 +24,16 @@ NEED_TORCH = (
     CLAMPED_REPLICA,
 )
 
+# Whole training.
+DDP = "DDP + NAdam"
+FSDP2 = "FSDP2 fully_shard + NAdam"
+
+# A step whose gradients come from a backward that computes nothing, and steps by other rules.
+BEHIND_BACKWARD = "shardopt.torch behind backward"
+SHARDOPT_OPTAX = "shardopt, variant=optax"
+OPTAX = "MPI all-reduce + optax.nadam under jit"
+DEEPSPEED = "all_reduce + DeepSpeedCPUAdam (Adam)"
+
 # On a GPU.
 KERNEL = "kernel"
 GRAPH = "torch.optim.NAdam(capturable=True) in a CUDA graph"

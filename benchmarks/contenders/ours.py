@@ -17,16 +17,23 @@ class Shardopt:
         problem: The model.
         policy: How to shard.
         dtype: Of the parameters.
+        variant: Whose rule is followed, as in ``NAdam``.
     """
 
     def __init__(
-        self, problem: Problem, policy: ShardPolicy = _DEFAULTS, dtype: str = DTYPE
+        self,
+        problem: Problem,
+        policy: ShardPolicy = _DEFAULTS,
+        dtype: str = DTYPE,
+        variant: str = "torch",
     ) -> None:
         self._params: list[Any] = [
             Parameter(problem.param(tensor).astype(dtype, copy=False), f"tensor{tensor}")
             for tensor in range(problem.num_tensors)
         ]
-        self._optimizer: Any = NAdam(self._params, comm=problem.comm, policy=policy)
+        self._optimizer: Any = NAdam(
+            self._params, variant=variant, comm=problem.comm, policy=policy
+        )
         for tensor, param in enumerate(self._params):
             param.grad[...] = problem.grad(tensor)
 

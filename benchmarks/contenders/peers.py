@@ -65,14 +65,15 @@ class TorchAllReduce:
     def __init__(self, problem: Problem, make_optimizer: Callable[[Any, list[Any]], Any]) -> None:
         self._torch = torch = importlib.import_module("torch")
         self._dist = importlib.import_module("torch.distributed")
-        self._ranks = problem.comm.size
+        self._ranks, self._group = problem.comm.size, problem.group
         self._params = torch_params(torch, problem)
         self._optimizer = make_optimizer(torch, self._params)
 
     def step(self) -> None:
         """See ``Contender``."""
         grads = [param.grad for param in self._params]
-        for work in [self._dist.all_reduce(grad, async_op=True) for grad in grads]:
+        sums = [self._dist.all_reduce(grad, group=self._group, async_op=True) for grad in grads]
+        for work in sums:
             work.wait()
         for grad in grads:
             grad.div_(self._ranks)
@@ -105,7 +106,7 @@ def zero_redundancy(problem: Problem) -> TorchAllReduce:
 
     def make(torch: Any, params: list[Any]) -> Any:
         optim = importlib.import_module("torch.distributed.optim")
-        return optim.ZeroRedundancyOptimizer(params, torch.optim.NAdam)
+        return optim.ZeroRedundancyOptimizer(params, torch.optim.NAdam, process_group=problem.group)
 
     return TorchAllReduce(problem, make)
 

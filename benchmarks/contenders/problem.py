@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -11,6 +11,7 @@ from benchmarks.contenders.names import SHARDOPT
 from benchmarks.harness.placing import FloatArray
 
 DTYPE = "float32"
+LR = 2e-3  # torch's default for NAdam
 GRAD_SIZE = 0.01
 LARGEST_MEAN_DIFFERENCE = 1e-5
 
@@ -24,12 +25,16 @@ class Problem:
         numel: Parameters.
         num_tensors: Arrays they come in, of equal size but for the last.
         threads: Cores for each rank.
+        grad_size: Standard deviation of a rank's gradients.
+        group: The process group of torch with the same ranks; None if that is the default one.
     """
 
     comm: MPI.Intracomm
     numel: int
     num_tensors: int
     threads: int
+    grad_size: float = GRAD_SIZE
+    group: Any = None
 
     def bounds(self) -> list[tuple[int, int]]:
         """Return where each tensor begins and ends in the flattened model."""
@@ -51,14 +56,23 @@ class Problem:
         return array
 
     def fill_param(self, array: FloatArray, tensor: int) -> None:
-        """Write a tensor's initial value, the same on every rank, into a C-contiguous array."""
+        """Write a tensor's initial value, the same on every rank, into a C-contiguous array.
+
+        A shorter array gets the beginning of it.
+        """
         np.random.default_rng((0, tensor)).standard_normal(dtype=array.dtype, out=array)
 
-    def fill_grad(self, array: FloatArray, tensor: int) -> None:
-        """Write this rank's gradient of a tensor into a C-contiguous array."""
-        rng = np.random.default_rng((1 + self.comm.rank, tensor))
+    def fill_grad(self, array: FloatArray, tensor: int, rank: int | None = None) -> None:
+        """Write a rank's gradient of a tensor, or as much as there is room for, into an array.
+
+        Args:
+            array: C-contiguous.
+            tensor: Its number.
+            rank: Whose gradient; None takes this rank's.
+        """
+        rng = np.random.default_rng((1 + (self.comm.rank if rank is None else rank), tensor))
         rng.standard_normal(dtype=array.dtype, out=array)
-        array *= array.dtype.type(GRAD_SIZE)
+        array *= array.dtype.type(self.grad_size)
 
 
 class Contender(Protocol):

@@ -2,8 +2,9 @@
 
 import importlib
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +27,8 @@ def load_torch(threads: int) -> Any | None:
 def gloo(comm: MPI.Intracomm, wanted: bool) -> Iterator[None]:
     """Make the ranks a process group of torch, if wanted.
 
-    They meet where MASTER_ADDR says, or in a file if they are all on one machine.
+    They meet where MASTER_ADDR says; else in a file if they are all on one machine, or on the
+    machine of rank 0.
 
     Collective: every rank, on its way in and out.
     """
@@ -37,9 +39,23 @@ def gloo(comm: MPI.Intracomm, wanted: bool) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         store = "env://"
         if "MASTER_ADDR" not in os.environ:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            store = f"file://{comm.bcast(folder)}/store"
+            store = _meeting_place(comm, comm.bcast(folder))
         dist.init_process_group("gloo", init_method=store, rank=comm.rank, world_size=comm.size)
         yield
         dist.destroy_process_group()
         comm.Barrier()
+
+
+def _meeting_place(comm: MPI.Intracomm, folder: str) -> str:
+    """Return where ranks find each other, as ``init_process_group`` takes it. Collective."""
+    if len(set(comm.allgather(MPI.Get_processor_name()))) == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return f"file://{folder}/store"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return str(comm.bcast(f"tcp://{socket.gethostname()}:{free.getsockname()[1]}"))
+
+
+def new_group(ranks: Sequence[int]) -> Any:
+    """Make a process group of some of the ranks. Collective: every rank, in the same order."""
+    return importlib.import_module("torch.distributed").new_group(list(ranks))

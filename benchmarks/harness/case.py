@@ -10,7 +10,7 @@ Numba; what measures it is in the ``measure`` module beside it.
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.harness.result import Result
 
@@ -69,12 +69,24 @@ class Ratio:
         reads: Keys of samples and figures that it is made of: it is left out where one is missing.
         compute: Computes it from a result that has them; None leaves it out.
         target: The bound it must meet, or None if it is only reported.
+        follows: Keys of two samples to the quotient of whose medians it is proportional within a
+            run; empty where there are none, as for a count.
+        better: The side that is better, if no target says so.
     """
 
     name: str
     reads: tuple[str, ...]
     compute: Callable[[Result], float | None]
     target: Target | None = None
+    follows: tuple[str, ...] = ()
+    better: Literal["more", "less"] | None = None
+
+    @property
+    def more_is_better(self) -> bool | None:
+        """True or False where one side is better, None where neither is."""
+        if self.target is not None:
+            return self.target.more_is_better
+        return None if self.better is None else self.better == "more"
 
     def of(self, result: Result) -> float | None:
         """Return its value in a result, or None if that does not have it."""
@@ -82,7 +94,13 @@ class Ratio:
 
 
 def quotient(
-    over: str, under: str, target: Target | None = None, *, name: str | None = None
+    over: str,
+    under: str,
+    target: Target | None = None,
+    *,
+    name: str | None = None,
+    follows: tuple[str, str] | None = None,
+    better: Literal["more", "less"] | None = None,
 ) -> Ratio:
     """Make the ratio of two samples' medians, or of two figures.
 
@@ -91,13 +109,22 @@ def quotient(
         under: Key of the divisor.
         target: The bound it must meet.
         name: Its name, unless it is called ``over / under``.
+        follows: See ``Ratio``; None takes ``over`` and ``under``.
+        better: See ``Ratio``.
     """
 
     def compute(result: Result) -> float | None:
         divisor = result.value(under)
         return result.value(over) / divisor if divisor else None
 
-    return Ratio(name or f"{over} / {under}", (over, under), compute, target)
+    return Ratio(
+        name or f"{over} / {under}",
+        (over, under),
+        compute,
+        target,
+        follows=follows or (over, under),
+        better=better,
+    )
 
 
 def figure(name: str, target: Target | None = None) -> Ratio:
@@ -165,6 +192,21 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Quick:
+    """The small version of a case, which shows in seconds that it works, and nothing more.
+
+    Attributes:
+        words: Its options, as on the command line.
+        ranks: MPI ranks.
+        modules: Modules without which it is left out.
+    """
+
+    words: tuple[str, ...]
+    ranks: int = 1
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One benchmark; see [Note: a case says it once].
 
@@ -176,6 +218,9 @@ class Case:
         options: A dataclass of its options; see ``benchmarks.harness.options``.
         claim: The setting that the targets are for.
         ratios: What results come down to, with the targets.
+        quick: Its small version, or the reason why there is none.
+        page: The module whose ``page(results)`` writes one page about all results of a run; None
+            for a table of each result.
     """
 
     name: str
@@ -185,6 +230,8 @@ class Case:
     options: type[Any]
     claim: Claim
     ratios: tuple[Ratio, ...]
+    quick: Quick | str = "no small version is declared"
+    page: str | None = None
 
     def measure(self, options: Any) -> Iterator[Result]:
         """Measure, and yield the results on rank 0. Collective: every rank exhausts it."""
@@ -192,10 +239,15 @@ class Case:
         results: Iterator[Result] = module.measure(options)
         return results
 
-    def judge(self, result: Result) -> list[Verdict]:
-        """Compute the ratios of a result and compare them with their targets."""
+    def judge(self, result: Result, *, anyway: bool = False) -> list[Verdict]:
+        """Compute the ratios of a result and compare them with their targets.
+
+        Args:
+            result: Of this case.
+            anyway: Compare even if the targets are not for its setting.
+        """
         values = [(ratio, ratio.of(result)) for ratio in self.ratios]
-        claimed = self.claim.covers(result)
+        claimed = anyway or self.claim.covers(result)
         return [
             _verdict(ratio, value, result, claimed) for ratio, value in values if value is not None
         ]

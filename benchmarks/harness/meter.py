@@ -36,11 +36,20 @@ def return_freed_memory() -> None:
 
 def proportional_set_nbytes() -> int:
     """Return this process's resident memory, shared pages divided by those who share them."""
+    return _proportional_nbytes("Pss")
+
+
+def array_set_nbytes() -> int:
+    """Return the same without the pages of files, which processes of other jobs may share."""
+    return _proportional_nbytes("Pss_Anon") + _proportional_nbytes("Pss_Shmem")
+
+
+def _proportional_nbytes(name: str) -> int:
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(
-        "/proc/self/smaps_rollup must have a line 'Pss:'; got none. Use Linux >= 4.14."
+        f"/proc/self/smaps_rollup must have a line '{name}:'; got none. Use Linux >= 5.4."
     )
 
 

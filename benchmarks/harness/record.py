@@ -19,9 +19,12 @@ def append(case: Case, result: Result, folder: Path) -> None:
 def read(case: Case, folder: Path) -> list[Result]:
     """Read all results of a case from a folder, in the order they were recorded in."""
     path = folder / f"{case.name}.jsonl"
-    if not path.exists():
-        return []
-    return [Result.from_json(json.loads(line)) for line in path.read_text().splitlines()]
+    return parse(path.read_text()) if path.exists() else []
+
+
+def parse(text: str) -> list[Result]:
+    """Read all results in the text of a file."""
+    return [Result.from_json(json.loads(line)) for line in text.splitlines()]
 
 
 def newest(results: list[Result]) -> list[Result]:

@@ -1,6 +1,6 @@
 """The result of one run of a case: its samples and figures, and where they come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -26,7 +26,9 @@ class Result:
         title: Heading of the table; "" in results that were recorded without one.
         samples_s: Seconds of each round, by key; on several ranks the slowest one's.
         figures: Other measured numbers, by key.
+        curves: Measured numbers of which each round has another, such as losses, by key.
         settings: Further settings that tell this run from others of the case.
+        left_out: Contenders that could not be measured, and why.
         others: Share of the cores that other jobs took meanwhile; None where no time was measured.
         origin: Where and when it was measured.
     """
@@ -39,7 +41,9 @@ class Result:
     title: str = ""
     samples_s: Samples = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     others: float | None = None
     origin: Origin = field(default_factory=this_run)
 
@@ -81,7 +85,9 @@ class Result:
                 key: [round(value, 9) for value in values] for key, values in self.samples_s.items()
             },
             "figures": dict(self.figures),
+            "curves": {key: list(values) for key, values in self.curves.items()},
             "settings": dict(self.settings),
+            "left_out": dict(self.left_out),
         }
 
     @classmethod
@@ -94,6 +100,8 @@ class Result:
         return cls(
             case=line["benchmark"],
             title=line.get("title", ""),
+            curves=line.get("curves", {}),
+            left_out=line.get("left_out", {}),
             origin=origin,
             **{key: line[key] for key in kept},
         )

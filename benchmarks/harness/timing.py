@@ -12,6 +12,9 @@ from benchmarks.harness.result import Samples
 _PAUSE_S = 0.01
 """Between two contenders, so that threads which spin for more work have gone to sleep."""
 
+_NAP_S = 0.02
+"""Between two looks for ranks that are at work: 64 that wait take under one percent of a core."""
+
 
 def sample(
     contenders: Mapping[str, Callable[[], object]],
@@ -53,6 +56,13 @@ def slowest_s(run: Callable[[], object], comm: MPI.Intracomm) -> float:
     run()
     slowest: float = comm.allreduce(time.perf_counter() - start_s, MPI.MAX)
     return slowest
+
+
+def meet_asleep(comm: MPI.Intracomm) -> None:
+    """Wait until all ranks have come here, without taking a core meanwhile. Collective."""
+    arrival = comm.Ibarrier()
+    while not arrival.Test():
+        time.sleep(_NAP_S)
 
 
 class Neighbours:

@@ -12,6 +12,7 @@ from benchmarks.cases.checkpoint import STEP, beside, cpu, durable, load, stall
 from benchmarks.cases.memory import bytes_per_parameter
 from benchmarks.cases.nodes import HIDDEN, NARROW, NARROW_WIRE, UPDATE_ALONE, WIRE
 from benchmarks.cases.step import LIMIT
+from benchmarks.cases.training import TRAINERS, held_out_bits, tokens_per_s
 from benchmarks.contenders.names import (
     BARE_READ,
     DCP,
@@ -32,7 +33,10 @@ from benchmarks.harness.case import Case
 from benchmarks.harness.record import newest, read
 from benchmarks.harness.result import Result
 
-STEP_PLOT = PLOTS_FOLDER / "step_time.svg"
+PLOTS = {
+    "step": PLOTS_FOLDER / "step_time.svg",
+    "training": PLOTS_FOLDER / "training_loss.svg",
+}
 FIGURES = "figures"
 TARGETS = "targets"
 
@@ -64,6 +68,7 @@ class Figures:
 
     Attributes:
         steps: Whole steps, one result for each number of ranks and each MPI; likewise below.
+        training: Whole training.
         nodes: Steps over several nodes, most nodes first.
         memory: Memory of a node.
         faces: Steps through each framework.
@@ -71,6 +76,7 @@ class Figures:
     """
 
     steps: Sequence[Result]
+    training: Sequence[Result]
     nodes: Sequence[Result]
     memory: Sequence[Result]
     faces: Sequence[Result]
@@ -85,6 +91,7 @@ def read_figures(folder: Path) -> Figures:
         nodes.setdefault(result.settings["nodes"], []).append(result)
     return Figures(
         steps=newest(found["step"]),
+        training=newest(found["training"]),
         nodes=[result for count in sorted(nodes, reverse=True) for result in newest(nodes[count])],
         memory=newest(found["memory"]),
         faces=newest(found["faces"]),
@@ -122,23 +129,35 @@ def figures_text(figures: Figures, folder: Path = ROOT) -> str:
     parts: list[str] = []
     if figures.steps:
         alt = "Time of a step for each parameter: shardopt and its peers, on 2 and on 4 ranks"
-        link = os.path.relpath(STEP_PLOT, folder.resolve())
+        link = os.path.relpath(PLOTS["step"], folder.resolve())
         parts += [f"![{alt}]({link})", step_table(figures.steps)]
         parts.append(
-            "The limit is the bytes that a step must move, at the bandwidth of a simple loop, an "
-            "axpy, on all ranks in the same run; a step, which reads more streams, may pass it. "
-            "Best and worst of all rounds are in `benchmarks/results`. "
+            "The limit is the time to move the bytes of a step at the bandwidth of a simple loop, "
+            "an axpy, on all ranks in the same run. A step reads more streams than that loop, so "
+            "it can beat the limit. The best and worst of all rounds are in `benchmarks/results`. "
             f"{_origin(figures.steps)}"
+        )
+    if figures.training:
+        alt = "Held-out loss over seconds of training: shardopt and its peers"
+        link = os.path.relpath(PLOTS["training"], folder.resolve())
+        parts += [f"![{alt}]({link})", training_table(figures.training)]
+        parts.append(
+            "All train the same model on the same text and reach the same losses, a few sequences "
+            "in each step: the more tokens a step has, the less the optimizer matters. In "
+            "parentheses: how many times as fast shardopt is. The loss is in held-out bits per "
+            "byte. "
+            f"{_origin(figures.training)}"
         )
     if figures.nodes:
         parts += [
             nodes_table(figures.nodes),
-            "Nodes are network namespaces of one machine, which share its cores; links carry "
-            "1 Gbit/s each way. In parentheses: how many times the limit, the same bytes over bare "
-            f"TCP; for others, how many times shardopt. {_origin(figures.nodes)}",
+            "The nodes are network namespaces of one machine and share its cores; the links carry "
+            "1 Gbit/s each way. In parentheses: for shardopt, the ratio to the limit, which is the "
+            "same bytes over bare TCP; for the others, the ratio to shardopt. "
+            f"{_origin(figures.nodes)}",
         ]
     if figures.memory:
-        measured = f"Measured as proportional set size. {_origin(figures.memory)}"
+        measured = f"Measured as proportional set size (PSS). {_origin(figures.memory)}"
         parts += [memory_table(figures.memory), measured]
     if figures.faces:
         parts += [faces_table(figures.faces), _origin(figures.faces)]
@@ -149,10 +168,11 @@ def figures_text(figures: Figures, folder: Path = ROOT) -> str:
 
 def _about(checkpoints: Sequence[Result]) -> str:
     return (
-        "In parentheses: how many times the limit. That is a memcpy of as many bytes on all ranks "
-        "at once; a direct write of them, with as many requests in flight, and an fsync, in which "
-        f"the disk gave {_disk_speeds(checkpoints)} GB/s; a read that verifies nothing; a step "
-        f"with nothing beside it. Loads are from the page cache. {_origin(checkpoints)}"
+        "In parentheses: the ratio to the limit. The limits are, column by column: a memcpy of the "
+        "same number of bytes on all ranks at once; a direct write of them, with as many requests "
+        f"in flight, and an fsync, which reached {_disk_speeds(checkpoints)} GB/s on this disk; a "
+        "read that verifies nothing; and a step that runs alone. Loads are served from the page "
+        f"cache. {_origin(checkpoints)}"
     )
 
 
@@ -169,6 +189,20 @@ def step_table(results: Sequence[Result]) -> str:
         rows.append([*cells, f"{limit:.2f} ({ours / limit:.2f})"])
     head = ["Step, ns per parameter", *_heads(), "limit of memory (shardopt / limit)"]
     return _markdown(head, rows)
+
+
+def training_table(results: Sequence[Result]) -> str:
+    """Write the tokens that each contender learns from in a second, and the loss at the end."""
+    rows = []
+    for result in results:
+        ours = result.value(tokens_per_s(THROUGH_TORCH))
+        cells = [_setting(result), f"**{ours:.0f}**"]
+        for name in TRAINERS[1:]:
+            value = result.value(tokens_per_s(name)) if result.has(tokens_per_s(name)) else None
+            cells.append("" if value is None else f"{value:.0f} ({ours / value:.2f} ×)")
+        rows.append([*cells, f"{result.curves[held_out_bits(THROUGH_TORCH)][-1]:.2f}"])
+    size = f"Training a GPT of {results[0].numel / 1e6:.0f} M parameters, tokens/s"
+    return _markdown([size, "shardopt", *TRAINERS[1:], "loss at the end"], rows)
 
 
 def memory_table(results: Sequence[Result]) -> str:

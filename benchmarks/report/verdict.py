@@ -1,6 +1,6 @@
 """Verdicts in the terminal, on a run that has just ended and on the newest of all results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -26,12 +26,21 @@ def table(case: Case, result: Result) -> str:
         spread = f"{_duration(min(values))} to {_duration(max(values))}"
         middle = _duration(median(values))
         lines.append(f"  {name:<{_WIDTH}} {middle:>10}  {each:9.3f} ns/parameter  ({spread})")
-    lines += [f"  {name:<{_WIDTH}} {value:10.3f}" for name, value in result.figures.items()]
+    lines += [f"  {name:<{_WIDTH}} {_number(value)}" for name, value in result.figures.items()]
+    lines += [
+        f"  {name:<{_WIDTH}} {_number(values[0])} to {values[-1]:.3f}"
+        for name, values in result.curves.items()
+    ]
     lines += map(_line, case.judge(result))
     if result.others is not None:
         advice = "" if result.is_quiet else ": repeat it on a quiet machine"
         lines.append(f"  other jobs took {result.others:.0%} of the cores meanwhile{advice}")
     return "\n".join(lines)
+
+
+def beside_targets(case: Case, result: Result) -> str:
+    """Write the ratios of a result beside the targets of other settings, without a verdict."""
+    return "\n".join(_line(each, "of the full size") for each in case.judge(result, anyway=True))
 
 
 def summary(cases: Mapping[str, Case], folder: Path) -> str:
@@ -41,13 +50,31 @@ def summary(cases: Mapping[str, Case], folder: Path) -> str:
         cases: The cases, by name.
         folder: The folder with their results.
     """
-    parts = []
+    parts, judged, unmeasured = [], [], []
     for case in cases.values():
-        for result in newest_claimed(case, folder):
+        results = newest_claimed(case, folder)
+        for result in results:
             verdicts = [verdict for verdict in case.judge(result) if verdict.target is not None]
             if verdicts:
                 parts.append("\n".join([_heading(result), *map(_line, verdicts)]))
-    return "\n\n".join(parts) or f"There are no results in {folder}."
+            judged += verdicts
+        unmeasured += [f"  {case.name}: {words}" for words in unmeasured_targets(case, results)]
+    if unmeasured:
+        parts.append("\n".join(["Never measured with the settings claimed:", *unmeasured]))
+    num_met = sum(verdict.met is True for verdict in judged)
+    parts.append(
+        f"{num_met} met, {len(judged) - num_met} MISSED, {len(unmeasured)} never measured."
+    )
+    return "\n\n".join(parts)
+
+
+def unmeasured_targets(case: Case, results: Sequence[Result]) -> list[str]:
+    """Return, in words, the targets of a case to which none of its results has anything to say."""
+    return [
+        f"{ratio.name.replace('{ranks}', 'ranks')}, {ratio.target}"
+        for ratio in case.ratios
+        if ratio.target is not None and all(ratio.of(result) is None for result in results)
+    ]
 
 
 def newest_claimed(case: Case, folder: Path) -> list[Result]:
@@ -71,12 +98,17 @@ def _heading(result: Result) -> str:
     )
 
 
-def _line(verdict: Verdict) -> str:
+def _line(verdict: Verdict, remark: str = "") -> str:
     words = ""
     if verdict.bound is not None:
         sign = ">=" if verdict.more_is_better else "<="
-        words = f"target {sign} {verdict.bound:<5.6g} {'met' if verdict.met else 'MISSED'}"
-    return f"  {verdict.name:<{_WIDTH}} {verdict.value:10.3f}  {words}".rstrip()
+        judgement = remark or ("met" if verdict.met else "MISSED")
+        words = f"target {sign} {verdict.bound:<5.6g} {judgement}"
+    return f"  {verdict.name:<{_WIDTH}} {_number(verdict.value)}  {words}".rstrip()
+
+
+def _number(value: float) -> str:
+    return f"{value:10.3f}" if abs(value) >= 5e-4 or value == 0 else f"{value:10.1e}"
 
 
 def _duration(seconds: float) -> str:

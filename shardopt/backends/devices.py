@@ -1,11 +1,15 @@
 """The devices that a rank can compute on, by name."""
 
+import os
 import sys
 
 from shardopt.backends.base import Device
 from shardopt.comm.node_memory.arena import Arena
+from shardopt.trace import Annotate
 
 HOST = "cpu"
+
+_NVTX_LISTENER = "NVTX_INJECTION64_PATH"  # NVIDIA's profilers set it for what they start
 
 
 def make_device(name: str, arena: Arena) -> Device:
@@ -36,6 +40,20 @@ def current_queue(name: str) -> int:
     from shardopt.backends.cuda.cupy_gpu import current_stream
 
     return current_stream(number_of(name))
+
+
+def make_annotate(name: str | None, *, wanted: bool) -> Annotate | None:
+    """Return what shows spans to the profilers of a device.
+
+    Args:
+        name: As an adapter names it; None if there is none.
+        wanted: Whether to do so even if this process has not been started by one.
+    """
+    if name in (None, HOST) or not (wanted or _NVTX_LISTENER in os.environ):
+        return None
+    from shardopt.backends.cuda.nvtx import make_annotate
+
+    return make_annotate()
 
 
 def number_of(name: str) -> int:

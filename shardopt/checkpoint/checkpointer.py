@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from shardopt.checkpoint.background import PendingSave, SignalWatch
 from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.directory import (
     StepFolder,
@@ -21,7 +22,6 @@ from shardopt.checkpoint.format.directory import (
 )
 from shardopt.checkpoint.format.messages import must, require
 from shardopt.checkpoint.format.reader import Reader, read_manifest
-from shardopt.checkpoint.listeners import PendingSave, SignalWatch
 from shardopt.checkpoint.loading import load
 from shardopt.checkpoint.matching import Rename
 from shardopt.checkpoint.operation import Committed, SaveOperation, SavePlan
@@ -127,7 +127,7 @@ class Checkpointer:
             _warn_of_problem(sharded, operation.finish())
             return
         on_done = partial(self._end_save, sharded)
-        self._pending = PendingSave(operation, sharded.listeners, on_done)
+        self._pending = PendingSave(operation, sharded.background, on_done)
 
     def restore(
         self,
@@ -249,7 +249,7 @@ class Checkpointer:
         self._stop_watching()
         sharded, chosen = sharded_of(opt), signals or (signal.SIGTERM, signal.SIGUSR1)
         self._watch, error = attempt(
-            lambda: SignalWatch(chosen, sharded.listeners, self._note_signal)
+            lambda: SignalWatch(chosen, sharded.background, self._note_signal)
         )
         try:
             sharded.agree("Checkpointer.save_on_signal()", {"signals": chosen}, error)

@@ -139,10 +139,11 @@ class SaveOperation:
         self._sharded = sharded
         self._lock: disk.FolderLock | None = None
         self._written: list[Written] = []
+        self._trace = sharded.trace
         self._made: Path | None = None  # the folder, on rank 0
         sharded.take_over_groups(plan.call)
-        start, error = attempt(lambda: self._prepare(extra, model, per_rank_buffers))
-        with self._abort_on_error():
+        with self._trace.span("save", step=plan.step), self._abort_on_error():
+            start, error = attempt(lambda: self._prepare(extra, model, per_rank_buffers))
             described = {"per_rank_buffers": bool(per_rank_buffers)}
             self._agree(error, {**described, **start.named.description()} if start else {})
             assert start is not None
@@ -204,10 +205,12 @@ class SaveOperation:
         """
         if self._snapshot is None:
             raise self._error or AssertionError
-        written = self._snapshot.written
-        with _os_errors(self._folder):
+        written, image = self._snapshot.written, self._snapshot.image
+        path = self._folder / written.file.name
+        with self._trace.span("write_file", step=self._plan.step), _os_errors(self._folder):
             self._lock = disk.FolderLock(self._folder)
-            digests = disk.write_file(self._folder / written.file.name, self._snapshot.image)
+            is_beside = self._plan.staged is not None
+            digests = disk.write_file(path, image, self._trace, is_beside=is_beside)
             disk.sync_folder(self._folder)
         return replace(written, file=replace(written.file, digests=digests))
 
@@ -223,7 +226,7 @@ class SaveOperation:
         folder, plan = self._folder, self._plan
         digits = folder.name.rpartition("-")[2]
         manifest = complete(self._snapshot.draft, self._written, plan.step, digits)
-        with _os_errors(folder):
+        with self._trace.span("commit", step=plan.step), _os_errors(folder):
             for problem in Reader(folder, manifest).file_problems():
                 raise CheckpointError(
                     f"could not write the checkpoint in {str(folder)!r}, as rank 0 does not see "

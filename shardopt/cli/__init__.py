@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from shardopt._version import __version__
-from shardopt.cli import ckpt, doctor, plan
+from shardopt.cli import ckpt, doctor, plan, trace
 from shardopt.cli.base import Exit, Parser, add_command, add_group
 from shardopt.cli.text import printable
 from shardopt.errors import DamagedCheckpointError, ShardoptError
 
-GROUPS = (ckpt.GROUP,)
+GROUPS = (ckpt.GROUP, trace.GROUP)
 COMMANDS = (doctor.COMMAND, plan.COMMAND)
 
 

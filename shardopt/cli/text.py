@@ -1,10 +1,16 @@
 """Text for people and JSON for programs. Text from files is escaped before it is printed."""
 
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+WIDTH = 100
+"""Of reports, in characters."""
+
+Rows = Sequence[tuple[str, ...]]
 
 
 def printable(text: str) -> str:
@@ -24,6 +30,25 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         for row in cells
     )
     return "\n".join(lines)
+
+
+def titled_table(title: str, heads: Sequence[str], rows: Rows) -> str:
+    """Format rows under a title, by rich if it is installed; see ``table`` for the heads."""
+    try:
+        from rich import box  # an extra, and slow to load
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return f"{title}\n{table(heads, rows)}"
+    made: Any = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        justify = "right" if head.startswith(">") else "left"
+        made.add_column(head.lstrip(">"), justify=justify, no_wrap=True)
+    for row in rows:
+        made.add_row(*map(printable, row))
+    out = io.StringIO()
+    Console(file=out, width=WIDTH, highlight=False, markup=False).print(made)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> str:

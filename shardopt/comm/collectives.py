@@ -17,6 +17,7 @@ from shardopt.comm.liveness import Where
 from shardopt.comm.waiting import wait_until
 from shardopt.errors import ClosedError, RankFailureError, ThreadError
 from shardopt.policy import ShardPolicy
+from shardopt.trace import OFF, Trace
 
 _T = TypeVar("_T")
 _N = TypeVar("_N", np.int64, np.float64)
@@ -39,6 +40,7 @@ class Collectives:
         policy: Has the longest wait for one of them, which may be changed at any time.
         failure: What to do when ranks are missing or lost.
         number: That of the optimizer; see [Note: optimizers share communicators].
+        trace: Shows waits.
 
     Attributes:
         topology: The ranks.
@@ -46,13 +48,19 @@ class Collectives:
     """
 
     def __init__(
-        self, group: RankGroup, policy: ShardPolicy, failure: FailurePolicy, number: int
+        self,
+        group: RankGroup,
+        policy: ShardPolicy,
+        failure: FailurePolicy,
+        number: int,
+        trace: Trace = OFF,
     ) -> None:
         self.topology = group.topology
         self.number = number
         self._comm = group.topology.comm
         self._policy = policy
         self._failure = failure
+        self._trace = trace
         self._group = group
         self._detector = group.detector
         self._pending: object = None
@@ -139,6 +147,7 @@ class Collectives:
         where = Where(step, phase)
 
         def check(waited_s: float) -> None:
+            self._trace.flush()  # others may never come
             timeout_s = self._policy.timeout_s
             if found := self._detector.check(where, waited_s, timeout_s, awaited()):
                 self._failure.on_missing(RankFailureError(found.message), found.ranks)
@@ -150,7 +159,8 @@ class Collectives:
                 "communicator of its own: comm=comm.Dup()."
             )
         try:
-            with self.translate_mpi_errors(step, phase, awaited):
+            waiting = self._trace.span("wait", where, ranks=awaited)
+            with waiting, self.translate_mpi_errors(step, phase, awaited):
                 self._detector.begin()
                 wait_until(test, check)
         finally:

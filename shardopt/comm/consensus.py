@@ -22,6 +22,7 @@ from shardopt.comm.group import RankGroup, RankGroups, make_group
 from shardopt.comm.topology import node_limit
 from shardopt.errors import RankFailureError, RankMismatchError
 from shardopt.policy import ShardPolicy
+from shardopt.trace import OFF, Trace
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -64,6 +65,7 @@ class Consensus:
         policy: Has the longest wait for one of them, which may be changed at any time.
         failure: What to do when ranks are missing or lost.
         number: That of the optimizer; see [Note: optimizers share communicators].
+        trace: Shows waits.
 
     Attributes:
         group: As given.
@@ -72,11 +74,16 @@ class Consensus:
     """
 
     def __init__(
-        self, group: RankGroup, policy: ShardPolicy, failure: FailurePolicy, number: int
+        self,
+        group: RankGroup,
+        policy: ShardPolicy,
+        failure: FailurePolicy,
+        number: int,
+        trace: Trace = OFF,
     ) -> None:
         self.group = group
         self.topology = group.topology
-        self.collectives = Collectives(group, policy, failure, number)
+        self.collectives = Collectives(group, policy, failure, number, trace)
         self._number = number
 
     def agree(self, digest: int, error: Exception | None = None, *, step: int, phase: str) -> bool:
@@ -150,7 +157,9 @@ class Consensus:
         self.group.remove_optimizer()
 
 
-def make_consensus(comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePolicy) -> Consensus:
+def make_consensus(
+    comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePolicy, trace: Trace = OFF
+) -> Consensus:
     """Have the ranks of a new optimizer meet; see [Note: optimizers share communicators].
 
     The first optimizer on a communicator makes the group, later ones share it.
@@ -161,6 +170,7 @@ def make_consensus(comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePol
         comm: The ranks that train together.
         policy: Whether they share a node's memory, and the longest wait for one of them.
         failure: What to do when ranks are missing or lost.
+        trace: Shows waits.
 
     Raises:
         LauncherError: The ranks were started as several jobs.
@@ -170,7 +180,7 @@ def make_consensus(comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePol
     groups = RankGroups.of(comm)
     number, first = groups.num_optimizers + 1, groups.first
     group = first or make_group(comm, policy.share_node, policy.timeout_s, failure)
-    consensus = Consensus(group, policy, failure, number)
+    consensus = Consensus(group, policy, failure, number, trace)
     consensus.enter_call("NAdam()", {}, step=0)
     limits = np.array([node_limit(policy.share_node)])
     limit = int(consensus.collectives.allreduce(limits, MPI.MIN, 0, "NAdam()")[0])
@@ -180,7 +190,7 @@ def make_consensus(comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePol
         if limit not in groups.by_limit:
             group = make_group(comm, policy.share_node, policy.timeout_s, failure)
             groups.by_limit[limit] = group
-        consensus = Consensus(groups.by_limit[limit], policy, failure, number)
+        consensus = Consensus(groups.by_limit[limit], policy, failure, number, trace)
     groups.num_optimizers = number  # an optimizer that could not be built on all ranks has none
     consensus.group.add_optimizer()
     return consensus

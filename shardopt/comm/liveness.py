@@ -28,6 +28,10 @@ class Where(NamedTuple):
     def __str__(self) -> str:
         return f"step {self.step} ({self.phase})"
 
+    def trace_args(self) -> Mapping[str, object]:
+        """Return what a trace shows of a wait."""
+        return {"step": self.step, "phase": self.phase}
+
 
 @dataclass(frozen=True)
 class Failure:

@@ -11,7 +11,7 @@ from shardopt.params.inputs import AgreedInputs, LocalInputs
 from shardopt.params.registry import describe_hypers
 
 if TYPE_CHECKING:
-    from shardopt.core.listeners import StepListener
+    from shardopt.core.listeners import BackgroundWork
 
 
 class StepConsensus:
@@ -21,11 +21,11 @@ class StepConsensus:
         consensus: How ranks agree.
 
     Attributes:
-        listeners: Background work, the same on every rank, in the same order.
+        background: Work that they poll, the same on every rank, in the same order.
     """
 
     def __init__(self, consensus: Consensus) -> None:
-        self.listeners: list[StepListener] = []
+        self.background: list[BackgroundWork] = []
         self._consensus = consensus
 
     def enter(self, found: Outcome[LocalInputs], step: int, call: str = "step()") -> AgreedInputs:
@@ -65,14 +65,14 @@ class StepConsensus:
             step: Number of the step.
 
         Returns:
-            The lowest index of all ranks, and for each listener the lowest vote.
+            The lowest index of all ranks, and for each background work the lowest vote.
         """
-        mine = np.array([poisoned, *(listener.vote() for listener in self.listeners)])
+        mine = np.array([poisoned, *(work.vote() for work in self.background)])
         collectives = self._consensus.collectives
         first, *votes = map(int, collectives.allreduce(mine, MPI.MIN, step, "finish"))
         return first, votes
 
     def notify(self, votes: Sequence[int]) -> None:
-        """Pass the lowest votes on to the listeners, once the step is over: they may raise."""
-        for listener, vote in zip(list(self.listeners), votes, strict=True):
-            listener.after_step(vote)
+        """Pass the lowest votes on to the work, once the step is over: it may raise."""
+        for work, vote in zip(list(self.background), votes, strict=True):
+            work.after_step(vote)

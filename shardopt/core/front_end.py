@@ -19,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from shardopt.core.listeners import StepListener
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import HyperparamsError
 from shardopt.layout.footprint import MemoryReport
@@ -35,6 +36,7 @@ _REMEDIES = {
     "core": "Leave it alone",
     "policy": f"Set opt.policy.timeout_s; for other settings: {_REBUILD[0].lower()}{_REBUILD[1:]}",
     "last_step": "It is the report of the last step(): copy what you want to change",
+    "listeners": "Append to it, and remove from it",
     "partition": "It follows from the parameters: call add_param_group() to add some",
     "count": "It counts steps: load_state_dict() or reset_state() change it",
 }
@@ -125,6 +127,11 @@ class FrontEnd:
     def last_step(self) -> StepReport:
         """The report of the last ``step()``."""
         return self.core.last_step
+
+    @property
+    def listeners(self) -> list[StepListener]:
+        """What is told of each step on this rank, to which you may add; see ``StepListener``."""
+        return self.core.listeners
 
     @property
     def partition(self) -> Partition:

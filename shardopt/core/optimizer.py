@@ -13,7 +13,7 @@ from shardopt.comm.failure import Abort
 from shardopt.comm.topology import Topology
 from shardopt.compiling import warn_of_cache_problems
 from shardopt.core.clipping import as_max_grad_norm
-from shardopt.core.listeners import StepListener
+from shardopt.core.listeners import BackgroundWork, StepListener
 from shardopt.core.param_calls import ParamCalls
 from shardopt.core.parts import make_parts
 from shardopt.core.regrouping import RegroupCall, Regrouping
@@ -77,6 +77,7 @@ class Optimizer(Generic[P]):
         comm: The communicator given.
         defaults: As given.
         last_step: The report of the last ``step()``.
+        listeners: What is told of each step on this rank.
         parts: Its parts, for checkpoints and those who look inside.
         params: The parameters in the memory of every node.
         states: The calls about the optimizer state.
@@ -100,6 +101,7 @@ class Optimizer(Generic[P]):
         failure.watch()
         self.defaults = defaults
         self.last_step = StepReport()
+        self.listeners: list[StepListener] = []
         self._closed = False
         self._is_advised = False  # that gradients should be averaged before they are changed
         norm, error = attempt(as_max_grad_norm, max_grad_norm)
@@ -159,7 +161,8 @@ class Optimizer(Generic[P]):
         self.take_over_groups("step()")
         before = self.last_step
         call = StepCall(loss_scale, overflowed, error, num_writes)
-        self.last_step, votes = self._step.run(call, before)
+        with self.parts.trace.span("step", step=before.step + 1):
+            self.last_step, votes = self._step.run(call, before)
         warnings = list(self.last_step.warnings(before))
         if self.last_step.edited_grads and not self._is_advised:
             self._is_advised = True
@@ -167,6 +170,8 @@ class Optimizer(Generic[P]):
         for warning in warnings:
             tell(warning, aloud=self.topology.rank == 0)
         self._step.consensus.notify(votes)
+        for listener in list(self.listeners):
+            listener.after_step(self.last_step)
 
     def average_grads(self, loss_scale: float = 1.0) -> None:
         """Average the gradients over ranks now, to look at the average or to change it.
@@ -353,9 +358,9 @@ class Optimizer(Generic[P]):
         return self.parts.rule.step_counts
 
     @property
-    def listeners(self) -> list[StepListener]:
-        """Background work that is polled after every step; the same on every rank."""
-        return self._step.consensus.listeners
+    def background(self) -> list[BackgroundWork]:
+        """The work that all ranks poll after every step; the same on every rank."""
+        return self._step.consensus.background
 
     def enter_call(
         self, call: str, description: Description, error: Exception | None = None
@@ -427,8 +432,10 @@ class Optimizer(Generic[P]):
         """
         if self._closed:
             return
-        for listener in list(self.listeners):
-            listener.close()
+        for work in list(self.background):
+            work.close()
+        while self.listeners:
+            self.listeners.pop().close()
         self.enter_call("close()", {})
         self.parts.overlap.settle(self.last_step.step)
         self._release("close()")

@@ -16,6 +16,7 @@ from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
+from shardopt.core.tracing import Tracing, agree_on_trace, start_trace
 from shardopt.errors import RankFailureError
 from shardopt.layout.partition import plan_partition
 from shardopt.layout.traffic import default_bucket_nbytes
@@ -29,6 +30,7 @@ from shardopt.rule.cohorts import Cohorts
 from shardopt.store.device import OnDevice
 from shardopt.store.memory import Memory
 from shardopt.store.residence import InNodeMemory, Residence
+from shardopt.trace import Trace
 from shardopt.transport.copies import make_copies
 from shardopt.transport.sync import BucketSync, make_sync
 
@@ -50,6 +52,7 @@ class Parts:
         sync: Gradients and parameters between nodes.
         overlap: Communication beside backward.
         clipping: Clips, and skips steps.
+        tracing: The trace of this rank.
     """
 
     policy: ShardPolicy
@@ -64,6 +67,12 @@ class Parts:
     sync: BucketSync
     overlap: Overlap
     clipping: Clipping
+    tracing: Tracing
+
+    @property
+    def trace(self) -> Trace:
+        """Shows what this rank does, and when."""
+        return self.tracing.trace
 
     @property
     def collectives(self) -> Collectives:
@@ -126,10 +135,12 @@ class Parts:
         self.registry.release()
         with deadline(self.policy.timeout_s, call, self.failure):
             self.overlap.free()
+            self.tracing.align(self.consensus, self.sync.step, call)
             self.memory.free()
             self.sync.close()
             self.memory.arena.reclaim()
             self.consensus.free()
+        self.trace.close()
         self.backend.close()
         if self.residence.holder is not self.backend:
             self.residence.holder.close()
@@ -200,7 +211,9 @@ def make_parts(
         policy: How to shard.
         failure: What to do about ranks that are lost.
     """
-    consensus = make_consensus(comm, policy, failure)
+    trace, error = start_trace(policy.trace, device, adapter.annotate)
+    consensus = make_consensus(comm, policy, failure, trace)
+    tracing = agree_on_trace(consensus, trace, error, "NAdam()")
     topology, collectives = consensus.topology, consensus.collectives
     num_nodes, node_size = topology.num_nodes, topology.node_size
     nbytes = policy.bucket_nbytes or default_bucket_nbytes(num_nodes, topology.world_size)
@@ -217,7 +230,7 @@ def make_parts(
         memory = Memory(place, arena, residence)
         registry = Registry(adapter, layout, residence.holder, device)
         copies = make_copies(topology, memory)
-        sync = make_sync(topology, backend, copies, collectives, policy.wire_dtype)
+        sync = make_sync(topology, backend, copies, collectives, policy.wire_dtype, trace)
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
     sends_float16 = num_nodes > 1 and policy.wire_dtype == "float16"
     return Parts(
@@ -233,4 +246,5 @@ def make_parts(
         sync=sync,
         overlap=overlap,
         clipping=Clipping(max_grad_norm, policy, memory, sends_float16),
+        tracing=tracing,
     )

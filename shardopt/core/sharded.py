@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Description
-from shardopt.core.listeners import StepListener
+from shardopt.core.listeners import BackgroundWork
 from shardopt.core.optimizer import Optimizer
 from shardopt.core.shared_params import UserChanges
 from shardopt.core.state_dict import has_entry
@@ -21,6 +21,7 @@ from shardopt.params.model import ModelContent
 from shardopt.report import StepReport, tell
 from shardopt.rule.nadam import StepCount
 from shardopt.store.buffers import ShardBuffers
+from shardopt.trace import Trace
 
 T = TypeVar("T")
 
@@ -107,13 +108,23 @@ class Sharded(Protocol):
         ...
 
     @property
-    def listeners(self) -> list[StepListener]:
-        """The listeners polled after every step; the same on every rank."""
+    def background(self) -> list[BackgroundWork]:
+        """The work that all ranks poll after every step; the same on every rank."""
+        ...
+
+    @property
+    def trace(self) -> Trace:
+        """Shows what a save does, and when."""
         ...
 
     @property
     def layout(self) -> object:
         """A token: as long as it is the same object, ``tensors`` returns the same."""
+        ...
+
+    @property
+    def is_state_untouched(self) -> bool:
+        """Whether nobody on this rank has had an array of the state; see ``StateStore``."""
         ...
 
     def tensors(self) -> list[TensorShard]:
@@ -242,14 +253,24 @@ class ShardedOptimizer:
         self.num_cores: int = core.parts.num_cores
 
     @property
-    def listeners(self) -> list[StepListener]:
+    def background(self) -> list[BackgroundWork]:
         """See ``Sharded``."""
-        return self._core.listeners
+        return self._core.background
+
+    @property
+    def trace(self) -> Trace:
+        """See ``Sharded``."""
+        return self._core.parts.trace
 
     @property
     def layout(self) -> object:
         """See ``Sharded``: the partition, which is replaced when parameters are added."""
         return self._core.partition
+
+    @property
+    def is_state_untouched(self) -> bool:
+        """See ``Sharded``."""
+        return self._core.parts.memory.state.is_untouched
 
     def tensors(self) -> list[TensorShard]:
         """See ``Sharded``; one array of a region after another."""

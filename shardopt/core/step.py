@@ -86,13 +86,14 @@ class Step:
             before: The report of the step before.
 
         Returns:
-            The report of this step, and the lowest vote for each listener.
+            The report of this step, and the lowest vote for each background work.
         """
-        number, watch = before.step + 1, Stopwatch()
         parts, kernel = self._parts, self._parts.backend.kernel
+        number, trace, watch = before.step + 1, parts.trace, Stopwatch(parts.trace)
         found = attempt(self._inspect, call)
         parts.memory.publish()
-        agreed = self.consensus.enter(found, number)  # every rank raises, or none does
+        with trace.span("consensus", step=number):
+            agreed = self.consensus.enter(found, number)  # every rank raises, or none does
         parts.memory.acquire()
         changes = self._params.agree(agreed.replaced, agreed.written)
         copied_nbytes = self._adopt(found.value or LocalInputs(), agreed, changes, number)
@@ -109,7 +110,7 @@ class Step:
             shards = parts.sync.averaged() if averaged else parts.sync.reduced()
             for shard in shards:  # reduce-scatter; on one node: where they lie
                 plan = self._plan(shard)
-                with parts.memory.state.open(shard.shard) as state:
+                with trace.span("update", shard), parts.memory.state.open(shard.shard) as state:
                     kernel.update(shard.sources, shard.targets, state, plan)
                 parts.sync.publish(shard)  # all-gather, while the next shard is updated
             parts.sync.complete()
@@ -120,7 +121,8 @@ class Step:
             self._params.publish_written(changes, number, updated=updated)
         watch.lap("update")
         parts.memory.publish()
-        poisoned, votes = self.consensus.leave(self._first_poisoned(), number)
+        with trace.span("consensus", step=number):
+            poisoned, votes = self.consensus.leave(self._first_poisoned(), number)
         parts.memory.acquire()
         self._show(changes, updated or 0)
         watch.lap("finish")

@@ -1,7 +1,7 @@
 """Runs of elements."""
 
 import builtins
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -31,6 +31,10 @@ class Span:
 
     def __contains__(self, position: int) -> bool:
         return self.start <= position < self.stop
+
+    def trace_args(self) -> Mapping[str, object]:
+        """Return what a trace shows of it."""
+        return {"start": self.start, "stop": self.stop}
 
     def shift(self, offset: int) -> "Span":
         """Return the span ``offset`` elements further on."""

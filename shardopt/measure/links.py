@@ -15,6 +15,7 @@ from mpi4py import MPI
 _WARM_UP = 8  # connections are made at the first message
 _MIN_NBYTES, _MAX_NBYTES, _MESSAGE_S = 64 << 10, 16 << 20, 0.01  # of a message
 _IN_FLIGHT = 3  # messages each way, so that none waits for the previous one to arrive
+_MAX_IN_FLIGHT = 16  # one for each receiver, so that a slow one does not hold up the others
 _RECEIVE_NBYTES = 1 << 20  # taken from a TCP connection at once
 
 
@@ -175,15 +176,16 @@ def _measure_stream(
         Bytes/s sent.
     """
     sent = np.zeros(messages.nbytes, np.uint8)
-    received = np.zeros((_IN_FLIGHT, messages.nbytes), np.uint8)
+    in_flight = min(max(_IN_FLIGHT, len(peers)), _MAX_IN_FLIGHT)
+    received = np.zeros((in_flight, messages.nbytes), np.uint8)
     requests: deque[list[MPI.Request]] = deque()
     meet()
     start_s = time.perf_counter()
     for turn in range(messages.count):
         destination, source = peers[turn % len(peers)]
-        if len(requests) == _IN_FLIGHT:
+        if len(requests) == in_flight:
             MPI.Request.Waitall(requests.popleft())
-        receive = comm.Irecv(received[turn % _IN_FLIGHT], source)
+        receive = comm.Irecv(received[turn % in_flight], source)
         requests.append([receive, comm.Isend(sent, destination)])
     for pair in requests:
         MPI.Request.Waitall(pair)

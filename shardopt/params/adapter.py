@@ -11,6 +11,7 @@ from shardopt.backends.devices import HOST, current_queue
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.params.model import ModelContent
 from shardopt.rule.nadam import Hyperparams
+from shardopt.trace import Annotate
 
 P = TypeVar("P", contravariant=True)
 
@@ -26,6 +27,7 @@ class Adapter(Protocol[P]):
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
         step_dtype: Of step counts in the state.
+        annotate: Shows spans to the framework's profiler; None if it has none.
         copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
             it to 0.
     """
@@ -33,6 +35,7 @@ class Adapter(Protocol[P]):
     grads_from_start: bool
     reports_grads: bool
     step_dtype: str
+    annotate: Annotate | None
     copied_nbytes: int
 
     def name(self, param: P) -> str | None:
@@ -232,6 +235,7 @@ class ArrayAdapter(Adapter[A]):
     grads_from_start = False
     reports_grads = False
     step_dtype = "float64"
+    annotate = None
     copied_nbytes = 0
     _place = HOST
 

@@ -77,13 +77,14 @@ class Chart:
     ticks: Sequence[float] = field(default=(1, 4, 16, 64, 256, 1024, 4096))
 
 
-def draw(heading: str, charts: Sequence[Chart], notes: Sequence[str]) -> str:
+def draw(heading: str, charts: Sequence[Chart], notes: Sequence[str], colors: str = "") -> str:
     """Return charts side by side as an SVG document.
 
     Args:
         heading: Above all of them.
         charts: From left to right.
         notes: Lines below them.
+        colors: Style of further colors, as ``.s5 { stroke: ... } .t5 { fill: ... }``.
     """
     width = _WIDTH * len(charts)
     height = _HEADING + _HEIGHT + _FOOT + _LINE * len(notes)
@@ -91,7 +92,7 @@ def draw(heading: str, charts: Sequence[Chart], notes: Sequence[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">',
         f"<title>{escape(heading)}</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{_STYLE}{colors}</style>",
         f'<rect class="page" width="{width}" height="{height}"/>',
         _text(16, 25, heading, "heading"),
     ]

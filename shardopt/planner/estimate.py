@@ -42,6 +42,7 @@ class Layout:
         backward_s: Seconds of backward, which overlap hides communication behind; 0 without.
         slow_share: The share of its nodes that are slow.
         slowdown: The factor that they are slower by, at most.
+        stragglers: Nodes that differ from others, beside these.
     """
 
     num_nodes: int
@@ -53,6 +54,7 @@ class Layout:
     backward_s: float = 0.0
     slow_share: float = 0.0
     slowdown: float = 1.0
+    stragglers: tuple[NodeKind, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -67,7 +69,9 @@ class Layout:
     @property
     def kinds(self) -> tuple[NodeKind, ...]:
         """The kinds of its nodes, drawn alike every time."""
-        return draw_kinds(self.num_nodes, self.slow_share, self.slowdown)
+        stragglers = self.stragglers[: self.num_nodes]
+        others = self.num_nodes - len(stragglers)
+        return (*stragglers, *draw_kinds(others, self.slow_share, self.slowdown))
 
     @property
     def is_extrapolated(self) -> bool:

@@ -13,7 +13,7 @@ FORMAT = "shardopt calibration 1"
 
 ASSUMED = {
     "latency_s": 5e-6,
-    "message_s": 2e-6,
+    "message_s": 20e-6,
     "barrier_s": 10e-6,
     "disk_nbytes_per_s": 1e9,
 }

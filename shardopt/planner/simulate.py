@@ -9,6 +9,9 @@ other. Staging buffers and buckets in transit are limited as in ``transport``. L
 at the same time and share its link, so a node's work is the sum of theirs. Not in it: switches that
 are too small, other jobs, caches, and what MPI copies.
 
+A step begins with an agreement of all ranks, so that a late one holds up all updates, and without
+overlap the exchange of gradients too. With overlap only its own node's gradients are late.
+
 Nodes that are equally fast do the same at the same time, so that one of each kind is simulated.
 """
 
@@ -62,11 +65,13 @@ class NodeKind:
 
     Attributes:
         slowdown: The factor on the time of its ranks' work.
-        late_s: The seconds that it begins later than others.
+        late_s: The seconds that one of its ranks comes later than others.
+        link_slowdown: The factor on the time of what it sends.
     """
 
     slowdown: float = 1.0
     late_s: float = 0.0
+    link_slowdown: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +79,9 @@ class Simulated:
     """A simulated step.
 
     Attributes:
-        step_s: From the end of backward to the end of the step.
+        step_s: From the end of backward, where no rank is late, to the end of the step.
         computing_s: In which the ranks of the slowest node work.
-        sending_s: In which its link is busy.
+        sending_s: In which the slowest link is busy.
     """
 
     step_s: float
@@ -135,7 +140,7 @@ def simulate(
         times: The buckets, in the order in which they are sent.
         latency_s: Of an exchange between all nodes: a message's, or those around a ring.
         kinds: The kinds of nodes; those that are alike may be named once.
-        backward_s: Seconds until updates may begin.
+        backward_s: Seconds until updates may begin; 0 if gradients are sent by the step itself.
     """
     return _Simulation(times, latency_s, sorted(set(kinds)), backward_s).run()
 
@@ -151,11 +156,12 @@ class _Simulation:
         backward_s: float,
     ) -> None:
         self._times, self._latency_s, self._backward_s = times, latency_s, backward_s
-        self._slowdowns = [kind.slowdown for kind in kinds]
+        self._kinds = kinds
+        self._agreed_s = backward_s + max(kind.late_s for kind in kinds)
         self._nodes = nodes = range(len(kinds))
         self._events: list[tuple[float, int, _Handler, int, int]] = []
         self._num_events = 0
-        self._computing = [kind.late_s for kind in kinds]  # free again at
+        self._computing = [0.0 for _ in nodes]  # free again at
         self._sending = [0.0 for _ in nodes]
         self._computed_s = [0.0 for _ in nodes]
         self._waiting: list[deque[int]] = [deque() for _ in nodes]  # for a staging buffer
@@ -168,14 +174,16 @@ class _Simulation:
     def run(self) -> Simulated:
         """Handle all events, and return what took how long."""
         for node in self._nodes:
+            late_s = self._kinds[node].late_s if self._backward_s else self._agreed_s
             for bucket, times in enumerate(self._times):
-                self._post(times.ready_s, self._be_ready, node, bucket)
-            self._post(self._backward_s, self._begin_step, node)
+                self._post(times.ready_s + late_s, self._be_ready, node, bucket)
+            self._post(self._agreed_s, self._begin_step, node)
         now_s = 0.0
         while self._events:
             now_s, _, handle, node, bucket = heappop(self._events)
             handle(now_s, node, bucket)
         sending_s = sum(times.send_grads_s + times.send_params_s for times in self._times)
+        sending_s *= max(kind.link_slowdown for kind in self._kinds)
         return Simulated(now_s - self._backward_s, max(self._computed_s), sending_s)
 
     # -- events, in the order in which a bucket meets them -----------------------------------------
@@ -227,19 +235,20 @@ class _Simulation:
 
     def _start_updating(self, now_s: float, node: int) -> None:
         summed = self._summed[node]
-        while summed and now_s >= self._backward_s and self._num_gathering[node] < MAX_GATHERING:
+        while summed and now_s >= self._agreed_s and self._num_gathering[node] < MAX_GATHERING:
             self._num_gathering[node] += 1
             bucket = summed.popleft()
             self._compute(now_s, self._times[bucket].update_s, self._send_params, node, bucket)
 
     def _compute(self, now_s: float, work_s: float, then: _Handler, node: int, bucket: int) -> None:
-        taken_s = work_s * self._slowdowns[node]
+        taken_s = work_s * self._kinds[node].slowdown
         self._computing[node] = max(now_s, self._computing[node]) + taken_s
         self._computed_s[node] += taken_s
         self._post(self._computing[node], then, node, bucket)
 
     def _send(self, now_s: float, send_s: float, then: _Handler, node: int, bucket: int) -> None:
-        self._sending[node] = max(now_s, self._sending[node]) + send_s
+        taken_s = send_s * self._kinds[node].link_slowdown
+        self._sending[node] = max(now_s, self._sending[node]) + taken_s
         self._post(self._sending[node], then, node, bucket)
 
     def _arrive(self, now_s: float, then: _Handler, bucket: int) -> None:

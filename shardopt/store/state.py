@@ -18,10 +18,13 @@ class StateStore:
 
     Attributes:
         is_shown: Whether this rank's own views have been handed out, so that users may write there.
+        is_untouched: Whether no array of any region has ever been handed out on this rank. If that
+            holds on all ranks, nobody has written to the state, and all of it is zero.
     """
 
     def __init__(self) -> None:
         self.is_shown = False
+        self.is_untouched = True
         self._regions: list[Mapping[str, FloatArray]] = []
         self._own: list[Mapping[str, FloatArray]] = []
         self._computed: list[ShardArrays] = []
@@ -52,6 +55,7 @@ class StateStore:
     @contextmanager
     def open(self, shard: Shard) -> Iterator[Mapping[str, FloatArray]]:
         """Yield the state of a shard, [shard_numel] each; writes hold when the block is left."""
+        self.is_untouched = False
         yield self._computed[shard.region].part(shard)
 
     def part(self, shard: Shard, local: Span) -> Mapping[str, FloatArray]:
@@ -61,6 +65,7 @@ class StateStore:
             shard: One that this rank owns.
             local: Counted as in ``Shard.local``.
         """
+        self.is_untouched = False
         return self._computed[shard.region].part(shard, local)
 
     def free(self) -> None:
@@ -71,9 +76,10 @@ class StateStore:
 
     def arrays(self, region: int) -> Mapping[str, FloatArray]:
         """Return the state of a region's shards on this node, [node_numel] each."""
+        self.is_untouched = False
         return self._regions[region]
 
     def own_arrays(self, region: int) -> Mapping[str, FloatArray]:
         """Return the same as this rank, or its user, may write to it."""
-        self.is_shown = True
+        self.is_shown, self.is_untouched = True, False
         return self._own[region]

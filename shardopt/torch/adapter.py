@@ -15,6 +15,7 @@ from shardopt.params.adapter import Adapter, array_error
 from shardopt.torch import devices
 from shardopt.torch.checking import dense_array, require_dense, require_ordinary, require_whole
 from shardopt.torch.module import load_module, read_module
+from shardopt.torch.profiling import annotate
 from shardopt.torch.tensors import as_complex, as_host_array, as_tensor, layout_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class _TorchAdapter(Adapter[Tensor]):
     grads_from_start = False
     reports_grads = True
     step_dtype = "float32"
+    annotate = staticmethod(annotate)
 
     def __init__(self, names: Mapping[Tensor, str], comm_size: int) -> None:
         self.copied_nbytes = 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shardopt._typing import FloatArray
 from shardopt.backends.base import Backend, Event
+from shardopt.trace import OFF, Flight, Trace
 from shardopt.transport.base import Transfer, Transport
 from shardopt.transport.buckets import BucketPlan
 
@@ -23,12 +24,14 @@ class _InTransit:
         computed: The end of the work on it, after which it is sent; None once it has been posted,
             or if there is nothing to send.
         transfer: Its messages.
+        flight: Shows it in a trace.
     """
 
     plan: BucketPlan
     shard: FloatArray
     computed: Event | None
     transfer: Transfer
+    flight: Flight
 
 
 class AllGather:
@@ -37,14 +40,16 @@ class AllGather:
     Args:
         transport: To the other nodes.
         backend: Computes the shards.
+        trace: Shows buckets on their way.
 
     Attributes:
         transport: As given.
     """
 
-    def __init__(self, transport: Transport, backend: Backend) -> None:
+    def __init__(self, transport: Transport, backend: Backend, trace: Trace = OFF) -> None:
         self.transport = transport
         self._backend = backend
+        self._trace = trace
         self._in_transit: deque[_InTransit] = deque()
 
     def start(self, plan: BucketPlan, shards: Sequence[FloatArray]) -> None:
@@ -62,8 +67,8 @@ class AllGather:
             if plan.node_shards[node]
         ]
         computed = self._backend.event() if transport.others and plan.shard else None
-        transfer = Transfer([], receives)
-        self._in_transit.append(_InTransit(plan, shards[transport.node], computed, transfer))
+        started = Transfer([], receives), self._trace.flight("all_gather", plan)
+        self._in_transit.append(_InTransit(plan, shards[transport.node], computed, *started))
         self._send_computed()
 
     def advance(self) -> int:
@@ -77,7 +82,7 @@ class AllGather:
             first = self._in_transit[0]
             if first.computed is not None or not first.transfer.is_done():
                 break
-            self._in_transit.popleft()
+            self._in_transit.popleft().flight.land()
         return len(self._in_transit)
 
     def has_room(self) -> bool:

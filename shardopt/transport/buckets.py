@@ -1,6 +1,6 @@
 """Buckets as the ranks of one lane see them, and the memory for those in transit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,11 @@ class BucketPlan:
     def lane_part(self) -> Span:
         """The part of the bucket that the lane owns."""
         return Span(self.node_shards[0].start, self.node_shards[-1].stop)
+
+    def trace_args(self) -> Mapping[str, object]:
+        """Return what a trace shows of it: its number, and the bytes of this lane's parameters."""
+        nbytes = self.lane_part.numel * np.dtype(self.buffers.region.dtype).itemsize
+        return {"bucket": self.bucket, "bytes": nbytes}
 
     @property
     def sums(self) -> FloatArray:

@@ -13,6 +13,7 @@ from shardopt.layout.partition import CHUNK_NUMEL, Partition
 from shardopt.layout.span import Span
 from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
 from shardopt.store.buffers import ShardBuffers
+from shardopt.trace import NOTHING, OFF, Flight, Trace
 from shardopt.transport.base import Transfer, Transport
 from shardopt.transport.buckets import BucketPlan, StagingBuffer, plan_buckets
 
@@ -28,12 +29,14 @@ class _InTransit:
         staging: Its memory; None if it is inactive.
         transfer: Its messages.
         computed: Sums for other nodes that are being computed, with the event that ends that.
+        flight: Shows it in a trace.
         summed: The end of the sum of what has arrived; None before that begins.
     """
 
     plan: BucketPlan
     staging: StagingBuffer | None
     transfer: Transfer
+    flight: Flight
     computed: deque[tuple[Event, int, FloatArray]] = field(default_factory=deque)
     summed: Event | None = None
 
@@ -66,6 +69,7 @@ class ReduceScatter:
         backend: Adds up.
         place: The node and node rank of this rank.
         wire_dtype: As in ``ShardPolicy``.
+        trace: Shows buckets on their way, and the sums.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class ReduceScatter:
         backend: Backend,
         place: tuple[int, int],
         wire_dtype: str | None,
+        trace: Trace = OFF,
     ) -> None:
         self.plans: list[BucketPlan] = []
         self.num_started = 0
@@ -82,6 +87,7 @@ class ReduceScatter:
         self._backend = backend
         self._place = place
         self._wire_dtype = wire_dtype
+        self._trace = trace
         self._queue: list[int] = []
         self.num_reduced = 0
         self._square_sums = np.zeros(0)
@@ -149,13 +155,17 @@ class ReduceScatter:
         self._recycle()
         while self._in_transit and self._in_transit[0].has_arrived():
             arrived = self._in_transit.popleft()
-            self._sum(arrived)
+            with self._trace.span("sum", arrived.plan):
+                self._sum(arrived)
+            arrived.flight.land()
             self._leaving.append(arrived)
             self.num_reduced += 1
             self._recycle()
         stop = len(self._queue) if limit is None else min(limit, len(self._queue))
         while self._free and self.num_started < stop:
-            self._start(self.plans[self._queue[self.num_started]])
+            plan = self.plans[self._queue[self.num_started]]
+            with self._trace.span("sum", plan):
+                self._start(plan)
             self.num_started += 1
         return self.num_reduced
 
@@ -203,7 +213,7 @@ class ReduceScatter:
         # Ranks may be at different places of the queue when a bucket becomes active: all of them
         # treat it so from the end of the queue on.
         if self.num_started < len(self.plans) and plan.bucket not in self._active_at_reset:
-            self._in_transit.append(_InTransit(plan, None, Transfer([], [])))
+            self._in_transit.append(_InTransit(plan, None, Transfer([], []), NOTHING))
             return
         staging, transport, kernel = self._free.pop(), self._transport, self._backend.kernel
         partials, others = staging.partials(plan), transport.others
@@ -212,7 +222,8 @@ class ReduceScatter:
             for node in others
             if plan.shard
         ]
-        started = _InTransit(plan, staging, Transfer([], receives))
+        flight = self._trace.flight("reduce_scatter", plan)
+        started = _InTransit(plan, staging, Transfer([], receives), flight)
         self._in_transit.append(started)
         grads = plan.buffers.all_grads
         for node in others:

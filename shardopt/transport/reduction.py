@@ -10,6 +10,7 @@ from shardopt.backends.base import Backend, Rows
 from shardopt.layout.partition import CHUNK_NUMEL, Partition
 from shardopt.layout.span import Span
 from shardopt.store.buffers import ShardBuffers
+from shardopt.trace import OFF, Trace
 from shardopt.transport.buckets import BucketPlan, plan_buckets
 
 
@@ -150,9 +151,10 @@ class InPlaceReduction:
     Args:
         backend: Adds up.
         node_rank: This rank on the node.
+        trace: Shows the pass.
     """
 
-    def __init__(self, backend: Backend, node_rank: int) -> None:
+    def __init__(self, backend: Backend, node_rank: int, trace: Trace = OFF) -> None:
         self.plans: list[BucketPlan] = []
         self.num_started = self.num_reduced = 0
         self.is_idle = True
@@ -160,6 +162,7 @@ class InPlaceReduction:
         self.staging_nbytes = 0
         self._backend = backend
         self._node_rank = node_rank
+        self._trace = trace
         self._square_sums: NDArray[np.float64] = np.zeros(0)
         self._num_buckets = 0
         self._has_sums = False
@@ -220,7 +223,8 @@ class InPlaceReduction:
                 span = part.shift(-plan.shard.start)
                 out = None if sums is None else sums[span.slice]
                 squares = square_sums[part.start // CHUNK_NUMEL : part.stop // CHUNK_NUMEL]
-                self._backend.kernel.reduce(plan.grads, out, span, squares)
+                with self._trace.span("reduce_scatter", plan):
+                    self._backend.kernel.reduce(plan.grads, out, span, squares)
         self._backend.wait()
         self._has_sums = True
         return square_sums

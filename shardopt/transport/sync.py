@@ -1,7 +1,7 @@
 """Gradient and parameter synchronisation between nodes, with a deadline on every wait."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from shardopt.layout.partition import Partition, Shard
 from shardopt.layout.span import Span
 from shardopt.layout.traffic import Traffic
 from shardopt.store.buffers import ShardBuffers
+from shardopt.trace import OFF, Trace
 from shardopt.transport.all_gather import AllGather
 from shardopt.transport.averaging import AveragedGrads
 from shardopt.transport.buckets import BucketPlan
@@ -52,6 +53,11 @@ class ReducedShard:
     def shard(self) -> Shard:
         """The shard that it is a piece of."""
         return self.plan.shard
+
+    def trace_args(self) -> Mapping[str, object]:
+        """Return what a trace shows of it: the bucket, and the bytes of parameters."""
+        itemsize = np.dtype(self.plan.buffers.region.dtype).itemsize
+        return {"bucket": self.plan.bucket, "bytes": self.span.numel * itemsize}
 
     @property
     def is_last(self) -> bool:
@@ -349,6 +355,7 @@ def make_sync(
     copies: Copies,
     collectives: Collectives,
     wire_dtype: str | None,
+    trace: Trace = OFF,
 ) -> BucketSync:
     """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
 
@@ -358,15 +365,16 @@ def make_sync(
         copies: To and from the devices of this node.
         collectives: For waits.
         wire_dtype: As in ``ShardPolicy``.
+        trace: Shows buckets on their way.
     """
     place = topology.node, topology.node_rank
     averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
-        in_place = InPlaceReduction(backend, place[1])
+        in_place = InPlaceReduction(backend, place[1], trace)
         all_gather = AllGather(LocalTransport(topology.rank), backend)
         piece_numel = backend.kernel.piece_numel if copies.are_beside else None
         return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
     transport = MpiTransport(topology, collectives.number)
-    reduction = ReduceScatter(transport, backend, place, wire_dtype)
-    all_gather, piece_numel = AllGather(transport, backend), backend.kernel.piece_numel
+    reduction = ReduceScatter(transport, backend, place, wire_dtype, trace)
+    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
     return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)

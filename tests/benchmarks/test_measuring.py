@@ -18,6 +18,10 @@ PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]
 ENVIRONMENT = {"PYTHONPATH": PATHS}
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 LIMIT_S = 100  # frameworks are slow to import on a busy machine
+SETTINGS = {
+    "checkpoint": {"nbytes_per_rank": 128 << 10},
+    "training": {"context": 8, "batch": 1, "learning_rate": 5e-4, "steps": 2},
+}
 RARE = {beside(SHARDOPT, STEP)}  # a save that is tiny may be over before a step is
 
 
@@ -92,10 +96,15 @@ def test_cases_of_one_rank_refuse_two(mpirun, tmp_path):
             ("--numel", "4096", "--tensors", "3", "--rounds", "1"),
             marks=pytest.mark.skipif(not HAS_TORCH, reason="torch is missing"),
         ),
+        pytest.param(
+            "training",
+            ("--layers", "1", "--width", "32", "--context", "8", "--steps", "2", "--rounds", "1"),
+            marks=pytest.mark.skipif(not HAS_TORCH, reason="torch is missing"),
+        ),
         ("memory", ("--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS)),
         ("checkpoint", ("--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", ".")),
     ],
-    ids=["step", "faces", "writes", "memory", "checkpoint"],
+    ids=["step", "faces", "writes", "training", "memory", "checkpoint"],
 )
 def test_cases_of_two_ranks(mpirun, tmp_path, name, words):
     words += ("--out", tmp_path)
@@ -103,7 +112,7 @@ def test_cases_of_two_ranks(mpirun, tmp_path, name, words):
     assert job.returncode == 0, job.output
     line = require_recorded(tmp_path, name)
     assert line["ranks"] == 2
-    assert line["settings"] == ({"nbytes_per_rank": 128 << 10} if name == "checkpoint" else {})
+    assert line["settings"] == SETTINGS.get(name, {})
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.jsonl"]  # nothing else is left
 
 
@@ -114,6 +123,18 @@ def test_the_ranks_of_nodes(mpirun, tmp_path):
     assert job.returncode == 0, job.output
     line = require_recorded(tmp_path, "nodes")
     assert line["settings"] == {"nodes": 1, "node_size": 2, "rate": "1gbit"}
+
+
+@pytest.mark.any_mpi
+def test_the_ranks_of_predict(mpirun, tmp_path):
+    words = (tmp_path, "--numel", "512", "--rounds", "1", "--rate", "1gbit")
+    job = mpirun(2, "-m", "benchmarks.cases.predict.job", *words, env=ENVIRONMENT,
+                 timeout_s=LIMIT_S)  # fmt: skip
+    assert job.returncode == 0, job.output
+    line = json.loads((tmp_path / "predict.jsonl").read_text())
+    assert line["settings"] == {"nodes": 1, "node_size": 2, "rate": "1gbit"}
+    assert line["numel"] == 4096
+    assert line["figures"]["step: CPU seconds of all ranks"] > 0
 
 
 @pytest.mark.long

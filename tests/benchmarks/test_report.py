@@ -1,6 +1,7 @@
 """Reports from the results in the repository, which must stay readable."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -9,6 +10,7 @@ from benchmarks import FOLDER, RESULTS_FOLDER
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
 from benchmarks.cases.step import LIMIT
+from benchmarks.cases.training import TRAINERS, tokens_per_s
 from benchmarks.harness.record import append, newest, read
 from benchmarks.harness.result import Result
 from benchmarks.report import tables
@@ -20,7 +22,7 @@ LINES = [
     for line in path.read_text().splitlines()
 ]
 RENAMED = ("shardopt: distance from", "shardopt: from")  # since the first lines of memory
-IDS = [f"{line['benchmark']} of {line['date']}" for line in LINES]
+IDS = [f"{number}: {line['benchmark']} of {line['date']}" for number, line in enumerate(LINES)]
 
 
 @pytest.mark.parametrize("line", LINES, ids=IDS)
@@ -76,6 +78,25 @@ def test_the_plot_is_drawn_from_the_results(tmp_path, capsys):
             assert f"{tables.nanoseconds(result, name):.2f} ns" in words
 
 
+def test_the_loss_is_drawn_over_the_seconds_of_training(tmp_path):
+    plot = pytest.importorskip("benchmarks.report.plot")
+    result = tables.read_figures(RESULTS_FOLDER).training[0]
+    for name in TRAINERS:
+        seconds, bits = plot.learning_curve(result, name)
+        assert len(seconds) == len(bits) == len(result.samples_s[name]) + 1
+        assert seconds[0] == 0
+        total_s = result.settings["steps"] * sum(result.samples_s[name])
+        assert seconds[-1] == pytest.approx(total_s)
+    path = tmp_path / "training.svg"
+    main(["plot", "training", "--to", str(path)])
+    root = ET.parse(path).getroot()
+    words = ["".join(node.itertext()) for node in root.iter() if node.tag.endswith("}text")]
+    for name in TRAINERS:
+        assert f"{result.value(tokens_per_s(name)):.0f} tokens/s" in words
+    used = set(re.findall(r"(?:fill|stroke): (#\w+)", path.read_text()))
+    assert used <= {*plot.DARK, *plot.DARK.values()}  # no color is left as it is on dark pages
+
+
 def test_without_results_there_is_no_plot(tmp_path):
     with pytest.raises(SystemExit, match="There are no results of step with MPICH"):
         main(["plot", "--results", str(tmp_path)])
@@ -89,8 +110,33 @@ def test_the_summary_shows_every_case_that_has_targets(capsys, tmp_path):
         is_measured = (RESULTS_FOLDER / f"{name}.jsonl").exists()  # not every machine has a GPU
         assert (f"\n{name}: " in f"\n{shown}") == (has_targets and is_measured)
     assert "target >= 8     met" in shown
-    main(["summary", "--results", str(tmp_path)])
-    assert "There are no results" in capsys.readouterr().out
+    main(["--summary", "--results", str(RESULTS_FOLDER)])
+    assert capsys.readouterr().out == shown
+
+
+def test_the_summary_names_what_was_never_measured_and_marks_what_is_missed(capsys, tmp_path):
+    def summarized():
+        main(["summary", "--results", str(tmp_path)])
+        return capsys.readouterr().out.splitlines()
+
+    targets = [
+        f"  {name}: {ratio.name.replace('{ranks}', 'ranks')}, {ratio.target}"
+        for name, case in CASES.items()
+        for ratio in case.ratios
+        if ratio.target is not None
+    ]
+    _, *named, _, count = summarized()
+    assert named == targets
+    assert count == f"0 met, 0 MISSED, {len(targets)} never measured."
+
+    line = [line for line in LINES if line["benchmark"] == "step" and line["ranks"] == 2][-1]
+    slow = line["samples_s"] | {"shardopt": [1.0] * 5, "shardopt.torch": [1e-6] * 5}
+    append(CASES["step"], Result.from_json(line | {"samples_s": slow}), tmp_path)
+    out = summarized()
+    missed = [text.split("  ")[1] for text in out if text.endswith("MISSED")]
+    assert [name.rsplit(" / ", 1)[1] for name in missed] == ["shardopt", "shardopt"]
+    assert out[-1] == f"3 met, 2 MISSED, {len(targets) - 5} never measured."
+    assert not any(text.startswith("  step: ") for text in out)
 
 
 def test_tables_have_the_newest_results(capsys):

@@ -252,7 +252,7 @@ def test_a_signal_that_cannot_be_caught(comm, mpi_tmp_path, alone):
     with build(comm) as opt, Checkpointer(mpi_tmp_path) as checkpointer:
         with pytest.raises(OSError, match="Invalid argument"):
             checkpointer.save_on_signal(opt, chosen)
-        assert opt.core.listeners == []
+        assert opt.core.background == []
         train(opt, [0])
 
 

@@ -10,6 +10,7 @@ from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import Checkpointer, load, save
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
 from shardopt.checkpoint.format.reader import read_manifest
+from shardopt.core.sharded import sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.checkpoint.make_golden import FOLDER, make_groups
 from tests.support.damage import (
@@ -128,6 +129,34 @@ def test_a_flipped_bit_is_found(comm, paths, kind, stepped):
 @KINDS
 def test_ten_thousand_flipped_bits_are_found(comm, paths, kind, stepped, seed):
     assert_flips_are_found(comm, paths, kind, stepped, seed, count=625)
+
+
+def test_state_that_nobody_has_had_in_hand_is_zero_again(comm, paths):
+    path = paths(LARGE)
+    last = read_manifest(path).files[-1]
+    with build(comm, LARGE, stepped=False) as opt, build(comm, LARGE, stepped=False) as twin:
+        assert sharded_of(opt).is_state_untouched
+        with harmed(comm, path, flip(last.name, 8 * last.nbytes - 1)), refused_alike(comm):
+            load(path, opt)
+        assert standing(opt)[0] == standing(twin)[0]
+        load(path, opt)
+
+
+def test_state_that_one_rank_has_written_before_the_first_step_stays(comm, paths):
+    path = paths(LARGE)
+    last = read_manifest(path).files[-1]
+    with build(comm, LARGE, stepped=False) as opt:
+        if comm.rank == comm.size - 1:
+            first, moment = params_of(opt)[0], np.full(300_000, 0.5, np.float32)
+            counts = {"step": 0, "mu_product": 1.0}
+            opt.state[first] = {**counts, "exp_avg": moment, "exp_avg_sq": moment.copy()}
+        opt.adopt(rank=comm.size - 1)
+        assert sharded_of(opt).is_state_untouched == (comm.rank < comm.size - 1)
+        with harmed(comm, path, flip(last.name, 8 * last.nbytes - 1)), refused_alike(comm):
+            load(path, opt)
+        sharded = sharded_of(opt)
+        tensors = [t for t in sharded.tensors() if t.param == 0 and t.key != "param"]
+        assert all((array == 0.5).all() for array in sharded.arrays(tensors))
 
 
 @STATES

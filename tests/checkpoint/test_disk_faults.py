@@ -91,7 +91,7 @@ class Stepped(InTurn):
         self.checkpointer.save(step, self.opt, extra)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            while self.opt.core.listeners:
+            while self.opt.core.background:
                 take_step(self.opt)
         texts = [str(warning.message) for warning in seen]
         try:
@@ -264,7 +264,7 @@ def test_the_next_save_raises_what_became_of_the_one_before(comm, opt, mpi_tmp_p
     checkpointer = Checkpointer(mpi_tmp_path / "run")
     fill(opt, Origin(1))
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_file", lambda *_: fail())
+        patch.setattr(disk, "write_file", lambda *_, **__: fail())
         checkpointer.save(1, opt, Origin(1).extra)
         with pytest.raises(CheckpointError, match=EIO_TEXT):
             checkpointer.wait()

@@ -185,6 +185,7 @@ def mpirun(mpirun):
     return mpirun
 
 
+@pytest.mark.any_mpi  # files; tests/comm/test_failure.py kills ranks with every MPI
 def test_killed_jobs_lose_nothing(mpirun, tmp_path):
     seen = kill_often(mpirun, tmp_path / "run", 4, seed=1)
     assert seen["of this job"] > 0

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shardopt.checkpoint.background import PendingSave
 from shardopt.checkpoint.format import disk
 from shardopt.checkpoint.format.reader import Reader, read_manifest
-from shardopt.checkpoint.listeners import PendingSave
 from shardopt.checkpoint.operation import Committed, SaveOperation, SavePlan, State
 from shardopt.core.sharded import Scalars, TensorShard
 from shardopt.errors import CheckpointError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
 from shardopt.rule.nadam import StepCount
+from shardopt.trace import OFF
 
 SPEC = ParamSpec("weight", (10,), "float32", 0)
 KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -29,7 +30,8 @@ class Alone:
 
     def __init__(self):
         self.layout = object()
-        self.listeners = []
+        self.background = []
+        self.trace = OFF
         self.memory = {key: np.arange(10, dtype=np.float32) + i for i, key in enumerate(KEYS)}
         self.calls = []
 
@@ -155,7 +157,7 @@ def test_a_save_that_is_dropped_holds_no_lock(tmp_path):
 
 @pytest.mark.parametrize("job", ["write_file", "write_manifest"])
 def test_a_job_that_fails_aborts_the_save(tmp_path, monkeypatch, job):
-    def fail(*args):
+    def fail(*args, **options):
         raise OSError(5, "no luck")
 
     path, sharded = tmp_path / "a", Alone()
@@ -171,10 +173,10 @@ def test_a_pending_save_advances_when_all_ranks_vote_for_it(tmp_path, monkeypatc
     jobs, sharded, outcomes = Jobs(), Alone(), []
     pending = PendingSave(
         SaveOperation(plan_for(tmp_path / "a", jobs), sharded, None),
-        sharded.listeners,
+        sharded.background,
         lambda *outcome: outcomes.append(outcome),
     )
-    assert (sharded.listeners, pending.vote()) == ([pending], 0)
+    assert (sharded.background, pending.vote()) == ([pending], 0)
     if fails:
         monkeypatch.setattr(disk, "write_manifest", lambda *_: Path("/proc/none").mkdir())
     for _ in range(2):
@@ -186,6 +188,6 @@ def test_a_pending_save_advances_when_all_ranks_vote_for_it(tmp_path, monkeypatc
     ((outcome, awaited),) = outcomes
     assert isinstance(outcome, CheckpointError if fails else Committed)
     assert not awaited
-    assert sharded.listeners == []
+    assert sharded.background == []
     pending.wait()
     assert len(outcomes) == 1

@@ -191,6 +191,7 @@ def test_weights_stay(mpirun, tmp_path, job):
     assert done.stdout.count("still there") == 4, done.output
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("job", ["never closed, after Finalize", "in a forked child"])
 def test_weights_stay_without_asserts(mpirun, tmp_path, job):
     done = run(mpirun, tmp_path, JOBS[job], "-O")
@@ -214,6 +215,7 @@ opt.close()
 """
 
 
+@pytest.mark.any_mpi
 def test_the_environment_chooses_how_writes_are_found(mpirun, tmp_path):
     """All ways end in the same bits."""
     ways = [way for way, why_not in writes._OBSTACLES.items() if not why_not()]

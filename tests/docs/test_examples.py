@@ -24,6 +24,11 @@ RESUMING = [
     for page, example in EXAMPLES
     if "Checkpointer(" in example
 ]
+LISTENING = [
+    pytest.param(example, id=f"{name_of(page)}-{number}")
+    for number, (page, example) in enumerate(EXAMPLES)
+    if "opt.listeners.append(" in example
+]
 STATE_DICTS = [
     pytest.param(example, id=name_of(page))
     for page, example in EXAMPLES
@@ -66,7 +71,7 @@ print("trained")
 
 def test_every_example_is_run():
     assert {param.values[0] for param in TRAINING} == set(FRAMEWORKS)
-    assert len(TRAINING) + len(RESUMING) + len(STATE_DICTS) == len(EXAMPLES)
+    assert len(TRAINING) + len(RESUMING) + len(STATE_DICTS) + len(LISTENING) == len(EXAMPLES)
 
 
 @pytest.mark.any_mpi
@@ -136,3 +141,61 @@ print("resumed")
     job = mpirun(2, source=CHECKPOINTS.replace("LENGTH", "3") + before + example + after)
     assert job.returncode == 0, job.output
     assert job.stdout.count("resumed") == 2
+
+
+LISTENED = """
+import numpy as np
+from shardopt.numpy import NAdam, Parameter
+
+params = [Parameter(np.ones(5, np.float32))]
+opt = NAdam(params, max_grad_norm=1.0)
+
+class Writer:  # what TensorBoard's SummaryWriter has of it
+    def __init__(self):
+        self.told = []
+    def add_scalar(self, tag, value, step):
+        self.told.append((tag, value, step))
+    def add_scalars(self, tag, values, step):
+        self.told.append((tag, sorted(values), step))
+    def close(self):
+        self.told.append("closed")
+
+def make_writer():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return Writer()
+    return SummaryWriter("runs")
+
+writer = make_writer()
+"""
+HEARD = """
+for step in range(1, 4):
+    params[0].grad[...] = step
+    opt.step()
+opt.close()
+if opt.comm.rank == 0:
+    from pathlib import Path
+    if "CsvListener" in globals():
+        rows = [line.split(",") for line in Path("steps.csv").read_text().splitlines()]
+        assert [row[0] for row in rows] == ["1", "2", "3"], rows
+        norms = [float(row[1]) for row in rows]
+        assert np.allclose(norms, np.sqrt(5) * np.arange(1, 4)), norms
+        assert all(len(row) == 6 and float(row[5]) > 0 for row in rows), rows
+    elif isinstance(writer, Writer):
+        phases = ["agree", "finish", "reduce", "update"]
+        told = [[("seconds", phases, s), ("grad_norm", s)] for s in range(1, 4)]
+        heard = [(t[0], t[2]) if t[0] == "grad_norm" else t for t in writer.told[:-1]]
+        assert heard == sum(told, []) and writer.told[-1] == "closed", writer.told
+    else:
+        assert list(Path("runs").glob("events*"))
+    print("heard")
+"""
+
+
+@pytest.mark.any_mpi
+@pytest.mark.parametrize("example", LISTENING)
+def test_an_example_of_listeners_hears_of_each_step(mpirun, example):
+    job = mpirun(2, source=LISTENED + example + HEARD)
+    assert job.returncode == 0, job.output
+    assert job.stdout.count("heard") == 1

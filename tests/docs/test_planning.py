@@ -1,12 +1,19 @@
 """The commands of docs/planning.md print and draw what the page shows."""
 
+import argparse
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 
+from benchmarks import RESULTS_FOLDER
+from benchmarks.report.predictions import predictions_text
 from shardopt.cli import main
+from shardopt.cli.plan import add_arguments
+from shardopt.cli.plan.options import read_request
+from shardopt.planner.scaling import choose_bucket
 from tests.support.pages import ROOT, blocks
 
 PAGE = ROOT / "docs" / "planning.md"
@@ -37,7 +44,27 @@ def test_the_report_is_the_one_shown(capsys):
 def test_the_picture_is_the_one_shown(capsys, folder):
     said = run(capsys, COMMANDS[1])
     assert (folder / "scaling.svg").read_text() == (PAGE.parent / "scaling.svg").read_text()
-    assert re.search(r"^ *4096 +2.15 GB +\S+ s +268 MB +\S+ s +45.1 GB$", said, re.MULTILINE)
+    assert re.search(r"^ *4096 +2.15 GB +(\S+ s) +2.15 GB +\1 +0 B$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("cost", "share"), [("2us", 8), ("10us", 2), ("20us", 1), ("30us", 0.5)])
+def test_the_bucket_that_is_as_good_is_the_one_shown(cost, share):
+    """On 64 nodes: the share of the default, and what a larger bucket gains."""
+    words = [*shlex.split(COMMANDS[1])[2:-2], "--message-cost", cost]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    request = read_request(parser.parse_args(words))
+    choice = choose_bucket(request.model, replace(request.layout, num_nodes=64), request.machine)
+    assert choice.default_nbytes == share * choice.best_nbytes
+    if share < 1:
+        assert f"from {choice.default_s:.2f} to {choice.best_s:.2f} s" in PAGE.read_text()
+
+
+def test_measured_steps_are_those_of_the_results():
+    shown = re.search(
+        "<!-- predictions begin -->(.*)<!-- predictions end -->", PAGE.read_text(), re.S
+    )
+    assert shown[1].strip() == predictions_text(RESULTS_FOLDER)
 
 
 def test_the_model_is_that_of_the_script(capsys):

@@ -41,6 +41,33 @@ def test_the_slowest_node_is_waited_for():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_a_link_at_half_rate_takes_twice_as_long(count):
+    """Its own node's bytes at half rate; others wait, and send meanwhile what they have."""
+    buckets = [BucketTimes(0, 0, 1.5, 0, 0, 2.5)] * count
+    kinds = [NodeKind(), NodeKind(link_slowdown=2.0)]
+    found = simulate(buckets, kinds=kinds)
+    assert (found.step_s, found.sending_s) == (exactly(8 * count), exactly(8 * count))
+    both = simulate([ONE], 0.5, kinds=[NodeKind(), NodeKind(3.0, link_slowdown=2.0)])
+    assert both.step_s == exactly(3 * 12 + 2 * 16 + 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_late_rank_holds_up_all_of_a_step(count):
+    """Without overlap nothing is sent before all ranks have agreed on the step."""
+    buckets = [replace(ONE, ready_s=0.0)] * count
+    kinds = [NodeKind(), NodeKind(late_s=4.0)]
+    alone = simulate(buckets, 0.5)
+    assert simulate(buckets, 0.5, kinds=kinds).step_s == exactly(alone.step_s + 4)
+
+
+def test_with_overlap_a_late_rank_delays_the_last_bucket_and_all_updates():
+    buckets = [BucketTimes(t, 0, 1, 0, 0, 1) for t in (2.0, 4.0, 6.0, 8.0)]
+    kinds = [NodeKind(), NodeKind(late_s=3.0)]
+    on_time = simulate(buckets, backward_s=8).step_s
+    assert simulate(buckets, kinds=kinds, backward_s=8).step_s == exactly(on_time + 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_links_alone(count):
     """Without work, something is on the link at any time: steps take their bytes over it."""
     buckets = [BucketTimes(0, 0, 1.5, 0, 0, 2.5)] * count
@@ -173,3 +200,10 @@ def test_slow_nodes_are_drawn_alike_every_time():
     assert 1 < max(kind.slowdown for kind in kinds) <= 2
     assert len(kinds) <= 102  # alike nodes are simulated once
     assert draw_kinds(3, 1.0, 1.0) == (NodeKind(),)
+
+
+def test_stragglers_are_nodes_of_the_job():
+    late, slow = NodeKind(late_s=1.0), NodeKind(link_slowdown=2.0)
+    assert set(Layout(4, 1, stragglers=(late, slow)).kinds) == {late, slow, NodeKind()}
+    assert Layout(2, 1, stragglers=(late, slow)).kinds == (late, slow)
+    assert Layout(1, 1, stragglers=(late, slow)).kinds == (late,)

@@ -23,7 +23,7 @@ from shardopt.checkpoint.format.values import Encoder
 from shardopt.cli import main
 from shardopt.layout.span import Span
 
-FORM = re.compile(r"shardopt (?:ckpt|plan): .+ must .+; got.+\. .+\.\n", re.DOTALL)
+FORM = re.compile(r"shardopt (?:ckpt|plan|trace): .+ must .+; got.+\. .+\.\n", re.DOTALL)
 
 
 def zero_state(params):

@@ -72,6 +72,8 @@ def make_speeds(job, links=None, exchange=1.1e9, **changes):
     rates = links or [1.2e9] * len(pairs)
     found = tuple(Link(pair, 20e-6, rate) for pair, rate in zip(pairs, rates, strict=True))
     speeds = Speeds((100e9,) * count, (5e-6,) * count, found, (exchange,) * count if found else ())
+    if found:
+        speeds = replace(speeds, message_s=(15e-6,) * count)
     return replace(speeds, **changes)
 
 

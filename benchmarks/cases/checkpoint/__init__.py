@@ -13,7 +13,7 @@ from benchmarks.contenders.names import (
     SYNCHRONOUS,
     TORCH_SAVE,
 )
-from benchmarks.harness.case import Case, Claim, Ratio, Target, figure, quotient
+from benchmarks.harness.case import Case, Claim, Quick, Ratio, Target, figure, quotient
 from benchmarks.harness.options import nbytes_of, option
 
 NBYTES = 1 << 30
@@ -66,18 +66,18 @@ def _ratios() -> Iterator[Ratio]:
     ours = SHARDOPT
     yield quotient(stall(ours), MEMCPY, Target(at_most=1.3))
     yield quotient(DIRECT_WRITE, written(ours), Target(at_least=0.8))
-    yield quotient(DIRECT_WRITE, durable(ours))
-    yield quotient(DIRECT_WRITE, durable(SYNCHRONOUS))
+    yield quotient(DIRECT_WRITE, durable(ours), better="more")
+    yield quotient(DIRECT_WRITE, durable(SYNCHRONOUS), better="more")
     of_dcp = {stall: Target(at_most=0.4), cpu: Target(at_most=0.3)}
     for name, targets in ((DCP, of_dcp), (DCP_KEPT, {}), (TORCH_SAVE, {})):
         for what in (stall, cpu, durable, load):
             ratio = what(f"{ours} / {name}")
-            yield quotient(what(ours), what(name), targets.get(what), name=ratio)
-    yield quotient(load(ours), BARE_READ)
-    yield quotient(load_over(ours), BARE_READ)
+            yield quotient(what(ours), what(name), targets.get(what), name=ratio, better="less")
+    yield quotient(load(ours), BARE_READ, better="less")
+    yield quotient(load_over(ours), BARE_READ, better="less")
     for work, target in ((STEP, Target(at_most=1.15)), (COMPUTE, None)):
-        yield quotient(beside(ours, work), work, target)
-        yield quotient(beside(ours, work), beside(DIRECT_WRITE, work))
+        yield quotient(beside(ours, work), work, target, better="less")
+        yield quotient(beside(ours, work), beside(DIRECT_WRITE, work), better="less")
         for name in (DIRECT_WRITE, DCP, DCP_KEPT):
             yield quotient(beside(name, work), work)
     yield figure(growth(ours, "load"), Target(at_most=256.0))
@@ -101,4 +101,5 @@ CASE = Case(
     options=Options,
     claim=Claim(None, settings={"nbytes_per_rank": NBYTES}),
     ratios=tuple(_ratios()),
+    quick=Quick(("--nbytes-per-rank", "16MiB", "--rounds", "5"), ranks=2),
 )

@@ -9,7 +9,7 @@ from benchmarks.contenders.names import (
     THROUGH_TORCH,
     THROUGH_TORCH_BFLOAT16,
 )
-from benchmarks.harness.case import Case, Claim, quotient
+from benchmarks.harness.case import Case, Claim, Quick, quotient
 from benchmarks.harness.options import option
 
 NUMEL = 1 << 25
@@ -32,7 +32,8 @@ CASE = Case(
     options=Options,
     claim=Claim(NUMEL, min_ranks=2),
     ratios=tuple(
-        quotient(face, SHARDOPT)
+        quotient(face, SHARDOPT, better="less")
         for face in (THROUGH_TORCH, THROUGH_TORCH_BFLOAT16, THROUGH_JAX, THROUGH_LUCID)
     ),
+    quick=Quick(("--numel", "1048576", "--rounds", "5"), ranks=2),
 )

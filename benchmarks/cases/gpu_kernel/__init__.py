@@ -30,8 +30,9 @@ CASE = Case(
     options=Options,
     claim=Claim(NUMEL, dtype=None, settings={"device": "cuda"}),
     ratios=(
-        quotient(KERNEL_RATE, COPY_RATE, Target(at_least=0.9)),
+        quotient(KERNEL_RATE, COPY_RATE, Target(at_least=0.9), follows=(DEVICE_COPY, KERNEL)),
         quotient(FOREACH, KERNEL, Target(at_least=2.8)),
         quotient(GRAPH, KERNEL, Target(at_least=3.0)),
     ),
+    quick="it needs a GPU",
 )

@@ -40,4 +40,5 @@ CASE = Case(
             Target(at_most=0.02),
         ),
     ),
+    quick="it needs a GPU",
 )

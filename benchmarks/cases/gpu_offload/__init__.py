@@ -44,4 +44,5 @@ CASE = Case(
         quotient(OFFLOADED, LONGER),
         Ratio("copies and update, share hidden", (DOWN, UP, BOTH, UPDATE, OFFLOADED), _hidden),
     ),
+    quick="it needs a GPU",
 )

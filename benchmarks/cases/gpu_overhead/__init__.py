@@ -31,4 +31,5 @@ CASE = Case(
         quotient(SHARDOPT, FOREACH, _TARGET),
         quotient(THROUGH_TORCH, FOREACH, _TARGET),
     ),
+    quick="it needs a GPU",
 )

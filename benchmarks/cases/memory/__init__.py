@@ -8,7 +8,7 @@ from benchmarks.contenders.names import (
     THROUGH_TORCH,
     THROUGH_TORCH_BFLOAT16,
 )
-from benchmarks.harness.case import Case, Claim, Ratio, Target
+from benchmarks.harness.case import Case, Claim, Quick, Ratio, Target
 from benchmarks.harness.options import option
 from benchmarks.harness.result import Result
 
@@ -60,4 +60,5 @@ CASE = Case(
         _distance(THROUGH_TORCH, 4, (8,)),
         _distance(THROUGH_TORCH_BFLOAT16, 2, (8, 4)),
     ),
+    quick=Quick(("--numel", "4194304"), ranks=2),
 )

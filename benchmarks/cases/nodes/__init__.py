@@ -47,7 +47,13 @@ def _over_limit(limit: str, other: str) -> Ratio:
             return None
         return result.value(SHARDOPT) / result.value(limit)
 
-    return Ratio(f"{SHARDOPT} / {limit}", (SHARDOPT, limit, other), compute, _OVER_LIMIT)
+    return Ratio(
+        f"{SHARDOPT} / {limit}",
+        (SHARDOPT, limit, other),
+        compute,
+        _OVER_LIMIT,
+        follows=(SHARDOPT, limit),
+    )
 
 
 def _sent(result: Result) -> float | None:
@@ -110,4 +116,5 @@ CASE = Case(
         Ratio(HIDDEN, (STEP_BEHIND, IN_TURN, OVERLAPPED), _hidden, Target(at_least=0.7)),
         Ratio(f"{BACKWARD} / exchange of gradients", (BACKWARD, STEP_BEHIND), _backward),
     ),
+    quick="it needs root",
 )

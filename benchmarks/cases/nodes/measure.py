@@ -17,6 +17,7 @@ from benchmarks.harness.record import read
 from benchmarks.harness.result import Result
 
 _TESTS = ROOT / "tests"
+_MODULE = "benchmarks.cases.nodes.job"
 _LIMIT_S = 300
 
 
@@ -28,7 +29,7 @@ def measure(options: Options) -> Iterator[Result]:
         for python in options.python or (sys.executable,):
             with tempfile.TemporaryDirectory(prefix="nodes-") as out:
                 with hosts(num_nodes, node_size, options.rate) as prefix:
-                    run([*prefix, *command(python, num_nodes * node_size), out, *words])
+                    run([*prefix, *command(python, num_nodes * node_size, _MODULE), out, *words])
                 yield from read(CASE, Path(out))
 
 
@@ -56,8 +57,8 @@ def hosts(num_hosts: int, slots: int, rate: str) -> Iterator[list[str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def command(python: str, num_ranks: int) -> list[str]:
-    """Return the command that starts ranks with the mpirun of an interpreter's environment."""
+def command(python: str, num_ranks: int, module: str) -> list[str]:
+    """Return the command that starts a module on ranks, with the mpirun of an interpreter."""
     lines = (_TESTS / "mpi.env").read_text().splitlines()
     env = [line for line in lines if line and not line.startswith("#")]
     env += ["GLOO_SOCKET_IFNAME=eth0", "MASTER_ADDR=10.0.0.1", "MASTER_PORT=29500"]
@@ -65,14 +66,22 @@ def command(python: str, num_ranks: int) -> list[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env.append(f"PYTHONPATH={os.pathsep.join(paths)}")
     program = Path(python).absolute()  # not resolved: virtual environments link to another
-    ranks = ["env", *env, str(program), "-m", "benchmarks.cases.nodes.job"]
+    ranks = ["env", *env, str(program), "-m", module]
     return [str(program.with_name("mpirun")), "-n", str(num_ranks), *ranks]
 
 
-def run(words: list[str]) -> None:
-    """Run a job to its end, or end this program if it fails."""
+def run(words: list[str], *, quiet: bool = False) -> None:
+    """Run a job to its end, or end this program if it fails.
+
+    Args:
+        words: The command.
+        quiet: Whether what it prints is of no interest.
+    """
+    out = subprocess.DEVNULL if quiet else None
     try:
-        status = subprocess.run(words, timeout=_LIMIT_S, stdin=subprocess.DEVNULL).returncode
+        status = subprocess.run(
+            words, timeout=_LIMIT_S, stdin=subprocess.DEVNULL, stdout=out
+        ).returncode
     except subprocess.TimeoutExpired:
         sys.exit(f"a job did not end within {_LIMIT_S} s: {' '.join(words)}")
     if status:

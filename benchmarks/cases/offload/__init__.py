@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.contenders.names import SHARDOPT
-from benchmarks.harness.case import Case, Claim, quotient
+from benchmarks.harness.case import Case, Claim, Quick, quotient
 from benchmarks.harness.options import option
 
 BESIDE = "offloaded, copies beside the kernel"
@@ -34,10 +34,11 @@ CASE = Case(
     options=Options,
     claim=Claim(NUMEL, settings={"link": 2.0}),
     ratios=(
-        quotient(BESIDE, AROUND),
-        quotient(BESIDE, KERNEL),
-        quotient(AROUND, KERNEL),
-        quotient(SHARDOPT, KERNEL),
+        quotient(BESIDE, AROUND, better="less"),
+        quotient(BESIDE, KERNEL, better="less"),
+        quotient(AROUND, KERNEL, better="less"),
+        quotient(SHARDOPT, KERNEL, better="less"),
         quotient(COPIES, KERNEL),
     ),
+    quick=Quick(("--numel", "1048576", "--rounds", "5"), ranks=2),
 )

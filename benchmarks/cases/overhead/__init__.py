@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.contenders.names import FOREACH, SHARDOPT, THROUGH_TORCH
-from benchmarks.harness.case import Case, Claim, Target, quotient
+from benchmarks.harness.case import Case, Claim, Quick, Target, quotient
 from benchmarks.harness.options import option
 
 NUMEL = 10_000
@@ -30,4 +30,5 @@ CASE = Case(
         quotient(SHARDOPT, FOREACH, _TARGET),
         quotient(THROUGH_TORCH, FOREACH, _TARGET),
     ),
+    quick=Quick(("--rounds", "5")),
 )

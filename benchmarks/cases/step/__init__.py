@@ -12,7 +12,7 @@ from benchmarks.contenders.names import (
     TRIAD,
     ZERO_REDUNDANCY,
 )
-from benchmarks.harness.case import Case, Claim, Target, quotient
+from benchmarks.harness.case import Case, Claim, Quick, Target, quotient
 from benchmarks.harness.options import option
 
 ALL_TRIADS = "triad on all ranks at once"
@@ -47,7 +47,7 @@ CASE = Case(
     claim=Claim(NUMEL, min_ranks=2),
     ratios=(
         *(
-            quotient(name, ours, target)
+            quotient(name, ours, target, better="more")
             for ours in (SHARDOPT, THROUGH_TORCH)
             for name, target in _OVER_OURS.items()
         ),
@@ -56,7 +56,15 @@ CASE = Case(
             STEP_RATE,
             Target(at_most=1.15),
             name=f"{SHARDOPT} / its bytes at triad's rate",
+            follows=(SHARDOPT, ALL_TRIADS),
         ),
-        quotient(AXPY_RATE, STEP_RATE, name=f"{SHARDOPT} / its bytes at axpy's rate"),
+        quotient(
+            AXPY_RATE,
+            STEP_RATE,
+            name=f"{SHARDOPT} / its bytes at axpy's rate",
+            follows=(SHARDOPT, ALL_AXPYS),
+            better="less",
+        ),
     ),
+    quick=Quick(("--numel", "1048576", "--rounds", "5"), ranks=2),
 )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.contenders.names import CLAMPED, CLAMPED_REPLICA, THROUGH_TORCH
-from benchmarks.harness.case import Case, Claim, Target, quotient
+from benchmarks.harness.case import Case, Claim, Quick, Target, quotient
 from benchmarks.harness.options import option
 
 SCAN = "looking for writes"
@@ -28,7 +28,8 @@ CASE = Case(
     claim=Claim(NUMEL, min_ranks=2),
     ratios=(
         quotient(CLAMPED, CLAMPED_REPLICA, Target(at_most=1.3)),
-        quotient(CLAMPED, THROUGH_TORCH),
+        quotient(CLAMPED, THROUGH_TORCH, better="less"),
         quotient(SCAN, THROUGH_TORCH, Target(at_most=0.01), name=f"{SCAN} / a step without any"),
     ),
+    quick=Quick(("--numel", "1048576", "--rounds", "5"), ranks=2, modules=("torch",)),
 )

@@ -44,7 +44,7 @@ STAND_INS = {
 }
 """Integers for 16-bit floats; see [Note: integers that stand in for floats]."""
 
-_BLOCK_NUMEL = 1024
+_BLOCK_NUMEL = 2048
 _NUM_ACCUMULATORS = 64
 
 
@@ -234,6 +234,16 @@ def _add(left: FloatArray, right: FloatArray, out: FloatArray) -> None:
 
 
 @_jit
+def _add_four(rows: Any, first: int, start: int, stop: int, out: FloatArray) -> None:
+    """Add four rows in one loop: a loop for each sum of two took 1.1 times as long."""
+    a, b = _row(rows, first, start, stop), _row(rows, first + 1, start, stop)
+    c, d = _row(rows, first + 2, start, stop), _row(rows, first + 3, start, stop)
+    for i in range(out.size):
+        left = _widen_to(a[i], out[i]) + _widen_to(b[i], out[i])
+        out[i] = left + (_widen_to(c[i], out[i]) + _widen_to(d[i], out[i]))
+
+
+@_jit
 def _accumulate(total: FloatArray, more: FloatArray) -> None:
     for i in range(total.size):  # with total a third time, as out, it would not vectorise
         total[i] += _widen(more[i])
@@ -256,23 +266,27 @@ def _sum_sources(sources: Any, start: int, stop: int, partials: FloatArray) -> F
     """Sum elements [start, stop) of the rows by [Note: the bits of a sum].
 
     ``partials`` is a stack of the sums of complete subtrees, each half as large as the one below:
-    after a pair of rows, as many are joined as the number of the pair has trailing one bits.
-    The result is in ``partials``, or the row itself if it is the only one and has the dtype.
+    after four rows, as many are joined as the number of the four has trailing one bits. The result
+    is in ``partials``, or the row itself if it is the only one and has the dtype.
     """
     num_sources, numel = sources[0].size, stop - start
     if num_sources == 1:
         only: FloatArray = _as_sum(_row(sources, 0, start, stop), partials[0, :numel])
         return only
     depth = 0
-    for number in range(0, num_sources - 1, 2):
-        left, right = _row(sources, number, start, stop), _row(sources, number + 1, start, stop)
-        _add(left, right, partials[depth, :numel])
+    for number in range(0, num_sources - 3, 4):
+        _add_four(sources, number, start, stop, partials[depth, :numel])
         depth += 1
-        bits = number >> 1
+        bits = number >> 2
         while bits & 1:
             depth -= 1
             _accumulate(partials[depth - 1, :numel], partials[depth, :numel])
             bits >>= 1
+    if num_sources & 2:
+        number = num_sources & -4
+        left, right = _row(sources, number, start, stop), _row(sources, number + 1, start, stop)
+        _add(left, right, partials[depth, :numel])
+        depth += 1
     if num_sources & 1:
         _accumulate(partials[depth - 1, :numel], _row(sources, num_sources - 1, start, stop))
     while depth > 1:

@@ -120,11 +120,25 @@ class FileImage:
         return buffer[: span.numel]
 
 
-def run_all(function: Any, arguments: Sequence[Any], num_threads: int) -> list[Any]:
-    """Call ``function`` with each argument, on several threads; return the results in order."""
+def run_all(
+    function: Any,
+    arguments: Sequence[Any],
+    num_threads: int,
+    prepare: Callable[[], object] | None = None,
+) -> list[Any]:
+    """Call ``function`` with each argument, on several threads; return the results in order.
+
+    Args:
+        function: The function.
+        arguments: One for each call.
+        num_threads: Number of threads. A single one is the calling thread.
+        prepare: Called by each other thread before all else.
+    """
     if num_threads == 1 or len(arguments) == 1:
         return [function(argument) for argument in arguments]
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(
+        num_threads, thread_name_prefix="shardopt-file", initializer=prepare
+    ) as pool:
         return list(pool.map(function, arguments))
 
 

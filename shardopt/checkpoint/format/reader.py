@@ -36,6 +36,9 @@ from shardopt.layout.span import Span
 
 Revive: TypeAlias = Callable[[NDArray[Any], str], Any]
 
+_PIECE_NBYTES = 256 << 10
+"""Read and then hashed at once: source and target together fit into a cache of 1 MiB."""
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest.
@@ -241,7 +244,7 @@ class Reader:
         buffer: Bytes,
         damage: Callable[[int, int, DamagedCheckpointError], object] | None,
     ) -> None:
-        """Read and verify chunk by chunk, so that each is hashed while it is in the cache."""
+        """Read and verify chunk by chunk."""
         for chunk in task.chunks(CHUNK_NBYTES):
             if task.target is None:
                 content = buffer[: chunk.numel]
@@ -260,8 +263,8 @@ class Reader:
 
     def _read_chunk(self, file: int, chunk: Span, content: Bytes) -> None:
         entry, number = self.manifest.files[file], chunk.start // CHUNK_NBYTES
-        _read_full(self._fds[file], content, chunk.start, entry.name)
-        if xxhash.xxh3_128_hexdigest(content.data) != entry.digest(number):
+        digest = _read_and_hash(self._fds[file], content, chunk.start, entry.name)
+        if digest != entry.digest(number):
             raise damaged(
                 f"chunk {number} of file {entry.name}",
                 f"have the digest {entry.digest(number)}",
@@ -269,13 +272,17 @@ class Reader:
             )
 
 
-def _read_full(fd: int, target: Bytes, offset: int, name: str) -> None:
-    position = 0
+def _read_and_hash(fd: int, target: Bytes, offset: int, name: str) -> str:
+    """Fill ``target`` piece by piece, and return the digest of all of it."""
+    hasher, position = xxhash.xxh3_128(), 0
     while position < len(target):
+        piece = target[position : position + _PIECE_NBYTES].data
         try:
-            count = os.preadv(fd, [target[position:].data], offset + position)
+            count = os.preadv(fd, [piece], offset + position)
         except OSError as error:
             raise damaged(f"file {name}", "be readable", error.strerror or "an error") from error
         if count == 0:
             raise damaged(f"file {name}", f"reach byte {offset + len(target)}", offset + position)
+        hasher.update(piece[:count])
         position += count
+    return hasher.hexdigest()

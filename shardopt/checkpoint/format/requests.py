@@ -2,8 +2,9 @@
 
 [Note: verified while it lands]
 Digests are of whole chunks; requests are for arbitrary bytes. A chunk that lies within one request
-is read directly into its target and hashed there, while it is in the cache. A chunk at the edge of
-a request, or one that several requests share, is read into a buffer, hashed, and copied from there.
+is read directly into its target piece by piece, and each piece is hashed there while it is in the
+cache. A chunk at the edge of a request, or one that several requests share, is read into a buffer,
+hashed, and copied from there.
 """
 
 from bisect import bisect_left

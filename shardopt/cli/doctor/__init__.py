@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     calibrate_help = "write the measured speeds to a file for shardopt plan --calibration"
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help=calibrate_help)
+    folder_help = "measure the disk of this folder too (default: that of --calibrate, if given)"
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help=folder_help)
     timeout_help = "longest time to wait for another rank, in seconds (default: 30)"
     parser.add_argument(
         "--timeout", type=_positive, default=30.0, metavar="SECONDS", help=timeout_help
@@ -32,6 +34,7 @@ def run(options: argparse.Namespace) -> Exit:
         as_json=options.json,
         timeout_s=options.timeout,
         calibration=options.calibrate,
+        folder=options.folder,
     )
 
 

@@ -11,7 +11,7 @@ import mpi4py
 
 from shardopt.cli import text
 from shardopt.cli.base import Exit
-from shardopt.cli.doctor.calibrate import calibrate
+from shardopt.cli.doctor.calibrate import calibrate, describe_calibration
 from shardopt.cli.doctor.facts import Job, Speeds, starts
 from shardopt.cli.doctor.finding import Level
 from shardopt.cli.doctor.job_findings import judge_job
@@ -24,7 +24,12 @@ from shardopt.planner.machine import write_calibration
 
 
 def examine(
-    *, quick: bool, as_json: bool, timeout_s: float, calibration: Path | None = None
+    *,
+    quick: bool,
+    as_json: bool,
+    timeout_s: float,
+    calibration: Path | None = None,
+    folder: Path | None = None,
 ) -> Exit:
     """Examine the job, and print the report on rank 0. Collective: every rank.
 
@@ -33,6 +38,7 @@ def examine(
         as_json: Print one JSON object.
         timeout_s: Longest time to wait for another rank, in seconds.
         calibration: A file for the measured speeds, which rank 0 writes; None for no file.
+        folder: The folder on the disk to measure; None takes that of the file, if there is one.
 
     Raises:
         OSError: The file cannot be written; on rank 0, when the examination is over.
@@ -57,7 +63,9 @@ def examine(
     if problem:
         job = replace(job, world_size=job.launched, start_problem=problem)
         return _refuse(job, as_json)
-    job, speeds = _examine_job(job, quick, timeout_s)
+    if folder is None and calibration is not None:
+        folder = calibration.absolute().parent
+    job, speeds = _examine_job(job, quick, timeout_s, folder)
     if not job.launcher_fits:
         return _report(job, None, as_json) if launcher and launcher.rank == 0 else Exit.FINE
     if speeds is None:
@@ -65,10 +73,14 @@ def examine(
     code = _report(job, speeds, as_json)
     if calibration is not None:
         write_calibration(calibration, *calibrate(job, speeds))
+        if not as_json:
+            print(f"\n{describe_calibration(calibration, speeds)}")
     return code
 
 
-def _examine_job(start: Job, quick: bool, timeout_s: float) -> tuple[Job, Speeds | None]:
+def _examine_job(
+    start: Job, quick: bool, timeout_s: float, folder: Path | None
+) -> tuple[Job, Speeds | None]:
     """Do everything that needs MPI; only rank 0 has the speeds."""
     from mpi4py import MPI
 
@@ -90,7 +102,7 @@ def _examine_job(start: Job, quick: bool, timeout_s: float) -> tuple[Job, Speeds
     topology = split(MPI.COMM_WORLD, watch)
     ranks, nodes = describe_job(topology, watch)
     watch.hosts = {rank.rank: nodes[rank.node].host for rank in ranks}
-    speeds = measure(topology, watch, budget_s=1.0 if quick else 4.0)
+    speeds = measure(topology, watch, budget_s=1.0 if quick else 4.0, folder=folder)
     with watch.together("the end of the examination", topology.comm):
         pass
     topology.free()

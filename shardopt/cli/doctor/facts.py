@@ -227,12 +227,20 @@ class Speeds:
         barrier_s: For each node, seconds of a barrier of its ranks; None for a single rank.
         links: The links between neighbouring nodes, the last and the first node included.
         exchange: For each node, bytes/s that it sends while all nodes send to all; empty for one.
+        message_s: For each node, seconds of a rank for each message that it sends; likewise.
+        updates: For each node, bytes/s that updates of all its ranks move; empty if not measured.
+        disk: For each node, bytes/s that it writes while all nodes write; empty if not measured.
+        disk_problem: Why it could not be measured, or None.
     """
 
     memory: tuple[float, ...]
     barrier_s: tuple[float | None, ...]
     links: tuple[Link, ...]
     exchange: tuple[float, ...]
+    message_s: tuple[float, ...] = ()
+    updates: tuple[float, ...] = ()
+    disk: tuple[float, ...] = ()
+    disk_problem: str | None = None
 
 
 def starts(launcher: Launcher, library: Library) -> bool:

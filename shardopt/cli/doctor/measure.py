@@ -1,16 +1,19 @@
-"""The measurements of a job: memory, barriers and links, with all ranks taking part."""
+"""The measurements of a job: memory, barriers, links and disks, with all ranks taking part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from mpi4py import MPI
 
 from shardopt.cli.doctor.facts import Link, Speeds
+from shardopt.cli.doctor.updates import measure_updates
 from shardopt.cli.doctor.watch import Watch
 from shardopt.comm.topology import Topology
 from shardopt.measure.barrier import measure_barrier
 from shardopt.measure.cores import cores_per_rank
+from shardopt.measure.disk import measure_disk
 from shardopt.measure.links import (
     LinkSpeed,
     Pair,
@@ -19,12 +22,15 @@ from shardopt.measure.links import (
     plan_messages,
 )
 from shardopt.measure.memory import ThreadedArrays, measure_addition
+from shardopt.measure.messages import measure_messages
+from shardopt.transport.mpi import MpiTransport
 
 _DTYPE, _ITEMSIZE = "float32", 4
-_NBYTES_PER_S = 128 << 20  # of budget: more than caches hold, but touching pages takes time
+_NBYTES_PER_S = 256 << 20  # of budget: more than caches hold, but touching pages takes time
 _MIN_NUMEL = 512 << 10  # of a thread's part of an array
 _MAX_THREADS = 16  # more would wait for Python's interpreter
 _NUM_TRIES = 3  # for each link
+_DISK_NBYTES_PER_S = 64 << 20  # of budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,9 @@ class _RankSpeeds:
         barrier_s: Seconds of a barrier of its node, or None for a single rank.
         links: The links that it led the measurement of.
         exchange: Bytes/s that it sent while all nodes sent to all.
+        message_s: Seconds for each message that it sent; 0 if it sent none.
+        updates: Bytes/s that updates moved; 0 if not measured.
+        disk: Bytes/s that it wrote, or why it could not; None if it was not asked to.
     """
 
     node: int
@@ -44,9 +53,14 @@ class _RankSpeeds:
     barrier_s: float | None
     links: list[Link]
     exchange: float
+    message_s: float
+    updates: float
+    disk: float | str | None
 
 
-def measure(topology: Topology, watch: Watch, budget_s: float) -> Speeds | None:
+def measure(
+    topology: Topology, watch: Watch, budget_s: float, folder: Path | None = None
+) -> Speeds | None:
     """Measure the job, and return the result on rank 0 and None elsewhere.
 
     Collective: every rank.
@@ -54,15 +68,24 @@ def measure(topology: Topology, watch: Watch, budget_s: float) -> Speeds | None:
     Args:
         topology: The ranks; nodes may be of unequal size.
         watch: Ends the job if a measurement does not end.
-        budget_s: Seconds that all measurements may take, approximately.
+        budget_s: Seconds that all measurements may take, approximately, beside those of disks.
+        folder: A folder on the disk to measure, for a calibration, which takes the rate of updates
+            too; None for neither.
     """
     memory = measure_node_memory(topology, watch, int(budget_s * _NBYTES_PER_S), 0.2 * budget_s)
     with watch.together("the measurement of barriers", topology.comm):
         barrier_s = measure_barrier(topology.node_comm, 0.05 * budget_s)
     links = measure_links(topology, watch, 0.4 * budget_s)
     exchange = measure_exchange(topology, watch, links, 0.2 * budget_s)
+    message_s = measure_message_cost(topology, watch, exchange, 0.1 * budget_s)
+    disk = measure_node_disk(topology, watch, folder, int(budget_s * _DISK_NBYTES_PER_S))
+    updates = 0.0
+    if folder is not None:
+        node_nbytes = int(budget_s * _NBYTES_PER_S)
+        updates = measure_updates(topology, watch, node_nbytes, 0.2 * budget_s)
+    mine = _RankSpeeds(topology.node, memory, barrier_s, links, exchange, message_s, updates, disk)
     with watch.together("the gathering of measurements", topology.comm):
-        ranks = topology.comm.gather(_RankSpeeds(topology.node, memory, barrier_s, links, exchange))
+        ranks = topology.comm.gather(mine)
     return None if ranks is None else _put_together(ranks)
 
 
@@ -72,11 +95,19 @@ def _put_together(ranks: Sequence[_RankSpeeds]) -> Speeds:
     ]
     links = sorted((link for rank in ranks for link in rank.links), key=lambda link: link.nodes)
     sent = tuple(sum(rank.exchange for rank in node) for node in nodes)
+    costs = tuple(max(rank.message_s for rank in node) for node in nodes)
+    updates = tuple(sum(rank.updates for rank in node) for node in nodes)
+    problem = next((rank.disk for rank in ranks if isinstance(rank.disk, str)), None)
+    disks = [[rank.disk for rank in node if isinstance(rank.disk, float)] for node in nodes]
     return Speeds(
         memory=tuple(sum(rank.memory for rank in node) for node in nodes),
         barrier_s=tuple(node[-1].barrier_s for node in nodes),
         links=tuple(links),
         exchange=sent if len(nodes) > 1 else (),
+        message_s=costs if len(nodes) > 1 else (),
+        updates=updates if all(updates) else (),
+        disk=tuple(map(sum, disks)) if problem is None and all(disks) else (),
+        disk_problem=problem,
     )
 
 
@@ -171,3 +202,51 @@ def measure_exchange(
         sent = measure_all_gather(lane, plan_messages(nbytes_per_s, budget_s))
         lane.Free()
         return sent
+
+
+def measure_message_cost(
+    topology: Topology, watch: Watch, exchange: float, budget_s: float
+) -> float:
+    """Send small messages along the lanes that all nodes have. Collective: every rank.
+
+    Args:
+        topology: The ranks.
+        watch: Ends the job if the measurement does not end.
+        exchange: Bytes/s that this rank sent in large messages.
+        budget_s: Seconds that it may take, approximately.
+
+    Returns:
+        Seconds for each message that this rank sent, or 0 if it sent none.
+    """
+    if topology.num_nodes == 1:
+        return 0.0
+    with watch.together("the measurement of small messages", topology.comm):
+        if topology.node_rank >= topology.comm.allreduce(topology.node_size, MPI.MIN):
+            return 0.0
+        transport = MpiTransport(topology, number=0)
+        found_s = measure_messages(transport, topology.lane_comm, exchange, budget_s)
+        transport.close()
+        return found_s
+
+
+def measure_node_disk(
+    topology: Topology, watch: Watch, folder: Path | None, node_nbytes: int
+) -> float | str | None:
+    """Write on all ranks at once. Collective: every rank.
+
+    Args:
+        topology: The ranks.
+        watch: Ends the job if the measurement does not end.
+        folder: The folder to write in; None to write nothing.
+        node_nbytes: Bytes to write on each node.
+
+    Returns:
+        Bytes/s that this rank wrote, or why it could not; None without a folder.
+    """
+    if folder is None:
+        return None
+    with watch.together("the measurement of disks", topology.comm):
+        try:
+            return measure_disk(folder, node_nbytes // topology.node_size)
+        except OSError as error:
+            return f"{error.strerror} in {folder}"

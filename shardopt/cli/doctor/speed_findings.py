@@ -12,6 +12,7 @@ _SLOW_NODE = _SLOW_LINK = 0.5  # of the fastest
 _CROWDED_SWITCH = 0.6  # of the slowest link
 _SLOW_BARRIER_S = 1e-3
 _SLOW_LATENCY_S = 1e-3
+_DEAR_MESSAGE_S = 200e-6
 _ETHERNET_NBYTES_PER_S = 0.2e9  # a network made for MPI is faster
 
 _INTERFACE = "OMPI_MCA_btl_tcp_if_include=INTERFACE (Open MPI), HYDRA_IFACE=INTERFACE (MPICH)"
@@ -25,11 +26,12 @@ def judge_speeds(job: Job, speeds: Speeds) -> list[Finding]:
             _judge_latency(job, speeds),
             _judge_links(job, speeds),
             _judge_exchange(job, speeds),
+            _judge_messages(job, speeds),
         ]
     else:
         told = "there is one node, so a step uses no network."
         findings.append(Finding(Level.OK, "network", told))
-    return [*findings, _estimate_step(job, speeds)]
+    return [*findings, *_judge_disk(job, speeds), _estimate_step(job, speeds)]
 
 
 def _judge_memory(job: Job, speeds: Speeds) -> Finding:
@@ -116,6 +118,35 @@ def _judge_exchange(job: Job, speeds: Speeds) -> Finding:
         )
         return Finding(Level.NOTE, "all links", told)
     return Finding(Level.OK, "all links", f"{shown}: the nodes do not slow each other down.")
+
+
+def _judge_messages(job: Job, speeds: Speeds) -> Finding:
+    longest = max(speeds.message_s)
+    host = job.nodes[speeds.message_s.index(longest)].host
+    if longest > _DEAR_MESSAGE_S:
+        told = (
+            f"a message should cost a rank less than {text.seconds(_DEAR_MESSAGE_S)}; got "
+            f"{text.seconds(longest)} on {host}, beside the time of its bytes. Start fewer ranks "
+            "than there are cores, or raise policy.bucket_nbytes, so that messages are fewer."
+        )
+        return Finding(Level.NOTE, "messages", told)
+    told = f"{text.seconds(longest)} of a rank's time for each on {host}, beside that of its bytes."
+    return Finding(Level.OK, "messages", told)
+
+
+def _judge_disk(job: Job, speeds: Speeds) -> list[Finding]:
+    if speeds.disk_problem is not None:
+        told = (
+            f"the folder must be one that all ranks can write to; got {speeds.disk_problem}. "
+            "Choose another: --folder FOLDER."
+        )
+        return [Finding(Level.NOTE, "disk", told)]
+    if not speeds.disk:
+        return []
+    slow = min(speeds.disk)
+    host = job.nodes[speeds.disk.index(slow)].host
+    told = f"{text.rate(slow)} from {host}, all ranks at once: the limit of a checkpoint."
+    return [Finding(Level.OK, "disk", told)]
 
 
 def _estimate_step(job: Job, speeds: Speeds) -> Finding:

@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--clip", action="store_true", help="with max_grad_norm")
     job.add_argument("--backward", metavar="TIME", help="of a backward, such as 1.5s, for overlap")
     job.add_argument("--slow-nodes", metavar="SHARE:FACTOR", help="such as 0.01:2, simulated")
+    job.add_argument("--slow-link", metavar="FACTOR", help="one node's, such as 2, simulated")
+    job.add_argument(
+        "--late-rank", metavar="TIME", help="one rank's delay, such as 50ms, simulated"
+    )
     job.add_argument("--node-mtbf", metavar="TIME", help="mean time between failures, such as 5y")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--calibration", type=Path, metavar="FILE", help="of doctor --calibrate")

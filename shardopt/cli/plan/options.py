@@ -7,6 +7,7 @@ from shardopt.errors import PlanError
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
 from shardopt.planner.model import Model, evenly, load_model, read_safetensors
+from shardopt.planner.simulate import NodeKind
 from shardopt.planner.units import parse_count, parse_nbytes, parse_rate, parse_seconds
 
 _RATES = {"memory_bandwidth": "memory_nbytes_per_s", "link": "link_nbytes_per_s"}
@@ -73,7 +74,27 @@ def _read_layout(options: argparse.Namespace) -> Layout:
         backward_s=parse_seconds("--backward", options.backward) if options.backward else 0.0,
         slow_share=slow_share,
         slowdown=slowdown,
+        stragglers=_read_stragglers(options),
     )
+
+
+def _read_stragglers(options: argparse.Namespace) -> tuple[NodeKind, ...]:
+    """Return a node with a slow link and one with a late rank, if they are asked for."""
+    found = []
+    if (word := options.slow_link) is not None:
+        try:
+            factor = float(word)
+        except ValueError:
+            factor = 0.0
+        if not 1 <= factor < 1000:
+            raise PlanError(
+                f"--slow-link must be a factor >= 1; got {word!r}. Write 2 for a node that sends "
+                "at half the rate of others."
+            )
+        found.append(NodeKind(link_slowdown=factor))
+    if options.late_rank is not None:
+        found.append(NodeKind(late_s=parse_seconds("--late-rank", options.late_rank)))
+    return tuple(found)
 
 
 def _read_slow_nodes(word: str | None) -> tuple[float, float]:

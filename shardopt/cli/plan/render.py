@@ -1,25 +1,22 @@
 """A plan as text: tables by rich if it is installed, else plain ones."""
 
-import io
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from shardopt.cli import text
 from shardopt.cli.plan.contents import LABELS, Plan
 from shardopt.planner.estimate import BAND, MEASURED_NODES
 from shardopt.planner.scaling import GOOD_SHARE, Scaling
 
-_WIDTH = 100
-_Rows = Sequence[tuple[str, ...]]
+_Rows = text.Rows
 
 
 def render(plan: Plan) -> str:
     """Return the whole report."""
     parts = [
         text.fields(_overview(plan)),
-        _table(f"Memory, {LABELS['memory']}", ("kind", ">node", ">rank"), _memory(plan)),
-        _table(
+        text.titled_table(f"Memory, {LABELS['memory']}", ("kind", ">node", ">rank"), _memory(plan)),
+        text.titled_table(
             f"Traffic of a step, {LABELS['traffic']}",
             ("sent to other nodes by", ">bytes", ">messages"),
             [
@@ -27,13 +24,13 @@ def render(plan: Plan) -> str:
                 ("the node that sends most", *_traffic(plan.estimate.node_traffic)),
             ],
         ),
-        _table(f"Time of a step, {plan.times_are}", ("phase", ">time"), _times(plan)),
-        _table(
+        text.titled_table(f"Time of a step, {plan.times_are}", ("phase", ">time"), _times(plan)),
+        text.titled_table(
             f"Others, {LABELS['peers']}: the least that they take",
             ("", ">rank", ">node", ">sent by a node", ">step"),
             list(_peers(plan)),
         ),
-        _table("Checkpoints, by formula", ("", ">value"), _saves(plan)),
+        text.titled_table("Checkpoints, by formula", ("", ">value"), _saves(plan)),
     ]
     if plan.scaling is not None:
         parts += _scaling(plan.scaling)
@@ -167,8 +164,8 @@ def _scaling(scaling: Scaling) -> list[str]:
     ]
     bucket_heads = (">nodes", ">default", ">step", ">smallest as good", ">step", ">saves a node")
     return [
-        _table("Step by number of nodes, simulated", heads, rows),
-        _table("Buckets, simulated", bucket_heads, buckets),
+        text.titled_table("Step by number of nodes, simulated", heads, rows),
+        text.titled_table("Buckets, simulated", bucket_heads, buckets),
         "\n".join(f"{name} {_stop(scaling, stop)}" for name, stop in scaling.stops_at.items()),
     ]
 
@@ -196,6 +193,11 @@ def _remarks(plan: Plan) -> Iterator[str]:
     slowest = max(kind.slowdown for kind in found.layout.kinds)
     if slowest > 1:
         yield f"Some nodes are drawn as slow, up to {slowest:g} times: all others wait for them."
+    for kind in found.layout.stragglers:
+        if kind.link_slowdown > 1:
+            yield f"One node sends {kind.link_slowdown:g} times slower: all others wait for it."
+        if kind.late_s:
+            yield f"One rank comes {text.seconds(kind.late_s)} late: all others wait for it."
     if found.node_share > 1.02:
         yield (
             f"The last node owns {found.node_share:.1f} times the average: a bucket has too few "
@@ -214,23 +216,4 @@ def _remarks(plan: Plan) -> Iterator[str]:
 
 
 def _paragraph(words: str) -> str:
-    return textwrap.fill(words, _WIDTH, break_on_hyphens=False)
-
-
-def _table(title: str, heads: Sequence[str], rows: _Rows) -> str:
-    """Format rows under a title; heads that begin with ``>`` are right-aligned."""
-    try:
-        from rich import box  # an extra, and slow to load
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return f"{title}\n{text.table(heads, rows)}"
-    made: Any = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        justify = "right" if head.startswith(">") else "left"
-        made.add_column(head.lstrip(">"), justify=justify, no_wrap=True)
-    for row in rows:
-        made.add_row(*map(text.printable, row))
-    out = io.StringIO()
-    Console(file=out, width=_WIDTH, highlight=False, markup=False).print(made)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    return textwrap.fill(words, text.WIDTH, break_on_hyphens=False)

@@ -60,8 +60,11 @@ def test_a_job_of_this_machine(run, num_ranks, tmp_path):
         assert gpus["text"] == "none; shardopt needs none."
     assert speeds["memory"][0] > 0
     calibrated = read_calibration(file)
-    assert calibrated["memory_nbytes_per_s"] == speeds["memory"][0]
+    assert calibrated["memory_nbytes_per_s"] == speeds["updates"][0] > 0
+    assert calibrated["disk_nbytes_per_s"] == speeds["disk"][0] > 0
     assert ("barrier_s" in calibrated) == (num_ranks > 1)
+    assert not {"link_nbytes_per_s", "latency_s", "message_s"} & set(calibrated)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert bool(speeds["barrier_s"][0]) == (num_ranks > 1)
     assert speeds["links"] == speeds["exchange"] == []
     assert {"launcher", "nodes", "shared memory", "/dev/shm", "write tracking", "step"} <= {
@@ -126,6 +129,7 @@ def test_gpus_that_cannot_be_used_are_a_note(run):
     assert "pip install 'shardopt[cuda" in told
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("way", ["pagemap", "compare", "magic"])
 def test_the_way_to_find_written_weights(run, way):
     job = run(1, *DOCTOR, "--quick", "--json", env={"SHARDOPT_WRITE_TRACKING": way})

@@ -1,5 +1,7 @@
 """The measurements of a job, with ranks of one machine that stand in for nodes."""
 
+from pathlib import Path
+
 import pytest
 
 
@@ -19,7 +21,7 @@ def test_rounds_pair_all_neighbours_and_no_node_twice():
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("max_nodes", [1, 2, 4])
-def test_measurements_of_any_nodes(comm, max_nodes):
+def test_measurements_of_any_nodes(comm, max_nodes, tmp_path):
     """Ranks of one machine stand in for nodes, also of unequal size."""
     from shardopt.cli.doctor.job import describe_job
     from shardopt.cli.doctor.measure import measure, plan_rounds
@@ -34,7 +36,7 @@ def test_measurements_of_any_nodes(comm, max_nodes):
     topology = Topology(comm.Dup(), node_comm, lane_comm, tuple(places), hosts)
     watch = Watch(60.0, comm.rank)
     ranks, nodes = describe_job(topology, watch)
-    speeds = measure(topology, watch, budget_s=0.2)
+    speeds = measure(topology, watch, budget_s=0.2, folder=Path(comm.bcast(str(tmp_path))))
     topology.free()
     if comm.rank:
         assert (ranks, nodes, speeds) == ((), (), None)
@@ -46,7 +48,9 @@ def test_measurements_of_any_nodes(comm, max_nodes):
     assert not any(node.sharing_problem for node in nodes)
     pairs = sorted(pair for pairs in plan_rounds(count) for pair in pairs)
     assert [link.nodes for link in speeds.links] == pairs
-    for rates in (speeds.memory, speeds.exchange or speeds.memory):
+    more = [rates for rates in (speeds.exchange, speeds.message_s) if rates]
+    assert len(more) == (2 if count > 1 else 0)
+    for rates in (speeds.memory, speeds.updates, speeds.disk, *more):
         assert len(rates) == count
         assert min(rates) > 0
     assert all(link.latency_s > 0 and link.nbytes_per_s > 0 for link in speeds.links)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shardopt.cli.doctor.finding import Level
-from shardopt.cli.doctor.speed_findings import network_seconds, update_seconds
+from shardopt.cli.doctor.speed_findings import judge_speeds, network_seconds, update_seconds
 from tests.support.doctor import judge, make_job, make_speeds
 
 
@@ -63,3 +63,22 @@ def test_the_time_of_a_step():
     one = make_job((2,))
     assert "there is one node" in judge(one, "network").text
     assert "takes at least 32.0 ms" in judge(one, "step").text
+
+
+def test_messages_that_are_dear():
+    job = make_job()
+    assert judge(job, "messages").level is Level.OK
+    dear = judge(job, "messages", make_speeds(job, message_s=(10e-6, 300e-6)))
+    assert dear.level is Level.NOTE
+    assert "300 us on h2" in dear.text
+
+
+def test_the_disk_is_judged_if_it_was_measured():
+    job = make_job()
+    slow = judge(job, "disk", make_speeds(job, disk=(2e9, 1e9)))
+    assert (slow.level, slow.text.split(",")[0]) == (Level.OK, "1.00 GB/s from h2")
+    problem = "Read-only file system in /data"
+    refused = judge(job, "disk", make_speeds(job, disk_problem=problem))
+    assert refused.level is Level.NOTE
+    assert problem in refused.text
+    assert "disk" not in {finding.topic for finding in judge_speeds(job, make_speeds(job))}

@@ -110,7 +110,21 @@ def test_speeds_from_a_calibration(capsys, tmp_path):
     assert found["memory_nbytes_per_s"] == 100e9
     assert (found["latency_s"], found["origins"]["latency_s"]) == (20e-6, "calibrated")
     lone = make_job(sizes=(2,))
-    assert set(calibrate(lone, make_speeds(lone))[0]) == {"memory_nbytes_per_s", "barrier_s"}
+    assert (found["message_s"], found["origins"]["message_s"]) == (15e-6, "calibrated")
+    lone = calibrate(lone, make_speeds(lone, disk=(2e9,), updates=(8e9,)))[0]
+    assert lone == {"memory_nbytes_per_s": 8e9, "barrier_s": 5e-6, "disk_nbytes_per_s": 2e9}
+
+
+def test_a_slow_link_and_a_late_rank_hold_up_all_others(capsys):
+    def step_s(*words):
+        return plan(capsys, *JOB, *SPEEDS, *words, "--json").json["simulated"]["step_s"]
+
+    alone = step_s()
+    assert step_s("--late-rank", "50ms") == pytest.approx(alone + 0.05, rel=1e-9)
+    assert alone < step_s("--slow-link", "2") < 2 * alone
+    text = plan(capsys, *JOB, *SPEEDS, "--slow-link", "2", "--late-rank", "50ms").stdout
+    assert "One node sends 2 times slower: all others wait for it." in text
+    assert "One rank comes 50.0 ms late: all others wait for it." in text
 
 
 def test_gpus_that_are_too_small(capsys):
@@ -132,6 +146,8 @@ def test_gpus_that_are_too_small(capsys):
         ([*JOB, *SPEEDS, "--gpu", "k80"], "--gpu must be one of"),
         ([*JOB, *SPEEDS, "--offload"], "--offload must come with --gpu"),
         ([*JOB, *SPEEDS, "--slow-nodes", "2"], "--slow-nodes must be a share"),
+        ([*JOB, *SPEEDS, "--slow-link", "0.5"], "--slow-link must be a factor >= 1"),
+        ([*JOB, *SPEEDS, "--late-rank", "soon"], "--late-rank must be"),
         ([*JOB, *SPEEDS, "--calibration", "none.json"], "none.json must be accessible"),
         (["--safetensors", "none.safetensors", *SPEEDS], "none.safetensors must be accessible"),
         (["--model", "none.py:f", *SPEEDS], "--model must be script.py:function"),

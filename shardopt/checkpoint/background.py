@@ -1,4 +1,4 @@
-"""The step listeners of checkpoints: a save in progress, and the wait for a signal."""
+"""The background work of checkpoints: a save in progress, and the wait for a signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from shardopt.checkpoint.operation import Committed, SaveOperation
-    from shardopt.core.listeners import StepListener
+    from shardopt.core.listeners import BackgroundWork
 
 
 class PendingSave:
@@ -22,20 +22,20 @@ class PendingSave:
 
     Args:
         operation: The save, which has just been started.
-        listeners: The listeners of the optimizer whose steps advance it.
+        background: The work of the optimizer whose steps advance it.
         on_done: Called at the end with the outcome, and with whether the user waits for it.
     """
 
     def __init__(
         self,
         operation: SaveOperation,
-        listeners: list[StepListener],
+        background: list[BackgroundWork],
         on_done: Callable[[Committed | CheckpointError, bool], None],
     ) -> None:
         self._operation = operation
-        self._listeners = listeners
+        self._background = background
         self._on_done = on_done
-        listeners.append(self)
+        background.append(self)
 
     def vote(self) -> int:
         """Return whether this rank's job is done."""
@@ -65,7 +65,7 @@ class PendingSave:
             outcome = error
         finally:
             if self._operation.is_over:
-                self._listeners.remove(self)
+                self._background.remove(self)
         if outcome is not None:
             self._on_done(outcome, awaited)
 
@@ -75,21 +75,21 @@ class SignalWatch:
 
     Args:
         signals: The signals, which are caught from now on.
-        listeners: The listeners of the optimizer after whose steps it tells.
+        background: The work of the optimizer after whose steps it tells.
         on_signal: Called after each step with the signal, or None.
     """
 
     def __init__(
         self,
         signals: Sequence[signal.Signals],
-        listeners: list[StepListener],
+        background: list[BackgroundWork],
         on_signal: Callable[[signal.Signals | None], None],
     ) -> None:
-        self._listeners = listeners
+        self._background = background
         self._on_signal = on_signal
         self._caught: set[int] = set()
         self._before = {number: signal.signal(number, self._catch) for number in signals}
-        listeners.append(self)
+        background.append(self)
 
     def vote(self) -> int:
         """Return the highest signal that this rank has received, negative; 0 for none."""
@@ -105,8 +105,8 @@ class SignalWatch:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
-        if self in self._listeners:
-            self._listeners.remove(self)
+        if self in self._background:
+            self._background.remove(self)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self._caught.add(number)

@@ -1,0 +1,1 @@
+"""The commands of ``python -m benchmarks`` beside the cases, one in each module."""
