@@ -6,9 +6,11 @@ points. A container may allow none of them, and a disk may be full. Then each pr
 which takes longer and changes nothing else; the first optimizer warns of it.
 """
 
+import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numba
@@ -22,12 +24,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _problems: list[str] = []
 
 
-def compiled(signature: Any = None, **options: Any) -> Callable[[_F], _F]:
+def compiled(
+    signature: Any = None, *, calls: Sequence[ModuleType] = (), **options: Any
+) -> Callable[[_F], _F]:
     """Compile a function, which will hold no GIL; see [Note: where compiled code is kept].
 
     Args:
         signature: The types to compile it for at once; None does so for each type it is called
             with.
+        calls: Other modules with functions that it calls: code is made anew if one has changed.
         **options: Of ``numba.njit``.
     """
 
@@ -36,6 +41,7 @@ def compiled(signature: Any = None, **options: Any) -> Callable[[_F], _F]:
         try:
             make_cache: Any = _Cache  # Numba's constructor has no types
             dispatcher._cache = make_cache(function)  # as its enable_caching() does
+            dispatcher._cache.watch([module.__file__ for module in calls])
         except RuntimeError as error:
             _problems.append(str(error))
         if signature is not None:
@@ -66,6 +72,12 @@ def warn_of_cache_problems(*, aloud: bool) -> None:
 
 class _Cache(FunctionCache):
     """Numba's cache of one function, which can do without its files."""
+
+    def watch(self, paths: Sequence[str]) -> None:
+        """Take code for old once one of some files has changed, beside that of the function."""
+        if paths:
+            stamps = [(status.st_mtime, status.st_size) for status in map(os.stat, paths)]
+            self._cache_file._source_stamp = (self._cache_file._source_stamp, *stamps)
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:

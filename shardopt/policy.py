@@ -23,7 +23,15 @@ class ShardPolicy:
             None loses no bit. Updated parameters are always sent as they are. On a single node
             nothing is sent.
         master_weights: Keep float32 copies of 16-bit parameters, each in the shard of its owner.
-            None and True do. There is no way without: small updates would be lost.
+            None and True do. False does without for bfloat16: each update is rounded up or down by
+            chance, so that small ones are not lost; see [Note: random numbers of updates]. float16
+            is refused then, and float32 and float64 need no copies in any case. Not on GPUs.
+        optim_bits: Bits of an element of the moments: 32, or 8 with a float32 scale for each block
+            of 256 elements; see [Note: codes of 8 bits]. A param group may have its own
+            ``optim_bits``. Parameters of fewer than 4096 elements keep theirs in float32, as do the
+            embeddings of a module that torch's ``NAdam(model)`` is given. float64 is refused. Not
+            on GPUs.
+        seed: Of all rounding by chance.
         overlap: Send gradients to other nodes while backward still computes others, if the
             framework reports when one is ready (torch does) and computes on CPUs. The bits are the
             same. See [Note: gradients sent during backward].
@@ -58,6 +66,8 @@ class ShardPolicy:
     bucket_nbytes: int | None = None
     wire_dtype: str | None = None
     master_weights: bool | None = None
+    optim_bits: int = 32
+    seed: int = 0
     overlap: bool = True
     share_node: bool | int = True
     threads: int | None = None
@@ -71,7 +81,12 @@ class ShardPolicy:
         self._require(bucket, "bucket_nbytes", "be a whole number >= 1 or None")
         wire = self.wire_dtype in (None, "bfloat16", "float16")
         self._require(wire, "wire_dtype", "be bfloat16, float16 or None")
-        self._require(self.master_weights in (None, True), "master_weights", "be True or None")
+        masters = self.master_weights is None or type(self.master_weights) is bool
+        self._require(masters, "master_weights", "be True, False or None")
+        bits = type(self.optim_bits) is int and self.optim_bits in (8, 32)
+        self._require(bits, "optim_bits", "be 8 or 32")
+        seed = type(self.seed) is int and 0 <= self.seed < 1 << 64
+        self._require(seed, "seed", "be a whole number in [0, 2**64)")
         self._require(type(self.overlap) is bool, "overlap", "be True or False")
         share = type(self.share_node) is bool or _is_count(self.share_node)
         self._require(share, "share_node", "be True, False or a whole number >= 1")

@@ -107,3 +107,30 @@ def test_a_read_only_installation(tmp_path):
     )
     assert done.stdout == "saved\n", done.stderr
     assert done.stderr.count("CompileCacheWarning") == 1
+
+
+CALLER = """
+import doubling
+from shardopt.compiling import compiled
+
+double = doubling.double
+
+@compiled(calls=(doubling,))
+def quadruple(x):
+    return double(double(x))
+
+print(quadruple(3))
+"""
+
+
+def test_code_is_made_anew_if_a_module_that_it_calls_has_changed(tmp_path):
+    (tmp_path / "quadrupling.py").write_text(CALLER, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    for factor in (2, 2, 10):
+        source = SOURCE.replace("2 * x", f"{factor} * x  # {'.' * factor}")
+        if factor != 2 or not (tmp_path / "doubling.py").exists():
+            (tmp_path / "doubling.py").write_text(source, encoding="utf-8")
+        command = [sys.executable, "-c", "import quadrupling"]
+        env = os.environ | {"PYTHONPATH": path}
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert int(run.stdout) == 3 * factor**2

@@ -2,12 +2,14 @@
 
 from benchmarks.cases import (
     checkpoint,
+    codes,
     faces,
     gpu_kernel,
     gpu_memory,
     gpu_offload,
     gpu_overhead,
     kernel,
+    loss,
     memory,
     nodes,
     offload,
@@ -22,6 +24,7 @@ from benchmarks.harness.case import Case
 
 _ON_CPUS = (
     kernel,
+    codes,
     overhead,
     step,
     training,
@@ -33,6 +36,7 @@ _ON_CPUS = (
     scaling,
     nodes,
     predict,
+    loss,
 )
 _ON_GPUS = (gpu_kernel, gpu_overhead, gpu_memory, gpu_offload)
 

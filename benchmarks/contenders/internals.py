@@ -18,6 +18,7 @@ from mpi4py import MPI
 from benchmarks.harness.placing import Bytes, FloatArray, page_aligned
 from shardopt import ShardPolicy
 from shardopt.backends.base import Kernel, Rows, UpdatePlan
+from shardopt.backends.codes import shaped
 from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.backends.cpu.memory import padded_zeros
 from shardopt.backends.devices import make_device
@@ -33,13 +34,14 @@ from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.padding import row_numel
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import state_specs
+from shardopt.layout.state_spec import FULL, StateForm, StateSpec, state_specs
 from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
 from shardopt.measure.cores import bound_to, cores_per_rank, count_cores
 from shardopt.numpy import NAdam
 from shardopt.planner.chart import Chart, Series, draw
 from shardopt.planner.work import plan_work
 from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.rounding import Chance, make_salts
 from shardopt.transport.copies import CopiesAround
 
 __all__ = [
@@ -73,15 +75,25 @@ class KernelArrays:
     state: Mapping[str, FloatArray]
 
 
-def make_arrays(numel: int, dtype: str, num_sources: int) -> KernelArrays:
+def state_form(optim_bits: int = 32, *, has_masters: bool = True) -> StateForm:
+    """Return how an optimizer keeps its state."""
+    return StateForm(optim_bits, has_masters)
+
+
+def make_arrays(numel: int, dtype: str, num_sources: int, form: StateForm = FULL) -> KernelArrays:
     """Make arrays of zeros that lie to each other as in ``shardopt.store.buffers``."""
     row = row_numel(numel, dtype)
     rows = page_aligned((1 + num_sources) * row, dtype).reshape(-1, row)
     state = {
-        spec.key: padded_zeros(numel, spec.dtype, len(rows) + i, rows[0])
-        for i, spec in enumerate(state_specs(dtype))
+        spec.key: shaped(_padded_state(numel, spec, len(rows) + i, rows[0]), spec)
+        for i, spec in enumerate(state_specs(dtype, form))
     }
     return KernelArrays(rows[1:], rows[0, :numel], state)
+
+
+def _padded_state(numel: int, spec: StateSpec, number: int, like: FloatArray) -> Any:
+    size = numel if spec.codec is None else spec.nbytes(numel)
+    return padded_zeros(size, spec.dtype, number, like)
 
 
 class BareKernel:
@@ -92,14 +104,22 @@ class BareKernel:
         num_ranks: Ranks that the gradients are averaged over.
         threads: Cores to use.
         kernel: That of the device where the arrays are; None for CPUs.
+        form: How the state is kept.
     """
 
     def __init__(
-        self, arrays: KernelArrays, num_ranks: int, threads: int, kernel: Kernel | None = None
+        self,
+        arrays: KernelArrays,
+        num_ranks: int,
+        threads: int,
+        kernel: Kernel | None = None,
+        form: StateForm = FULL,
     ) -> None:
         self._arrays, self._num_ranks = arrays, num_ranks
         self._kernel: Kernel = kernel or CpuKernel(threads)
-        self._kernel.prepare(arrays.param.dtype.name)
+        self._kernel.prepare(arrays.param.dtype.name, form=form)
+        self._full = compute_dtype(arrays.param.dtype.name)
+        self._rounds_by_chance = form.rounds_by_chance
         self._sources = Rows.of(*(row[: arrays.param.size] for row in arrays.grads))
         self._targets = Rows.of(arrays.param)
         self._span = Span(0, arrays.param.size)
@@ -110,8 +130,10 @@ class BareKernel:
         """Take one step."""
         self._step_count = self._step_count.after_step(self._hyperparams)
         row = step_coefficients(self._hyperparams, self._step_count, 1 / self._num_ranks)
-        coefficients = np.array([row], self._arrays.state["exp_avg"].dtype)
-        plan = UpdatePlan(self._span, self._segments, coefficients)
+        coefficients, chance = np.array([row], self._full), None
+        if self._rounds_by_chance:
+            chance = Chance(make_salts([1], [self._step_count.step]), np.zeros(1, np.int64))
+        plan = UpdatePlan(self._span, self._segments, coefficients, chance=chance)
         self._kernel.update(self._sources, self._targets, self._arrays.state, plan)
 
     def close(self) -> None:
@@ -295,7 +317,7 @@ def places_in_checkpoint(path: Path, opt: NAdam) -> Sequence[Place]:
         slices: Any = manifest.slices[shard.param][shard.key]
         found += [
             Place(path / manifest.files[run.file].name, run.start, run.target)
-            for run in wanted_slices(slices, shard.span, array)
+            for run in wanted_slices(slices, shard.span, shard.array, array)
             if run.target is not None
         ]
     return found

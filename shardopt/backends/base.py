@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from shardopt._typing import Array, FloatArray, IntArray
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import FULL, StateForm
+from shardopt.rule.rounding import Chance
 
 if TYPE_CHECKING:
     from shardopt.comm.node_memory.arena import Arena
@@ -86,12 +88,14 @@ class UpdatePlan:
             overlap. Only what lies within ``span`` is updated.
         coefficients: [num_cohorts, NUM_COEFFICIENTS] in the ``compute_dtype`` of the parameters.
         origin: Position 0 in the flat index space.
+        chance: What rounding by chance needs; None if nothing rounds so.
     """
 
     span: Span
     segments: IntArray
     coefficients: FloatArray
     origin: int = 0
+    chance: Chance | None = None
 
 
 class Kernel(Protocol):
@@ -108,7 +112,9 @@ class Kernel(Protocol):
     the formula's ``p`` is the master, or the parameter if it differs in any bit from the rounded
     master; see [Note: 16-bit parameters and masters]. The result is the new master and, rounded to
     the nearest with ties to even, the new parameter: a value too large for it becomes inf, and NaN
-    stays NaN.
+    stays NaN. Without masters ``p`` is the parameter, and the result is rounded by chance: to its
+    bits the upper half of the element's random number is added before the lower half of them is
+    dropped. See [Note: random numbers of updates], and [Note: codes of 8 bits] about moments.
 
     Attributes:
         piece_numel: Elements that a call should cover at least, to be worth its overhead.
@@ -116,7 +122,13 @@ class Kernel(Protocol):
 
     piece_numel: int
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
+    def prepare(
+        self,
+        dtype: str,
+        wire_dtype: str | None = None,
+        num_nodes: int = 1,
+        form: StateForm = FULL,
+    ) -> None:
         """Compile and load what a step needs, so that the first one is as fast as the others.
 
         Args:
@@ -124,6 +136,7 @@ class Kernel(Protocol):
             wire_dtype: Dtype that sums over a node are rounded to before they are sent to other
                 nodes; None on a single node.
             num_nodes: Number of nodes.
+            form: How the state is kept.
 
         Raises:
             KernelError: There is no kernel for ``dtype``.
@@ -139,8 +152,8 @@ class Kernel(Protocol):
             sources: Gradients, which are only read: in the dtype of the parameters or in their
                 ``compute_dtype``. None of them overlaps a target.
             targets: Copies of the parameters. The first is read; all are written.
-            state: Arrays that begin where the rows do, in the ``compute_dtype`` of the parameters:
-                ``exp_avg``, ``exp_avg_sq`` and, for 16-bit parameters, ``master``. Updated.
+            state: Arrays that begin where the rows do, as ``layout.state_spec`` lists them:
+                ``exp_avg``, ``exp_avg_sq`` and, for most 16-bit parameters, ``master``. Updated.
             plan: Which elements to update, and with which coefficients.
         """
         ...

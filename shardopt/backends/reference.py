@@ -2,15 +2,19 @@
 
 import ctypes
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
 from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
+from shardopt.backends.codes import SHIFT, decode, encode, part_of
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import FULL, StateForm
 from shardopt.rule.nadam import StepCoefficients
+from shardopt.rule.rounding import random_numbers
 
 
 class ReferenceKernel:
@@ -21,7 +25,13 @@ class ReferenceKernel:
     def __init__(self) -> None:
         self._poisoned = ALL_FINITE
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
+    def prepare(
+        self,
+        dtype: str,
+        wire_dtype: str | None = None,
+        num_nodes: int = 1,
+        form: StateForm = FULL,
+    ) -> None:
         """See ``Kernel.prepare``; there is nothing to do."""
 
     @np.errstate(invalid="ignore", over="ignore")  # poison is reported, not warned of
@@ -30,12 +40,18 @@ class ReferenceKernel:
     ) -> None:
         """See ``Kernel.update``."""
         grads, params = _arrays(sources), _arrays(targets)
-        for start, stop, row in plan.segments.tolist():
+        for index, (start, stop, row) in enumerate(plan.segments.tolist()):
             here = Span(start, stop).intersect(plan.span)
+            if not here:
+                continue
             coefficients = StepCoefficients(*plan.coefficients[row].astype(np.float64))
-            arrays = {key: array[here.slice] for key, array in state.items()}
-            param = params[0][here.slice]
-            _apply(coefficients, [grad[here.slice] for grad in grads], param, arrays)
+            arrays = {key: part_of(array, here) for key, array in state.items()}
+            param, chance = params[0][here.slice], np.zeros(0, np.uint32)
+            if plan.chance is not None:
+                place = int(plan.chance.places[index]) + here.start - start
+                chance = random_numbers(int(plan.chance.salts[index]), place, here.numel)
+            grad = _sum([grad[here.slice] for grad in grads])
+            _apply(coefficients, grad, param, arrays, chance)
             for other in params[1:]:
                 other[here.slice] = param
             if not np.isfinite(param).all():
@@ -81,21 +97,53 @@ def _sum(arrays: list[FloatArray]) -> NDArray[np.float64]:
 
 
 def _apply(
-    c: StepCoefficients, grads: list[FloatArray], param: FloatArray, state: Mapping[str, FloatArray]
+    c: StepCoefficients,
+    grad: FloatArray,
+    param: FloatArray,
+    state: Mapping[str, FloatArray],
+    chance: NDArray[np.uint32],
 ) -> None:
-    """Update one segment by [Note: one formula, four schedules]."""
-    exp_avg, exp_avg_sq, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
+    """Update one segment by [Note: one formula, four schedules].
+
+    Args:
+        c: The coefficients.
+        grad: The sum of the gradients.
+        param: The parameters.
+        state: Their state.
+        chance: Random numbers, [numel], if anything rounds by chance.
+    """
+    master = state.get("master")
+    kept: Any = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg, exp_avg_sq = kept
+    if is_coded := exp_avg.ndim == 2:
+        exp_avg = decode(kept[0], "signed", param.size)
+        exp_avg_sq = decode(kept[1], "unsigned", param.size)
     p = (param if master is None else _current(master, param)).astype(np.float64)
-    g = c.source_scale * _sum(grads) + c.weight_decay * p
+    g = c.source_scale * grad + c.weight_decay * p
     m = c.m_decay * exp_avg + c.m_gain * g
     v = c.beta2 * exp_avg_sq + c.v_gain * g**2
     p -= c.param_decay * p + (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
-    exp_avg[:], exp_avg_sq[:] = m, v
-    if master is None:
-        param[:] = p
+    if is_coded:
+        encode(m.astype(np.float32), kept[0], "signed")
+        encode(v.astype(np.float32), kept[1], "unsigned", chance & np.uint32((1 << SHIFT) - 1))
     else:
+        exp_avg[:], exp_avg_sq[:] = m, v
+    if master is not None:
         master[:] = p
         param[:] = master.astype(param.dtype)
+    elif param.dtype.itemsize == 2:
+        param.view(np.uint16)[:] = _rounded_by_chance(p.astype(np.float32), chance)
+    else:
+        param[:] = p
+
+
+def _rounded_by_chance(values: FloatArray, chance: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """Return values as the bits of bfloat16."""
+    bits = values.view(np.uint32)
+    moved = np.where(np.isfinite(values), bits + (chance >> 16), bits)
+    moved = np.where(np.isnan(values), bits | 0x400000, moved)
+    rounded: NDArray[np.uint16] = (moved >> 16).astype(np.uint16)
+    return rounded
 
 
 def _current(master: FloatArray, param: FloatArray) -> FloatArray:

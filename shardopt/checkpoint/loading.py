@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from shardopt.checkpoint.conversion import Conversion, form_notes
 from shardopt.checkpoint.format.fields import damaged
 from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, Slice
 from shardopt.checkpoint.format.parsing import from_text
@@ -38,8 +39,9 @@ from shardopt.checkpoint.model import NamedModel, name_params
 from shardopt.checkpoint.report import LoadReport, Restored
 from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
-from shardopt.core.sharded import HasCore, Scalars, Sharded, sharded_of
+from shardopt.core.sharded import HasCore, Scalars, Sharded, TensorShard, sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
+from shardopt.layout.state_spec import StateSpec
 from shardopt.report import tell
 from shardopt.rule.nadam import Hyperparams, StepCount
 
@@ -109,7 +111,7 @@ def load(
         except Exception:
             content.undo_first_pass()
             raise
-        _, error = attempt(lambda: reader.read(content.verify_first, num_threads))
+        _, error = attempt(lambda: content.second_pass(reader, num_threads))
         sharded.agree(_CALL, {}, error and _changed_meanwhile(error))
     for array in content.fresh:
         array[...] = 0
@@ -191,6 +193,7 @@ class _Content:
             that must be verified before they are read.
         overwrite: Likewise, those that may be read at once; see
             [Note: nothing changes before all is verified].
+        converted: Likewise, those that are kept in another form here.
         fresh: The state that starts anew.
         stays: For each parameter whether it stays as it is.
     """
@@ -204,12 +207,20 @@ class _Content:
     stays: Sequence[bool]
     verify_first: list[Wanted] = field(default_factory=list)
     overwrite: list[Wanted] = field(default_factory=list)
+    converted: list[Conversion] = field(default_factory=list)
     fresh: list[Any] = field(default_factory=list)
 
     def first_pass(self) -> list[Wanted]:
         """Return all requests, none of which overwrites what cannot be restored."""
-        verify = [Wanted(each.start, each.stop, each.file) for each in self.verify_first]
+        later = [*self.verify_first, *(w for each in self.converted for w in each.wanted())]
+        verify = [Wanted(each.start, each.stop, each.file) for each in later]
         return [*verify, *self.overwrite]
+
+    def second_pass(self, reader: Reader, num_threads: int) -> None:
+        """Read what has been verified."""
+        reader.read(self.verify_first, num_threads)
+        for each in self.converted:
+            each.read(reader, num_threads)
 
     def undo_first_pass(self) -> None:
         """Zero what the first pass has overwritten."""
@@ -248,6 +259,8 @@ def _match(
     if (problem := named.problem) is not None:
         notes.append(problem)
     restored, notes_of_scalars = _restored_scalars(scalars, reader, found, options)
+    if options.only is None:
+        notes += form_notes(manifest, found, scalars)
     content = _Content(
         scalars=restored,
         extra=extra,
@@ -284,16 +297,19 @@ def _plan_reads(
         source = found.params[shard.param]
         if source is None:
             continue
-        slices = _slices(manifest, source, shard.key)
+        spec, slices = _slices(manifest, source, shard)
         is_value = shard.key in (PARAM_KEY, _MASTER_KEY)
         if slices is None or not (everything or is_value):
             content.fresh.append(array)  # a master of zero follows the parameter
+            continue
+        if spec.codec != shard.array.codec:
+            content.converted.append(Conversion(slices, shard.span, spec, shard.array, array))
             continue
         may_overwrite = shard.key != PARAM_KEY and (
             is_untouched or (never_stepped and _is_zero(array))
         )
         requests = content.overwrite if may_overwrite else content.verify_first
-        requests += wanted_slices(slices, shard.span, array)
+        requests += wanted_slices(slices, shard.span, spec, array)
 
 
 def _is_zero(array: Array) -> bool:
@@ -301,16 +317,22 @@ def _is_zero(array: Array) -> bool:
     return not array.view(np.uint8).max(initial=0)
 
 
-def _slices(manifest: Manifest, source: Source, key: str) -> Sequence[Slice] | None:
-    """Return where a tensor lies, or None if the checkpoint does not have it."""
+def _slices(
+    manifest: Manifest, source: Source, shard: TensorShard
+) -> tuple[StateSpec, Sequence[Slice] | None]:
+    """Return how a tensor is kept, and where it lies; None if the checkpoint does not have it."""
+    key, here = shard.key, shard.array
     if source.param is not None:
-        return manifest.slices[source.param][key]
+        entry = manifest.params[source.param]
+        if key not in entry.tensors:
+            return here, None
+        return entry.spec_of(key), manifest.slices[source.param][key]
     place = array_place(source.value)
     if key != PARAM_KEY or place is None:
-        return None
+        return here, None
     file, index = place
-    entry = manifest.files[file].arrays[index]
-    return [Slice(0, entry.numel, file, entry.offset)]
+    array = manifest.files[file].arrays[index]
+    return here, [Slice(0, array.numel, file, array.offset)]
 
 
 def _read_value(reader: Reader, source: Source, revive: Reviver) -> Any:

@@ -28,8 +28,10 @@ from shardopt.checkpoint.staging import StagedImage
 from shardopt.checkpoint.tensors import store
 from shardopt.core.sharded import Scalars, Sharded, TensorShard
 from shardopt.errors import CheckpointError, CheckpointWarning
+from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
 from shardopt.report import tell
+from shardopt.rule.rounding import key_of
 
 PER_RANK = "per_rank"
 
@@ -169,7 +171,10 @@ def _item(shard: TensorShard, param: str) -> Item:
     bucket = shard.bucket_span
     part = None if bucket == Span(0, shard.spec.numel) else bucket
     name = tensor_name(param, shard.key, part)
-    return Item(name, shard.dtype, shard.span.within(bucket))
+    span = shard.span.within(bucket)
+    if shard.array.codec is not None:
+        span = shard.array.bytes_of(span)
+    return Item(name, shard.array.dtype, span)
 
 
 @dataclass(frozen=True)
@@ -296,9 +301,23 @@ def _merge(
 
 def _param_entries(names: Sequence[str], scalars: Scalars) -> tuple[ParamEntry, ...]:
     return tuple(
-        ParamEntry(name, spec.dtype, spec.shape, spec.group, count.step, count.mu_product)
+        ParamEntry(
+            name,
+            spec.dtype,
+            spec.shape,
+            spec.group,
+            count.step,
+            count.mu_product,
+            spec.form,
+            chance_of(spec, scalars.seed),
+        )
         for name, spec, count in zip(names, scalars.params, scalars.step_counts, strict=True)
     )
+
+
+def chance_of(spec: ParamSpec, seed: int) -> str:
+    """Return ``ParamEntry.chance`` of a parameter."""
+    return f"{key_of(spec.name, seed):016x}" if spec.form.rounds_by_chance else ""
 
 
 def _versions() -> dict[str, str]:

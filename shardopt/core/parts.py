@@ -23,6 +23,7 @@ from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
 from shardopt.overlap.backward import Overlap, make_overlap
 from shardopt.params.adapter import Adapter
+from shardopt.params.forms import FormRules
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.policy import ShardPolicy
@@ -228,7 +229,8 @@ def make_parts(
         residence, device = _make_residence(device, host, consensus, offload=offload)
         backend = residence.backend
         memory = Memory(place, arena, residence)
-        registry = Registry(adapter, layout, residence.holder, device)
+        rules = FormRules(policy.optim_bits, policy.master_weights)
+        registry = Registry(adapter, layout, residence.holder, device, rules)
         copies = make_copies(topology, memory)
         sync = make_sync(topology, backend, copies, collectives, policy.wire_dtype, trace)
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
@@ -242,7 +244,7 @@ def make_parts(
         backend=backend,
         memory=memory,
         registry=registry,
-        rule=Cohorts(layout),
+        rule=Cohorts(layout, policy.seed),
         sync=sync,
         overlap=overlap,
         clipping=Clipping(max_grad_norm, policy, memory, sends_float16),

@@ -121,9 +121,10 @@ class Regrouping:
         self._states.check_added(planned)
         node_size, num_nodes = parts.topology.node_size, parts.topology.num_nodes
         several = num_nodes > 1
-        for dtype in {planned.partition.params[index].spec.dtype for index in planned.added}:
+        specs = [planned.partition.params[index].spec for index in planned.added]
+        for dtype, form in {(spec.dtype, spec.form) for spec in specs}:
             wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
-            parts.backend.kernel.prepare(dtype, wire, num_nodes)
+            parts.backend.kernel.prepare(dtype, wire, num_nodes, form)
         return planned
 
     def _prepare(

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from shardopt._typing import FloatArray
+from shardopt.backends.codes import part_of
 from shardopt.comm.consensus import Description
 from shardopt.core.listeners import BackgroundWork
 from shardopt.core.optimizer import Optimizer
@@ -14,7 +15,7 @@ from shardopt.core.state_dict import has_entry
 from shardopt.errors import CheckpointError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import PARAM_KEY, state_specs
+from shardopt.layout.state_spec import PARAM_KEY, StateSpec
 from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group, group_values
 from shardopt.params.model import ModelContent
@@ -39,7 +40,7 @@ class TensorShard:
         param: Index of the parameter.
         spec: The parameter.
         key: ``PARAM_KEY``, or the name of the array in state dicts, such as ``exp_avg``.
-        dtype: NumPy's name for the type of the elements.
+        array: How its elements are kept.
         span: The elements owned, counted within the flattened parameter.
         bucket_span: The elements of the parameter in the same bucket, which include the span.
         region: Index of the memory that the elements live in.
@@ -49,7 +50,7 @@ class TensorShard:
     param: int
     spec: ParamSpec
     key: str
-    dtype: str
+    array: StateSpec
     span: Span
     bucket_span: Span
     region: int
@@ -66,6 +67,7 @@ class Scalars:
         groups: The values of each param group, without its parameters.
         num_steps: Calls of ``step()`` so far.
         loss_scale: The loss scale of the last of them.
+        seed: Of rounding by chance.
     """
 
     params: Sequence[ParamSpec]
@@ -73,6 +75,7 @@ class Scalars:
     groups: Sequence[Group]
     num_steps: int
     loss_scale: float
+    seed: int = 0
 
     def saved_groups(self) -> tuple[list[Group], dict[str, str]]:
         """Return the groups as files can hold them.
@@ -132,7 +135,10 @@ class Sharded(Protocol):
         ...
 
     def arrays(self, tensors: Sequence[TensorShard]) -> list[FloatArray]:
-        """Return the elements of each of ``tensors``, flat, in node memory; see ``open``."""
+        """Return the elements of each of ``tensors`` in node memory; see ``open``.
+
+        They are flat; what has codes is the bytes of its blocks.
+        """
         ...
 
     def open(self) -> None:
@@ -278,9 +284,9 @@ class ShardedOptimizer:
         for buffers in self._core.parts.memory.buffers:
             runs = list(self._runs(buffers))
             tensors += [shard for shard, _ in runs]
-            for spec in state_specs(buffers.region.dtype):
+            for spec in buffers.region.state:
                 tensors += [
-                    replace(shard, key=spec.key, dtype=spec.dtype, local=in_state)
+                    replace(shard, key=spec.key, array=spec, local=in_state)
                     for shard, in_state in runs
                 ]
         return tensors
@@ -292,7 +298,9 @@ class ShardedOptimizer:
             {PARAM_KEY: buffers.params, **memory.state.arrays(index)}
             for index, buffers in enumerate(memory.buffers)
         ]
-        return [wholes[shard.region][shard.key][shard.local.slice] for shard in tensors]
+        return [
+            part_of(wholes[shard.region][shard.key], shard.local).reshape(-1) for shard in tensors
+        ]
 
     def open(self) -> None:
         """See ``Sharded``."""
@@ -318,6 +326,7 @@ class ShardedOptimizer:
             groups=[group_values(group) for group in core.param_groups],
             num_steps=core.last_step.step,
             loss_scale=core.last_step.loss_scale,
+            seed=core.policy.seed,
         )
 
     def restore(self, scalars: Scalars) -> None:
@@ -381,7 +390,7 @@ class ShardedOptimizer:
                         param=index,
                         spec=param.spec,
                         key=PARAM_KEY,
-                        dtype=region.dtype,
+                        array=StateSpec(PARAM_KEY, region.dtype),
                         span=span,
                         bucket_span=bucket.intersect(param).within(param),
                         region=shard.region,

@@ -8,7 +8,7 @@ from shardopt.comm.consensus import attempt
 from shardopt.core.state_dict import OptimizerState, gather_state, part_warning
 from shardopt.core.state_loading import load_state, plan_load
 from shardopt.core.state_parsing import parse_state
-from shardopt.errors import CheckpointError
+from shardopt.errors import CheckpointError, CheckpointWarning
 from shardopt.params.group_values import saved_values
 from shardopt.report import tell
 
@@ -158,11 +158,13 @@ class StateCalls:
         self._core.enter_call(call, same)
         self._core.settle(changes.without_edits())
         self._core.parts.residence.bring_home(params=False, state=True)  # some may be in place
-        load_state(loaded, plan, self._state, collectives, step)
+        was_rounded = load_state(loaded, plan, self._state, collectives, step)
         self._core.params.show_loaded(step, params=False, state=True)
         if loaded is None or not loaded.is_in_place or plan.step_counts != self._core.step_counts:
             self._core.parts.rule.set_step_counts(plan.step_counts)
         self._core.continue_with(plan.groups, self._core.last_step.without_poison())
+        if was_rounded:
+            tell(_ROUNDED, aloud=self._core.topology.rank == 0)
 
     def release(self) -> None:
         """Leave users with what they hold; see ``StateView.release``."""
@@ -179,3 +181,9 @@ class StateCalls:
             core.parts.registry.adapter,
             core.parts.residence.holder,
         )
+
+
+_ROUNDED = CheckpointWarning(
+    "load_state_dict() has rounded moments to 8 bits, as policy or param groups say optim_bits=8: "
+    "training does not go on bit for bit. Set optim_bits=32 to keep all bits."
+)

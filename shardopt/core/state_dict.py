@@ -18,11 +18,11 @@ from mpi4py import MPI
 
 from shardopt._typing import FloatArray
 from shardopt.backends.base import Backend, is_on_device
+from shardopt.backends.codes import part_of, shaped, values_of
 from shardopt.comm.collectives import Collectives
 from shardopt.errors import PartialStateWarning
 from shardopt.layout.partition import Partition, Shard
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import state_specs
 from shardopt.params.adapter import Adapter
 from shardopt.params.groups import Group
 from shardopt.rule.nadam import Hyperparams, StepCount
@@ -80,12 +80,12 @@ class OptimizerState:
 
         Yields:
             Index of the parameter; the part, a span of the flattened parameter; for each key of
-            the state the part of its array.
+            the state the part of its array, which may have codes.
         """
         for region, buffers in enumerate(self.memory.buffers):
             arrays = self.memory.state.arrays(region)
             for index, span, local in self.partition.owned_params(buffers.shards):
-                yield index, span, {key: array[local.slice] for key, array in arrays.items()}
+                yield index, span, {key: part_of(array, local) for key, array in arrays.items()}
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
         """Return an entry that a user has, as arrays on the host; see ``Adapter.read_entry``."""
@@ -150,7 +150,7 @@ def gather_state(
     wholes: list[dict[str, FloatArray]] = []
     if rank == root:
         wholes = [
-            {each.key: np.zeros(param.numel, each.dtype) for each in state_specs(param.spec.dtype)}
+            {each.key: np.zeros(param.numel, each.value_dtype) for each in param.spec.state}
             for param in params
         ]
     places = collectives.topology.places
@@ -159,17 +159,21 @@ def gather_state(
         collectives.allreduce(np.zeros(1), MPI.MAX, step, call)
         source = root if places[root][0] == node else places.index((node, 0))
         for region in range(len(state.partition.regions)):
+            specs = {spec.key: spec for spec in state.partition.regions[region].state}
             for key, own in state.memory.state.arrays(region).items():
                 if rank == source != root:
-                    collectives.send(own, root, step, call)
+                    collectives.send(own.reshape(-1), root, step, call)
                 if rank != root:
                     continue
                 shards, array = state.partition.node_shards(node, region), own
                 if source != root:
-                    array = np.empty(state.partition.node_numel(node, region), own.dtype)
-                    collectives.receive(array, source, step, call)
+                    numel = state.partition.node_numel(node, region)
+                    flat = np.empty(specs[key].nbytes(numel), np.uint8).view(own.dtype)
+                    collectives.receive(flat, source, step, call)
+                    array = shaped(flat, specs[key])
                 for index, span, local in state.partition.owned_params(shards):
-                    wholes[index][key][span.slice] = array[local.slice]
+                    values = values_of(part_of(array, local), specs[key], span.numel)
+                    wholes[index][key][span.slice] = values
     return _whole_state(state, wholes) if rank == root else None
 
 

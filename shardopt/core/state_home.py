@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.backends.codes import part_of, values_of
 from shardopt.core.parts import Parts
 from shardopt.core.state_dict import OptimizerState, StatePart, state_parts
 from shardopt.core.state_edits import EDIT_KEYS
 from shardopt.errors import CheckpointError
 from shardopt.layout.partition import Shard
+from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY
 from shardopt.params.writes import UserWrites, Written, describe
 
@@ -78,16 +80,26 @@ class StateAtHome:
     def arrays(self, index: int) -> dict[str, FloatArray]:
         """Return what this rank shows of the state of a parameter, flat.
 
-        These are new views of the node's part; copies where each rank has a part of its own.
+        These are new views of the node's part; copies where each rank has a part of its own. Of
+        what has codes they are copies of its values; see [Note: states of 8 bits].
         """
         part, state = self.places()[index], self._parts.memory.state
         if self._parts.residence.reaches_state:
-            place = part.places[0].slice if part.places else slice(0)
-            return {key: array[place] for key, array in state.own_arrays(part.region).items()}
-        return {
+            specs = self._parts.registry.partition.regions[part.region].state
+            numel = sum(run.numel for run in part.runs)
+            arrays = self.kept(index)
+            return {spec.key: values_of(arrays[spec.key], spec, numel) for spec in specs}
+        return {  # on devices, where nothing has codes
             key: np.concatenate([array[:0], *(array[place.slice] for place in part.places)])
             for key, array in state.arrays(part.region).items()
         }
+
+    def kept(self, index: int) -> dict[str, FloatArray]:
+        """Return views of the node's part of the state of a parameter, as it is kept."""
+        part, state = self.places()[index], self._parts.memory.state
+        place = part.places[0] if part.places else Span(0, 0)
+        own = state.own_arrays(part.region)
+        return {key: part_of(array, place) for key, array in own.items()}
 
     def places(self) -> list[StatePart]:
         """Return what this rank shows of the state of each parameter."""

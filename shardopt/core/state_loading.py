@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
+from mpi4py import MPI
 
 from shardopt._typing import FloatArray
+from shardopt.backends.codes import put_values, values_of
 from shardopt.comm.collectives import Collectives
 from shardopt.core.state_dict import OptimizerState
 from shardopt.core.state_parsing import LoadedState, Piece, require
 from shardopt.layout.partition import ParamSpec, Partition
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import state_specs
 from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group
 from shardopt.rule.nadam import StepCount
@@ -120,15 +121,19 @@ def load_state(
     state: OptimizerState,
     collectives: Collectives,
     step: int,
-) -> None:
+) -> bool:
     """Put this rank's part of a state in place, wherever it comes from.
 
-    Collective: every rank, if the plan has senders.
+    Collective: every rank, if the plan has senders or some state is kept as codes.
+
+    Returns:
+        Whether values had to be rounded to codes.
     """
     rank = collectives.topology.rank
     owned: dict[int, list[tuple[Span, Mapping[str, FloatArray]]]] = {}
     for index, span, arrays in state.owned():
         owned.setdefault(index, []).append((span, arrays))
+    was_rounded = False
     has_all = loaded is not None and (loaded.is_whole or not plan.senders)
     for index, param in enumerate(state.partition.params):
         pieces = []
@@ -143,7 +148,10 @@ def load_state(
             piece = _exchange(own, param.spec, runs, sender, collectives, step)
             pieces += [] if has_all else [piece]
         for span, arrays in owned.get(index, ()):
-            _put(pieces, span, arrays)
+            was_rounded |= _put(pieces, span, param.spec, arrays)
+    if not any(region.form.optim_bits == 8 for region in state.partition.regions):
+        return False
+    return bool(collectives.allreduce(np.array([float(was_rounded)]), MPI.MAX, step, _CALL)[0])
 
 
 def _exchange(
@@ -156,21 +164,24 @@ def _exchange(
 ) -> Piece:
     """Send what one rank has of a parameter to all others. Collective."""
     numel, arrays = sum(run.numel for run in runs), {}
-    for each in state_specs(spec.dtype):
-        array = np.empty(numel, each.dtype) if own is None else own.arrays[each.key]
+    for each in spec.state:
+        array = np.empty(numel, each.value_dtype) if own is None else own.arrays[each.key]
         if numel:
             collectives.bcast(np.ascontiguousarray(array), sender, step, _CALL)
         arrays[each.key] = array
     return Piece(runs, arrays)
 
 
-def _put(pieces: Sequence[Piece | None], span: Span, arrays: Mapping[str, FloatArray]) -> None:
-    """Copy a span of a parameter out of pieces of its state."""
+def _put(
+    pieces: Sequence[Piece | None], span: Span, spec: ParamSpec, arrays: Mapping[str, FloatArray]
+) -> bool:
+    """Copy a span of a parameter out of pieces of its state; return if it had to be rounded."""
     found = [piece for piece in pieces if piece is not None]
     if not found:  # it has never stepped
         for array in arrays.values():
             if array.any():  # pages that nobody has written to take no memory
                 array[:] = 0
+    values = {each.key: values_of(arrays[each.key], each, span.numel) for each in spec.state}
     for piece in found:
         start = 0
         for run in piece.runs:
@@ -180,7 +191,14 @@ def _put(pieces: Sequence[Piece | None], span: Span, arrays: Mapping[str, FloatA
             if not part:
                 continue
             for key in arrays.keys() - piece.in_place:
-                arrays[key][part.index_in(span)] = piece.arrays[key][source.slice]
+                values[key][part.index_in(span)] = piece.arrays[key][source.slice]
+    was_rounded = False
+    for each in spec.state:
+        if each.codec is not None and found:
+            put_values(arrays[each.key], each, values[each.key])
+            kept = values_of(arrays[each.key], each, span.numel)
+            was_rounded |= not np.array_equal(kept, values[each.key], equal_nan=True)
+    return was_rounded
 
 
 def _digest(value: object) -> int:

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
+ON_DEMAND: Any = object()
+"""In an entry, stands for a value that ``Owner.show`` returns."""
+
 ABSENT: Any = object()
 """Returned by ``State.peek`` for a parameter that has no entry."""
 
@@ -14,8 +17,12 @@ class Owner(Protocol):
         """Update the step counts in entries, and which entries there are."""
         ...
 
-    def show(self, key: Any) -> None:
-        """Update a value in all entries that is about to be read."""
+    def show(self, param: Any, key: Any) -> Any:
+        """Update a value in all entries that is about to be read.
+
+        Returns:
+            The value of a parameter's entry if it is one on demand, else None.
+        """
         ...
 
     def entry_of(self, param: Any) -> "Entry":
@@ -95,14 +102,14 @@ class Entry(_Watched):
         self._owner, self._param, self._missing = owner, param, missing
 
     def __getitem__(self, key: str) -> Any:
-        if self._owner is not None:
-            self._owner.show(key)
+        shown = None if self._owner is None else self._owner.show(self._param, key)
         try:
-            return dict.__getitem__(self, key)
+            value = dict.__getitem__(self, key)
         except KeyError:
             if self._missing is None:
                 raise
             raise KeyError(f"no {key!r} here: {self._missing}") from None
+        return shown if value is ON_DEMAND else value
 
     def __setitem__(self, key: str, value: Any) -> None:
         dict.__setitem__(self, key, value)
@@ -129,6 +136,8 @@ class Entry(_Watched):
 
     def detach(self) -> None:
         """Make it a dict like any other, with the values that it has."""
+        if any(dict.__getitem__(self, key) is ON_DEMAND for key in self):
+            dict.update(self, self.copy())
         self._owner = None
 
     def _note_write(self) -> None:

@@ -5,10 +5,11 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
+from shardopt.core.array_memory import overlaps_any
 from shardopt.core.parts import Parts
 from shardopt.core.state_mapping import ABSENT, Entry
 from shardopt.core.state_parsing import require
-from shardopt.core.state_view import StateView, overlaps_any
+from shardopt.core.state_view import StateView
 from shardopt.params.planning import PlannedGroups
 
 _ANEW = (

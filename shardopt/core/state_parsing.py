@@ -13,7 +13,7 @@ from shardopt.errors import CheckpointError, HyperparamsError
 from shardopt.layout.dtypes import is_floating
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import StateSpec, state_specs
+from shardopt.layout.state_spec import StateSpec
 from shardopt.params.groups import Group, group_values
 from shardopt.params.writes import Written
 from shardopt.rule.nadam import Hyperparams, StepCount
@@ -160,12 +160,12 @@ def _parse_ids(groups: Sequence[Mapping[str, Any]]) -> list[Hashable]:
 
 def _parse_piece(entry: Mapping[str, Any], spec: ParamSpec, *, is_whole: bool) -> Piece:
     """Check one parameter's entry."""
-    specs = state_specs(spec.dtype)
+    specs = spec.state
     present = [array for array in specs if not array.is_optional or array.key in entry]
     keys = {*_SCALARS, *(array.key for array in present)}
     keys |= set() if is_whole else {"slices"}
     rule = f"have the keys {', '.join(sorted(keys))}"
-    got = set(entry) - {"master"} | (keys & {"master"})  # only 16-bit parameters use masters
+    got = set(entry) - {"master"} | (keys & {"master"})  # not all parameters use masters
     require(got == keys, f"state of {spec.name!r}", rule, sorted(entry), _OTHER_MODEL)
     runs: tuple[Span, ...] = (Span(0, spec.numel),)
     shape = spec.shape
@@ -175,7 +175,7 @@ def _parse_piece(entry: Mapping[str, Any], spec: ParamSpec, *, is_whole: bool) -
     arrays = {
         each.key: parse_array(entry[each.key], each, spec.name, shape)
         if each in present
-        else np.zeros(sum(run.numel for run in runs), each.dtype)
+        else np.zeros(sum(run.numel for run in runs), each.value_dtype)
         for each in specs
     }
     return Piece(runs, arrays)
@@ -198,7 +198,7 @@ def parse_array(value: Any, spec: StateSpec, name: str, shape: tuple[int, ...]) 
     array, what = np.asarray(value), f"{spec.key} of {name!r}"
     require(is_floating(array.dtype), what, "be floating point", array.dtype, _OTHER_MODEL)
     require(array.shape == shape, what, f"have shape {shape}", array.shape, _OTHER_MODEL)
-    flat: FloatArray = array.reshape(-1).astype(spec.dtype, copy=False)
+    flat: FloatArray = array.reshape(-1).astype(spec.value_dtype, copy=False)
     return flat
 
 

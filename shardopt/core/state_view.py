@@ -1,13 +1,16 @@
 """The optimizer state as users see it: views to read, and writes that the next step takes over."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.backends.codes import put_values
+from shardopt.core.array_memory import is_same_memory, overlaps_any
 from shardopt.core.parts import Parts
 from shardopt.core.shown_counts import ShownCounts
+from shardopt.core.state_copies import DecodedCopies
 from shardopt.core.state_dict import (
     PART_KEY,
     OptimizerState,
@@ -24,11 +27,10 @@ from shardopt.core.state_edits import (
     number_of,
 )
 from shardopt.core.state_home import StateAtHome
-from shardopt.core.state_mapping import ABSENT, Entry, State
+from shardopt.core.state_mapping import ABSENT, ON_DEMAND, Entry, State
 from shardopt.core.state_parsing import parse_array, parse_step_count, require
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.layout.partition import ParamSpec
-from shardopt.layout.state_spec import state_specs
 from shardopt.params.groups import Group
 from shardopt.params.writes import UserWrites, Written
 from shardopt.rule.nadam import Hyperparams, StepCount
@@ -59,6 +61,7 @@ class StateView:
         self.notes = StateNotes()
         self._step_counts: tuple[int, list[StepCount]] = -1, []
         self._handed_out = HandedOut()
+        self._copies = DecodedCopies()
 
     # -- what users see ----------------------------------------------------------------------------
 
@@ -84,11 +87,43 @@ class StateView:
                 if self.stored.peek(binding.param) is ABSENT:
                     self.stored.put(binding.param, None)
 
-    def show(self, key: Any) -> None:
+    def show(self, param: Any, key: Any) -> Any:
         """See ``state_mapping.Owner``."""
         self.refresh()
-        if key not in COUNT_KEYS:
-            self.home.bring()
+        if key in COUNT_KEYS:
+            return None
+        self.home.bring()
+        registry = self._parts.registry
+        index = registry.index_of(param)
+        if index is None or not self.home.is_whole:
+            return None
+        spec = registry.partition.params[index].spec
+        if not any(each.key == key and each.codec for each in spec.state):
+            return None
+        return self._as_shown(index, key, self.home.arrays(index)[key], spec.shape)
+
+    def _as_shown(
+        self, index: int, key: str, array: FloatArray, shape: tuple[int, ...] | None
+    ) -> Any:
+        """Return an array of the state of a parameter as its framework has it.
+
+        Args:
+            index: Number of the parameter.
+            key: Name of the array.
+            array: The array, flat.
+            shape: That it is to have; None for a part of it.
+        """
+        registry, version = self._parts.registry, self._parts.rule.version
+        spec = registry.partition.params[index].spec
+        is_copy = any(each.key == key and each.codec for each in spec.state)
+        if is_copy and (found := self._copies.find(index, key, version)) is not None:
+            return found
+        like = None if shape is None else registry.bindings[index].param
+        shaped = array if shape is None else array.reshape(shape)
+        value = registry.adapter.from_array(shaped, like)
+        if is_copy:
+            self._copies.add(index, key, spec, value, array)
+        return value
 
     def rearrange(self, moves: Mapping[int, int]) -> None:
         """Follow parameters to their new numbers.
@@ -96,6 +131,7 @@ class StateView:
         Args:
             moves: The new number of each parameter that stays, by the number so far.
         """
+        self._copies.forget()
         self.counts.rearrange(moves)
         self.notes.rearrange(moves)
         self._shown, self._step_counts = None, (-1, [])
@@ -182,15 +218,14 @@ class StateView:
 
     def _shown_entry(self, index: int, count: StepCount, state: OptimizerState) -> StateDict:
         """Return the entry of a parameter in a state dict."""
-        param, entry = self._parts.registry.bindings[index].param, state.new_entry(count)
+        entry = state.new_entry(count)
         shape = None
         if self.home.is_whole:
             shape = state.partition.params[index].spec.shape
         else:
             entry["slices"] = [(run.start, run.stop) for run in self.home.places()[index].runs]
         for key, array in self.home.arrays(index).items():
-            shaped = array if shape is None else array.reshape(shape)
-            entry[key] = state.adapter.from_array(shaped, None if shape is None else param)
+            entry[key] = self._as_shown(index, key, array, shape)
             self._handed_out.add(entry[key], self._parts.rule.version)
         return entry
 
@@ -220,7 +255,7 @@ class StateView:
                 f"of step {step}, whose arrays show step {present} by now. Take a deepcopy when "
                 "you save it: copy.deepcopy(opt.state_dict())."
             )
-        is_in_place = _is_same(array, self.home.arrays(part.param)[part.key])
+        is_in_place = is_same_memory(array, self.home.arrays(part.param)[part.key])
         return array if is_in_place else array.copy(), is_in_place
 
     # -- what users have done ----------------------------------------------------------------------
@@ -235,6 +270,7 @@ class StateView:
             CheckpointError: An entry has been changed into something else.
         """
         registry = self._parts.registry
+        self._copies.require_unwritten()
         if self.stored is None:
             return {}
         if self.notes.dirty or self.notes.surplus:
@@ -289,13 +325,15 @@ class StateView:
     def _values(self, index: int) -> dict[str, Any]:
         """Return the values of an entry."""
         registry = self._parts.registry
-        adapter, param = registry.adapter, registry.bindings[index].param
+        adapter = registry.adapter
         counts = self.counts.values(index)
         values = {key: adapter.from_array(count, None) for key, count in counts.items()}
         if self.home.is_whole:
-            shape = registry.partition.params[index].spec.shape
-            for key, array in self.home.arrays(index).items():
-                values[key] = adapter.from_array(array.reshape(shape), param)
+            spec, kept = registry.partition.params[index].spec, self.home.kept(index)
+            for each in spec.state:
+                values[each.key] = ON_DEMAND
+                if each.codec is None:
+                    values[each.key] = self._as_shown(index, each.key, kept[each.key], spec.shape)
         return values
 
     def _take_over(self, mapping: State) -> None:
@@ -318,13 +356,18 @@ class StateView:
             self.home.bring()  # what is left alone is to be as it is there
         views = [piece.view for _, piece in self._parts.memory.pieces]
         copies = [  # before anything is written, as they may be views of one another
-            (self.home.arrays(index)[key], new.copy() if overlaps_any(new, views) else new)
+            (kept[each.key], each, new.copy() if overlaps_any(new, views) else new)
             for index, (_, arrays) in changed.items()
-            for key, new in arrays.items()
-            if not _is_same(new, self.home.arrays(index)[key])
+            for kept in [self.home.kept(index)]
+            for each in registry.partition.params[index].spec.state
+            if each.key in arrays
+            for new in [arrays[each.key]]
+            if not is_same_memory(new, kept[each.key])
         ]
-        for array, new in copies:
-            array[:] = new
+        for array, each, new in copies:
+            put_values(array, each, new)
+        if copies:
+            self._copies.forget()
         for index, (numbers, _) in changed.items():
             counts = self.counts.values(index)
             for key, number in numbers.items():
@@ -343,7 +386,7 @@ class StateView:
     ) -> tuple[Mapping[str, float], dict[str, FloatArray]]:
         """Return the step count of an entry that a user has put together, and its arrays, flat."""
         state = self.home.state
-        specs = state_specs(spec.dtype) if self.home.is_whole else ()
+        specs = spec.state if self.home.is_whole else ()
         name, keys = f"opt.state of {spec.name!r}", [*COUNT_KEYS, *(each.key for each in specs)]
         rule = f"be a dict with the keys {', '.join(keys)}"
         is_dict = isinstance(entry, Mapping)
@@ -378,18 +421,3 @@ class StateView:
                     int(number) if is_step else step, mu_product if is_step else number
                 )
         return counts
-
-
-def _is_same(left: FloatArray, right: FloatArray) -> bool:
-    """Whether two flat arrays are the same memory."""
-    address = left.__array_interface__["data"], left.strides, left.shape
-    return left.dtype == right.dtype and address == (
-        right.__array_interface__["data"],
-        right.strides,
-        right.shape,
-    )
-
-
-def overlaps_any(array: FloatArray, others: Sequence[Any]) -> bool:
-    """Whether an array may share memory with one of several."""
-    return any(np.may_share_memory(array, other) for other in others)

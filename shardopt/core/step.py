@@ -235,7 +235,8 @@ class Step:
         """Return the segments and coefficients of a shard in this step."""
         rule, dtype = self._parts.rule, compute_dtype(shard.plan.buffers.region.dtype)
         segments, coefficients = rule.segments(shard.shard), rule.coefficients(dtype)
-        return UpdatePlan(shard.span, segments, coefficients, shard.shard.start)
+        chance = rule.chance(shard.shard)
+        return UpdatePlan(shard.span, segments, coefficients, shard.shard.start, chance)
 
     def _first_poisoned(self) -> int:
         """Return the first parameter that updates are known to have made inf or NaN."""

@@ -16,7 +16,7 @@ from shardopt.errors import CheckpointError, PartialStateWarning, StaleStateWarn
 from shardopt.jax.adapter import Leaf, require_untraced
 from shardopt.jax.arrays import aligned_copy
 from shardopt.jax.optimizer import Inputs
-from shardopt.layout.state_spec import state_specs
+from shardopt.layout.state_spec import StateSpec, state_specs
 from shardopt.report import tell
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class Residence:
             if not _are_all(leaves, [*counts, self._token()], _is_same):
                 raise CheckpointError(_NOT_PRESENT)
             return None
-        kept, entries = _kept_entries(fields, self.opt.leaves[:num_params]), self._entries()
+        kept = _kept_entries(fields, self._specs(self.opt.leaves[:num_params]))
+        entries = self._entries()
         views = self._views(entries, num_params)
         pairs = [*zip(fields[:2], self._counts(num_params, entries), strict=True)]
         for entry, view in zip(kept, views, strict=True):
@@ -220,15 +221,27 @@ class Residence:
     def _views(self, entries: Sequence[Any], num_params: int) -> list[dict[str, FloatArray]]:
         """Return views of the arrays of each parameter's state, in its shape; on one node."""
         views = []
-        for entry, leaf in zip(entries[:num_params], self.opt.leaves, strict=False):
-            keys = {spec.key: spec.dtype for spec in state_specs(leaf.data.dtype.name)}
+        leaves = self.opt.leaves[:num_params]
+        for entry, leaf, specs in zip(entries, leaves, self._specs(leaves), strict=False):
             views.append(
                 {
-                    key: np.zeros(leaf.data.shape, dtype) if entry is None else entry[key]
-                    for key, dtype in keys.items()
+                    each.key: np.zeros(leaf.data.shape, each.value_dtype)
+                    if entry is None
+                    else entry[each.key]
+                    for each in specs
                 }
             )
         return views
+
+    def _specs(self, leaves: Sequence[Leaf]) -> list[tuple[StateSpec, ...]]:
+        """Return the arrays of the state of each parameter."""
+        registry = self.opt.core.parts.registry
+        params = registry.partition.params
+        indices = [registry.index_of(leaf) for leaf in leaves]
+        return [
+            state_specs(leaf.data.dtype.name) if index is None else params[index].spec.state
+            for leaf, index in zip(leaves, indices, strict=True)
+        ]
 
     def _token(self) -> Any:
         return np.array([_PROCESS_ID, self._id, *divmod(self.version, 1 << 32)], np.uint32)
@@ -245,18 +258,18 @@ def _copy_tree(
     return jax.tree_util.tree_unflatten(structure, copies)
 
 
-def _kept_entries(fields: Fields, leaves: Sequence[Leaf]) -> list[dict[str, Any]]:
+def _kept_entries(fields: Fields, specs: Sequence[tuple[StateSpec, ...]]) -> list[dict[str, Any]]:
     """Return the arrays of each parameter's state, as they are in a kept state.
 
     Raises:
         CheckpointError: Some are missing, or cannot be read.
     """
-    entries: list[dict[str, Any]] = [{} for _ in leaves]
+    entries: list[dict[str, Any]] = [{} for _ in specs]
     for key in _ARRAY_KEYS:
         having = [
             entry
-            for entry, leaf in zip(entries, leaves, strict=True)
-            if any(spec.key == key for spec in state_specs(leaf.data.dtype.name))
+            for entry, arrays in zip(entries, specs, strict=True)
+            if any(each.key == key for each in arrays)
         ]
         values = jax.tree_util.tree_leaves(getattr(fields, key))
         _require(len(values) == len(having), key, f"{len(having)} arrays", len(values))

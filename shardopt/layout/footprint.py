@@ -9,7 +9,6 @@ import numpy as np
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.node_arrays import keeps_sums_apart, plan_param_arrays, plan_state_arrays
 from shardopt.layout.partition import Partition
-from shardopt.layout.state_spec import state_specs
 from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
 
 Placement = Literal["cpu", "cuda", "offload"]
@@ -109,7 +108,7 @@ def plan_memory(
         if keeps_sums_apart(partition, number) and (num_nodes > 1 or needs_norm):
             summed_numel = region.numel if num_nodes > 1 else trained_numel
             sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize
-        for spec in state_specs(region.dtype):
+        for spec in region.state:
             state_nbytes[spec.key] += spec.nbytes(trained_numel)
     masters_nbytes = state_nbytes.pop("master")
     moments_nbytes = sum(state_nbytes.values())
@@ -178,7 +177,7 @@ def plan_node_need(
         param = partition.params[index]
         itemsize = np.dtype(param.spec.dtype).itemsize
         params_nbytes += param.numel * itemsize
-        state_nbytes = sum(spec.nbytes(param.numel) for spec in state_specs(param.spec.dtype))
+        state_nbytes = sum(spec.nbytes(param.numel) for spec in param.spec.state)
         grads_nbytes = partition.node_size * param.numel * itemsize
         trained_nbytes += is_trained * (grads_nbytes + state_nbytes // partition.num_nodes)
     given_back_nbytes = partition.node_size * params_nbytes

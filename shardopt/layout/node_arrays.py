@@ -8,7 +8,8 @@ import numpy as np
 from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.padding import place_arrays
 from shardopt.layout.partition import Partition
-from shardopt.layout.state_spec import PARAM_KEY, state_specs
+from shardopt.layout.span import Span
+from shardopt.layout.state_spec import PARAM_KEY, StateSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,30 +18,38 @@ class NodeArray:
 
     Attributes:
         region: Index of the region.
-        key: ``PARAM_KEY``, the name of an array of the state, ``grad<node_rank>`` or ``sum``.
         number: Its number among the arrays that are walked side by side; see
             [Note: padding between arrays].
-        dtype: Of its elements.
+        spec: Its name (``PARAM_KEY``, that of an array of the state, ``grad<node_rank>`` or
+            ``sum``), and how its elements are kept.
         numel: Their number.
         start: Where it begins in its piece of memory, in bytes.
     """
 
     region: int
-    key: str
     number: int
-    dtype: str
+    spec: StateSpec
     numel: int
     start: int = 0
 
     @property
+    def key(self) -> str:
+        """Its name."""
+        return self.spec.key
+
+    @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
-        return np.dtype(self.dtype).itemsize
+        """Bytes of an element, or of a code."""
+        return np.dtype(self.spec.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
         """Its length in bytes."""
-        return self.numel * self.itemsize
+        return self.spec.nbytes(self.numel)
+
+    def bytes_of(self, span: Span) -> Span:
+        """Return where some elements are in its piece of memory, in bytes."""
+        return self.spec.bytes_of(span).shift(self.start)
 
     @property
     def slice(self) -> slice:
@@ -65,7 +74,7 @@ def plan_param_arrays(partition: Partition, regions: Iterable[int]) -> NodeArray
     arrays = []
     for index in regions:
         region = partition.regions[index]
-        arrays.append(NodeArray(index, PARAM_KEY, 0, region.dtype, region.numel))
+        arrays.append(NodeArray(index, 0, StateSpec(PARAM_KEY, region.dtype), region.numel))
     return _placed(arrays)
 
 
@@ -75,10 +84,7 @@ def plan_state_arrays(partition: Partition, node: int, regions: Iterable[int]) -
     for index in regions:
         region = partition.regions[index]
         numel, first = partition.node_numel(node, index), 1 + partition.node_size
-        arrays += [
-            NodeArray(index, spec.key, first + i, spec.dtype, numel)
-            for i, spec in enumerate(state_specs(region.dtype))
-        ]
+        arrays += [NodeArray(index, first + i, spec, numel) for i, spec in enumerate(region.state)]
     return _placed(arrays)
 
 
@@ -91,13 +97,13 @@ def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) ->
     for index in regions:
         region, node_size = partition.regions[index], partition.node_size
         arrays += [
-            NodeArray(index, f"grad{rank}", 1 + rank, region.dtype, region.numel)
+            NodeArray(index, 1 + rank, StateSpec(f"grad{rank}", region.dtype), region.numel)
             for rank in range(node_size)
         ]
         if keeps_sums_apart(partition, index):
-            behind = 1 + node_size + len(state_specs(region.dtype))
-            dtype, numel = compute_dtype(region.dtype), partition.node_numel(node, index)
-            arrays.append(NodeArray(index, "sum", behind, dtype, numel))
+            behind = 1 + node_size + len(region.state)
+            spec = StateSpec("sum", compute_dtype(region.dtype))
+            arrays.append(NodeArray(index, behind, spec, partition.node_numel(node, index)))
     return _placed(arrays)
 
 
@@ -120,8 +126,5 @@ def keeps_sums_apart(partition: Partition, region: int) -> bool:
 
 def _placed(arrays: list[NodeArray]) -> NodeArrays:
     starts, nbytes = place_arrays((array.number, array.nbytes) for array in arrays)
-    placed = [
-        NodeArray(a.region, a.key, a.number, a.dtype, a.numel, start)
-        for a, start in zip(arrays, starts, strict=True)
-    ]
+    placed = [replace(array, start=start) for array, start in zip(arrays, starts, strict=True)]
     return NodeArrays(tuple(placed), nbytes)

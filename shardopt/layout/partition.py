@@ -4,12 +4,13 @@ Pure integers: nothing here allocates, and nothing depends on the rank that asks
 
 [Note: the flat index space]
 All parameters stand end to end in one index space that is the same for every world size. Parameters
-of one dtype that were added together form a *region*, the unit of memory; regions start on a
-multiple of ``CHUNK_NUMEL`` and parameters on a multiple of ``ALIGNMENT_NUMEL``. A region is cut
-into *buckets*, the unit of communication; a bucket into ``node_size`` lane parts; a lane part
-into ``num_nodes`` *shards*, each owned by one rank. All these cuts fall on multiples of
-``CHUNK_NUMEL``, so a chunk has one owner however many ranks there are: sums kept by chunk are
-the same for every world size and bucket size, and no two ranks write to one cache line or page.
+of one dtype that were added together form a *region*, the unit of memory, if their state is of one
+form, too; regions start on a multiple of ``CHUNK_NUMEL`` and parameters on a multiple of
+``ALIGNMENT_NUMEL``. A region is cut into *buckets*, the unit of communication; a bucket into
+``node_size`` lane parts; a lane part into ``num_nodes`` *shards*, each owned by one rank. All these
+cuts fall on multiples of ``CHUNK_NUMEL``, so a chunk has one owner however many ranks there are:
+sums kept by chunk are the same for every world size and bucket size, and no two ranks write to one
+cache line.
 
 Parameters are numbered in the order of the param groups. That is the order of their positions
 until groups are edited: then each stays at its place within its region, whatever its number is now.
@@ -34,9 +35,10 @@ import numpy as np
 
 from shardopt.errors import PartitionError
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import BLOCK_NUMEL, FULL, StateForm, StateSpec, state_specs
 
-ALIGNMENT_NUMEL = 256
-"""Parameters start on multiples of this: a block of 8-bit optimizer state never spans two."""
+ALIGNMENT_NUMEL = BLOCK_NUMEL
+"""Parameters start on multiples of this; see [Note: states of 8 bits]."""
 
 CHUNK_NUMEL = 4096
 
@@ -50,17 +52,24 @@ class ParamSpec:
         shape: As the framework sees it; () and empty shapes are fine.
         dtype: NumPy's name of it, for example ``float32``.
         group: Index into ``param_groups``.
+        form: How its state is kept.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: int
+    form: StateForm = FULL
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """The arrays of its state."""
+        return state_specs(self.dtype, self.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +87,17 @@ class DtypeRegion(Span):
     Attributes:
         dtype: NumPy's name of it.
         param_indices: Numbers of the parameters, in the order of their positions.
+        form: How the state of all of them is kept.
     """
 
     dtype: str
     param_indices: tuple[int, ...]
+    form: StateForm = FULL
+
+    @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """The arrays of their state."""
+        return state_specs(self.dtype, self.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +223,11 @@ class Partition:
             if part := span.intersect(self.params[index]):
                 yield index, part
 
+    def params_at(self, region: int, positions: Iterable[int]) -> list[PlacedParam]:
+        """Return the parameters that have the elements at some positions."""
+        found = [next(self.params_in(region, Span(each, each + 1)))[0] for each in positions]
+        return [self.params[index] for index in found]
+
     def runs(self, region: int, mask: int, unit: int = ALIGNMENT_NUMEL) -> list[Span]:
         """Return the fewest spans in whole units that cover some parameters of a region.
 
@@ -242,17 +263,21 @@ class Partition:
     def segments(self, shard: Shard, cohort_of: Sequence[int]) -> list[Segment]:
         """Cut a shard into the fewest spans of one cohort; padding is in none of them.
 
+        Where updates round by chance, each parameter has a span of its own.
+
         Args:
             shard: A shard of this partition.
             cohort_of: For each parameter the index of its set of coefficients; negative to leave
                 the parameter out.
         """
         segments: list[Segment] = []
+        joins = not self.regions[shard.region].form.rounds_by_chance
         for index, span in self.params_in(shard.region, shard):
             cohort = cohort_of[index]
             if cohort < 0:
                 continue
-            if segments and segments[-1].stop == span.start and segments[-1].cohort == cohort:
+            is_next = bool(segments) and segments[-1].stop == span.start
+            if joins and is_next and segments[-1].cohort == cohort:
                 segments[-1] = replace(segments[-1], stop=span.stop)
             else:
                 segments.append(Segment(span.start, span.stop, cohort))
@@ -297,8 +322,9 @@ class Partition:
             indices = tuple(new_index[i] for i in region.param_indices if i in new_index)
             if indices:
                 start = regions[-1].stop if regions else 0
+                stop = start + region.numel
                 moved[number] = len(regions), start - region.start
-                regions.append(DtypeRegion(start, start + region.numel, region.dtype, indices))
+                regions.append(replace(region, start=start, stop=stop, param_indices=indices))
         buckets = [
             Bucket(bucket.start + shift, bucket.stop + shift, number)
             for bucket in self.buckets
@@ -329,18 +355,18 @@ class Partition:
             _require_unique_names([param.spec for param in self.params] + list(specs))
         regions, buckets = list(self.regions), list(self.buckets)
         placed: dict[int, PlacedParam] = {}
-        for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        for dtype, form in dict.fromkeys((spec.dtype, spec.form) for spec in specs):
             number = len(regions)
             start = position = regions[-1].stop if regions else 0
             for offset, spec in enumerate(specs):
-                if spec.dtype == dtype:
+                if (spec.dtype, spec.form) == (dtype, form):
                     placed[offset] = PlacedParam(position, position + spec.numel, spec, number)
                     position = _round_up(placed[offset].stop, ALIGNMENT_NUMEL)
             stop = _round_up(position, CHUNK_NUMEL)
             indices = tuple(
                 len(self.params) + o for o in sorted(placed) if placed[o].region == number
             )
-            regions.append(DtypeRegion(start, stop, dtype, indices))
+            regions.append(DtypeRegion(start, stop, dtype, indices, form))
             step = _bucket_numel(self.bucket_nbytes, dtype)
             buckets += [Bucket(b.start, b.stop, number) for b in regions[-1].chunks(step)]
         params = (*self.params, *(placed[offset] for offset in range(len(specs))))

@@ -93,6 +93,10 @@ class Adapter(Protocol[P]):
         """Whether the framework computes gradients of it; others may still be given one."""
         ...
 
+    def keeps_full_state(self, param: P) -> bool:
+        """Whether its moments are to keep all their bits, whatever the policy says."""
+        ...
+
     def from_array(self, array: FloatArray, like: P | None) -> Any:
         """Return the framework's own array over an array of the state.
 
@@ -266,6 +270,10 @@ class ArrayAdapter(Adapter[A]):
     def requires_grad(self, param: A) -> bool:
         """Return True; see ``Adapter.requires_grad``."""
         return True
+
+    def keeps_full_state(self, param: A) -> bool:
+        """Return False; see ``Adapter.keeps_full_state``."""
+        return False
 
     def from_array(self, array: FloatArray, like: A | None) -> FloatArray:
         """Return the array itself."""

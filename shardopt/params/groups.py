@@ -6,9 +6,12 @@ from typing import Any
 
 from shardopt.errors import HyperparamsError, PartitionError
 from shardopt.params.adapter import Adapter
+from shardopt.params.forms import BITS_KEY
 from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
 
 Group = dict[str, Any]
+
+_OF_PARAMS = ("params", "param_names", BITS_KEY)
 
 
 def defaults_of(arguments: Mapping[str, Any]) -> Group:
@@ -111,8 +114,12 @@ def require_distinct(params: Iterable[Any], names: Sequence[str]) -> None:
 
 
 def group_values(group: Group) -> Group:
-    """Return the values of a group that belong in a state dict: all but parameters and names."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    """Return the values of a group that belong in a state dict.
+
+    Those are all but parameters, their names, and how their state is kept, which is another matter
+    where the state is loaded.
+    """
+    return {key: value for key, value in group.items() if key not in _OF_PARAMS}
 
 
 class HyperparamsReader:

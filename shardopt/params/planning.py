@@ -1,14 +1,16 @@
 """Param groups that an optimizer is about to have: checked and laid out before anything changes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 from shardopt._typing import FloatArray
 from shardopt.errors import PartitionError
 from shardopt.layout.partition import ParamSpec, Partition
+from shardopt.layout.state_spec import StateForm
 from shardopt.params.adapter import Adapter
 from shardopt.params.binding import Binding, Departure, require_disjoint, require_like
+from shardopt.params.forms import require_same_form
 from shardopt.params.group_values import make_plain
 from shardopt.params.groups import (
     Group,
@@ -93,8 +95,9 @@ def plan_added(groups: list[Group], registry: Registry[Any]) -> PlannedGroups:
     )
     arrays = _arrays_of(params, all_names, registry)
     _require_apart(arrays, all_names, registry.bindings, registry)
-    specs = _specs(groups, all_names, arrays, first_group)
     members = [Member(param, own, None) for param, own in zip(params, names, strict=True)]
+    named = _Named(members, all_names, arrays)
+    specs = _specs(groups, named, first_group, registry)
     partition = registry.partition.extend(specs)
     return PlannedGroups(groups, members, first_group, first_param, partition)
 
@@ -124,7 +127,7 @@ def plan_edited(registry: Registry[Any], defaults: Mapping[str, Any]) -> Planned
     _require_apart(new_arrays, new_names, [bindings[index] for index in staying], registry)
     new = iter(new_arrays)
     arrays = [next(new) if m.source is None else bindings[m.source].data for m in members]
-    specs = _specs(groups, names, arrays, 0)
+    specs = _specs(groups, _Named(members, names, arrays), 0, registry)
     stays = set(staying)
     leaving = [index for index in range(len(bindings)) if index not in stays]
     return PlannedGroups(
@@ -218,14 +221,42 @@ def _require_apart(
     require_disjoint(all_names, [*(binding.own_data for binding in known), *arrays])
 
 
+class _Named(NamedTuple):
+    """Parameters of planned groups, with the names that they are going to have and their values."""
+
+    members: Sequence[Member]
+    names: Sequence[str]
+    arrays: Sequence[FloatArray]
+
+
 def _specs(
-    groups: Sequence[Group], names: Sequence[str], arrays: Sequence[FloatArray], first_group: int
+    groups: Sequence[Group], named: _Named, first_group: int, registry: Registry[Any]
 ) -> list[ParamSpec]:
-    group_of = [number for number, group in enumerate(groups, first_group) for _ in group["params"]]
-    return [
-        ParamSpec(name, tuple(array.shape), array.dtype.name, group)
-        for name, array, group in zip(names, arrays, group_of, strict=True)
-    ]
+    group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
+    bits_of = [registry.rules.bits_of(group) for group in groups]
+    specs = []
+    for member, name, array, group in zip(*named, group_of, strict=True):
+        dtype, shape = array.dtype.name, tuple(array.shape)
+        form = _form_of(member, ParamSpec(name, shape, dtype, group), bits_of[group], registry)
+        specs.append(ParamSpec(name, shape, dtype, first_group + group, form))
+    return specs
+
+
+def _form_of(member: Member, spec: ParamSpec, bits: int, registry: Registry[Any]) -> StateForm:
+    """Return how the state of a parameter is kept: once it is there, that cannot change.
+
+    Raises:
+        HyperparamsError: An edited group asks for something else.
+        PartitionError: Its state cannot be kept as a group asks for.
+    """
+    if registry.adapter.keeps_full_state(member.param):
+        bits = 32
+    device = registry.adapter.device(member.param)
+    form = registry.rules.form(spec, bits, device)
+    if member.source is not None:
+        before = registry.partition.params[member.source].spec.form
+        require_same_form(spec.name, form, before)
+    return form
 
 
 def describe_groups(planned: PlannedGroups | None) -> dict[str, object]:
@@ -247,5 +278,6 @@ def describe_groups(planned: PlannedGroups | None) -> dict[str, object]:
             continue
         description[f"the shape of parameter {spec.name!r}"] = spec.shape
         description[f"the dtype of parameter {spec.name!r}"] = spec.dtype
+        description[f"the form of the state of parameter {spec.name!r}"] = astuple(spec.form)
         description[f"the group of parameter {spec.name!r}"] = spec.group
     return description

@@ -10,6 +10,7 @@ from shardopt.errors import PartitionError
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.binding import Binding, byte_bounds, read_before_write
+from shardopt.params.forms import BITS_KEY, FormRules, require_same_bits
 from shardopt.params.groups import Group, HyperparamsReader, complete_groups
 from shardopt.params.known_groups import KnownGroups, params_in
 from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
@@ -27,10 +28,12 @@ class Registry(Generic[P]):
         partition: Empty so far.
         holder: Holds what the framework holds.
         device: Where that is.
+        rules: How the state of parameters is kept; None for the default.
 
     Attributes:
         adapter: As given.
         device: As given.
+        rules: As given.
         param_groups: As the user sees them.
         bindings: One for each parameter.
         partition: Where every element lives.
@@ -38,10 +41,16 @@ class Registry(Generic[P]):
     """
 
     def __init__(
-        self, adapter: Adapter[P], partition: Partition, holder: Backend, device: str
+        self,
+        adapter: Adapter[P],
+        partition: Partition,
+        holder: Backend,
+        device: str,
+        rules: FormRules | None = None,
     ) -> None:
         self.adapter = adapter
         self.device = device
+        self.rules = rules or FormRules()
         self._holder = holder
         self.partition = partition
         self.param_groups: list[Group] = []
@@ -54,6 +63,7 @@ class Registry(Generic[P]):
         self._live: tuple[list[bool], list[FloatArray]] = [], []
         self._of_mask: tuple[int, list[P]] = 0, []  # the last mask's parameters: it seldom changes
         self._known = KnownGroups()
+        self._bits: list[Any] = []  # that each group has asked for
 
     # -- parameters come and go --------------------------------------------------------------------
 
@@ -123,9 +133,12 @@ class Registry(Generic[P]):
 
     def _note_groups(self, planned: "PlannedGroups") -> None:
         """Remember the groups as they are now; after an edit names follow their parameters."""
+        bits = [group.get(BITS_KEY) for group in planned.groups]
         if planned.kept_regions is None:
             self._known.extend(planned.groups)
+            self._bits += bits
             return
+        self._bits = bits
         names = iter(self.bindings)
         for group in planned.groups:
             own = [next(names).name for _ in group["params"]]
@@ -165,6 +178,8 @@ class Registry(Generic[P]):
         Raises:
             HyperparamsError: One is out of range.
         """
+        for index, (group, bits) in enumerate(zip(self.param_groups, self._bits, strict=True)):
+            require_same_bits(index, group, bits)
         return self._reader.read(self.param_groups)
 
     def take_grads(self) -> tuple[int, int]:

@@ -295,14 +295,13 @@ def _lay_out(layout: NodeArrays, partition: Partition, place: tuple[int, int]) -
     spans: list[Span] = []
     owned: list[Span] = []
     for array in layout.arrays:
-        origin = Span(array.start, array.start + array.nbytes)
         for index, span in _spans_in(array, partition, place[0]):
             of.append(Written(index, array.key))
-            spans.append(span.scale(array.itemsize).shift(origin.start))
+            spans.append(array.bytes_of(span))
         start = partition.regions[array.region].start
         for shard in partition.shards(*place, array.region):
             local = shard.shift(-start) if array.key == PARAM_KEY else shard.local
-            owned.append(local.scale(array.itemsize).shift(origin.start))
+            owned.append(array.bytes_of(local))
     return _Parts(of, _as_spans(spans), _as_spans([span for span in owned if span]))
 
 

@@ -1,9 +1,10 @@
 """The memory, traffic and time of a job's step."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardopt.layout.footprint import MemoryReport, Placement, plan_memory
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
@@ -263,8 +264,11 @@ def _node_share(partition: Partition) -> float:
 
 
 def merged(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
-    """Return one parameter per dtype: as many buckets and as many bytes, up to padding."""
-    numel: dict[str, int] = {}
+    """Return one parameter per region: as many buckets and as many bytes, up to padding."""
+    numel = Counter[Any]()
     for spec in specs:
-        numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
-    return [ParamSpec(dtype, (count,), dtype, 0) for dtype, count in numel.items()]
+        numel[spec.dtype, spec.form] += spec.numel
+    return [
+        ParamSpec(f"{dtype} {number}", (count,), dtype, 0, form)
+        for number, ((dtype, form), count) in enumerate(numel.items())
+    ]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardopt.layout.state_spec import state_specs
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine
 from shardopt.planner.model import Model
@@ -47,9 +46,7 @@ def plan_saves(
         node_mtbf_s: Mean time between failures of a node, in seconds; nodes fail independently.
     """
     nbytes = sum(spec.numel * np.dtype(spec.dtype).itemsize for spec in model.specs)
-    nbytes += sum(
-        each.nbytes(spec.numel) for spec in model.trained_specs for each in state_specs(spec.dtype)
-    )
+    nbytes += sum(each.nbytes(spec.numel) for spec in model.trained_specs for each in spec.state)
     node_nbytes = nbytes / layout.num_nodes
     waits_s = 2 * node_nbytes / machine.memory_nbytes_per_s  # read and written
     if machine.gpu is not None and layout.placement == "cuda":

@@ -1,5 +1,6 @@
 """The work of a step, bucket by bucket, on the node that has most of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -8,7 +9,7 @@ import numpy as np
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.footprint import Placement
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
-from shardopt.layout.state_spec import state_specs
+from shardopt.layout.state_spec import StateForm, StateSpec
 from shardopt.layout.traffic import LanePart, lane_parts, sends_grads
 from shardopt.planner.machine import Machine
 
@@ -83,19 +84,27 @@ def plan_work(
     """
 
     @cache
-    def work_of(numel: int, dtype: str) -> BucketWork:
-        spec = ParamSpec("", (numel,), dtype, 0)
+    def work_of(numel: int, dtype: str, form: StateForm) -> BucketWork:
+        spec = ParamSpec("", (numel,), dtype, 0, form)
         nbytes = numel * np.dtype(dtype).itemsize
         alone = plan_partition([spec], partition.num_nodes, partition.node_size, nbytes)
         lanes = range(partition.node_size)
         parts = [part for lane in lanes for part in lane_parts(alone, lane, wire_dtype)]
-        return _work_of(parts, partition, placement)
+        return _work_of(parts, spec.state, partition, placement)
 
-    regions = partition.regions
-    return [work_of(b.numel, regions[b.region].dtype) for b in reversed(partition.buckets)]
+    found = []
+    for bucket in reversed(partition.buckets):
+        region = partition.regions[bucket.region]
+        found.append(work_of(bucket.numel, region.dtype, region.form))
+    return found
 
 
-def _work_of(parts: list[LanePart], partition: Partition, placement: Placement) -> BucketWork:
+def _work_of(
+    parts: list[LanePart],
+    state: Sequence[StateSpec],
+    partition: Partition,
+    placement: Placement,
+) -> BucketWork:
     num_nodes, node_size, others = partition.num_nodes, partition.node_size, partition.num_nodes - 1
     numel, own = sum(p.numel for p in parts), [p.shard(others).numel for p in parts]
     dtype, wire_dtype, own_numel = parts[0].dtype, parts[0].wire_dtype, sum(own)
@@ -103,7 +112,7 @@ def _work_of(parts: list[LanePart], partition: Partition, placement: Placement) 
         np.dtype(name).itemsize for name in (dtype, wire_dtype, compute_dtype(dtype))
     )
     add_gpus = partial(_with_gpus, node_size=node_size, placement=placement)
-    written = (2 * item + 2 * sum(spec.nbytes(1) for spec in state_specs(dtype))) * own_numel
+    written = 2 * item * own_numel + 2 * sum(spec.nbytes(own_numel) for spec in state)
     if num_nodes == 1:
         moved = Moved(node_size * item * own_numel + written)
         updated = add_gpus(moved, shared_nbytes=2 * item * own_numel)

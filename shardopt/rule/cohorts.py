@@ -14,6 +14,7 @@ from shardopt.rule.nadam import (
     StepCount,
     step_coefficients,
 )
+from shardopt.rule.rounding import Chance, key_of, make_salts
 
 
 @dataclass(slots=True)
@@ -37,19 +38,25 @@ class Cohorts:
 
     A step is planned first and counted only once it has been taken: ``plan``, then ``commit``.
 
-    Attributes:
+    Args:
         partition: Where the parameters are.
+        seed: Of rounding by chance.
+
+    Attributes:
+        partition: As given.
         version: Grows whenever step counts change.
     """
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, partition: Partition, seed: int = 0) -> None:
         self.partition = partition
+        self._seed = seed
         self.version = 0
         self._cohort_of = [Cohort(p.spec.group, StepCount()) for p in partition.params]
         self._stepping: list[Cohort] = []
         self._row_of: list[int] = []
         self._present: int | None = None
         self._segments: dict[tuple[int, int], IntArray] = {}
+        self._keys: dict[tuple[int, int], tuple[list[int], IntArray]] = {}
         self._planned: list[StepCount] = []
         self._coefficients: list[StepCoefficients] = []
         self._tables: dict[str, FloatArray] = {}
@@ -131,10 +138,28 @@ class Cohorts:
             self._segments[key] = np.array(rows, np.int64).reshape(-1, 3)
         return self._segments[key]
 
+    def chance(self, shard: Shard) -> Chance | None:
+        """Return what rounding by chance needs in the planned step; None if nothing rounds so.
+
+        It has an entry for each of ``segments``.
+        """
+        if not self.partition.regions[shard.region].form.rounds_by_chance:
+            return None
+        segments, at = self.segments(shard), (shard.start, shard.stop)
+        if at not in self._keys:
+            starts = [shard.start + start for start in segments[:, 0].tolist()]
+            params = self.partition.params_at(shard.region, starts)
+            keys = [key_of(param.spec.name, self._seed) for param in params]
+            places = [start - param.start for start, param in zip(starts, params, strict=True)]
+            self._keys[at] = keys, np.array(places, np.int64)
+        known = self._keys[at]
+        steps = [self._planned[row].step for row in segments[:, 2].tolist()]
+        return Chance(make_salts(known[0], steps), known[1])
+
     def _regroup(self, present: int) -> None:
         """Form new cohorts: the parameters of the bit mask ``present`` step, others do not."""
         self._present = present
-        self._segments = {}
+        self._segments, self._keys = {}, {}
         found: dict[tuple[int, int, float, bool], Cohort] = {}
         for index, cohort in enumerate(self._cohort_of):
             count, steps = cohort.count, bool(present >> index & 1)

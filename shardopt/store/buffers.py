@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardopt.backends.base import Rows
+from shardopt.backends.codes import part_of
 from shardopt.layout.padding import PAGE_NBYTES
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class ShardArrays:
 
     def part(self, shard: Shard, local: Span | None = None) -> dict[str, FloatArray]:
         """Return a shard, or part of it, of each array; see ``place``."""
-        here = self.place(shard, local).slice
-        return {key: array[here] for key, array in self.arrays.items()}
+        here = self.place(shard, local)
+        return {key: part_of(array, here) for key, array in self.arrays.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

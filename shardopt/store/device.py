@@ -11,7 +11,6 @@ from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.node_arrays import keeps_sums_apart
 from shardopt.layout.padding import place_arrays
 from shardopt.layout.span import Span, intersections, merged, without
-from shardopt.layout.state_spec import state_specs
 from shardopt.store.buffers import RegionArrays, ShardArrays
 from shardopt.store.device_region import DeviceRegion
 from shardopt.store.staging import PinnedStaging
@@ -316,13 +315,18 @@ class OnDevice:
         """Allocate the state of shards, and their sums if they have an array of their own."""
         if self._is_offloaded:
             return [], None
-        dtype = partition.regions[index].dtype
+        region = partition.regions[index]
         numels = [sum(shard.numel for shard in each) for each in shards]
-        arrays = self._arrays({spec.key: (spec.dtype, numels) for spec in state_specs(dtype)})
+        wanted = {spec.key: (spec.dtype, numels) for spec in region.state}
+        arrays = self._arrays(wanted)
         state = [ShardArrays(each, of) for each, of in zip(arrays, shards, strict=True)]
         if not keeps_sums_apart(partition, index):
             return state, None
-        rank, device, full = self._arena.comm.rank, self._device, np.dtype(compute_dtype(dtype))
+        rank, device, full = (
+            self._arena.comm.rank,
+            self._device,
+            np.dtype(compute_dtype(region.dtype)),
+        )
 
         def allocate() -> dict[str, FloatArray]:  # no other rank needs them, and no step may
             return {"sum": device.zeros(numels[rank] * full.itemsize).view(full)}

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
+from shardopt.backends.codes import shaped
 from shardopt.comm.node_memory.arena import Arena, NodeMemory
 from shardopt.comm.node_memory.fence import full_fence
 from shardopt.comm.node_memory.limits import read_memory_room
@@ -198,4 +199,7 @@ class Memory:
 
 def _arrays(layout: NodeArrays, memory: NDArray[np.uint8]) -> _Arrays:
     """Return the arrays of a region by key."""
-    return {array.key: memory[array.slice].view(array.dtype) for array in layout.arrays}
+    return {
+        array.key: shaped(memory[array.slice].view(array.spec.dtype), array.spec)
+        for array in layout.arrays
+    }

@@ -55,8 +55,11 @@ class _TorchAdapter(Adapter[Tensor]):
     step_dtype = "float32"
     annotate = staticmethod(annotate)
 
-    def __init__(self, names: Mapping[Tensor, str], comm_size: int) -> None:
+    def __init__(
+        self, names: Mapping[Tensor, str], comm_size: int, with_full_state: Collection[Tensor]
+    ) -> None:
         self.copied_nbytes = 0
+        self._with_full_state = frozenset(with_full_state)
         self._num_sampled = 0
         self._versions: dict[Tensor, int] = {}
         self._place: str | None = None  # of all parameters, once one is known
@@ -65,6 +68,9 @@ class _TorchAdapter(Adapter[Tensor]):
         self._records: dict[Tensor, _Record] = {}
         self._on_ready: Callable[[Tensor], None] | None = None
         self._on_backward: Callable[[], None] | None = None
+
+    def keeps_full_state(self, param: Tensor) -> bool:
+        return param in self._with_full_state
 
     def name(self, param: Tensor) -> str | None:
         if not isinstance(param, Tensor):
@@ -364,11 +370,14 @@ def _any_nonzero(array: FloatArray) -> bool:
     return any(flat[i : i + _SCAN_NUMEL].any() for i in range(0, flat.size, _SCAN_NUMEL))
 
 
-def make_adapter(names: Mapping[Tensor, str], comm_size: int) -> Adapter[Tensor]:
+def make_adapter(
+    names: Mapping[Tensor, str], comm_size: int, with_full_state: Collection[Tensor] = ()
+) -> Adapter[Tensor]:
     """Return a new adapter; each optimizer needs its own.
 
     Args:
         names: The names of parameters, as far as they are known from where they came from.
         comm_size: Number of ranks that train together.
+        with_full_state: Parameters whose moments keep all their bits.
     """
-    return _TorchAdapter(names, comm_size)
+    return _TorchAdapter(names, comm_size, with_full_state)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import DataParallel, Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +38,17 @@ def named_parameters(module: Module, *, recurse: bool = True) -> Iterator[tuple[
     """Yield the parameters of a module with their names, as if nothing were wrapped."""
     for name, param in unwrap(module).named_parameters(recurse=recurse):
         yield _plain(name), param
+
+
+def embedding_weights(module: Module) -> list[Tensor]:
+    """Return the weights of embeddings.
+
+    Most rows of one have no gradient in a step and others large ones, so that elements that share a
+    scale are not alike. T. Dettmers et al., "8-bit optimizers via block-wise quantization", 2022,
+    section 2.3, keep them in 32 bits, too.
+    """
+    kinds = torch.nn.Embedding, torch.nn.EmbeddingBag
+    return [each.weight for each in module.modules() if isinstance(each, kinds)]
 
 
 def names_behind(params: Any) -> dict[Tensor, str]:

@@ -18,7 +18,7 @@ from shardopt.errors import ShardoptError
 from shardopt.params.groups import defaults_of, require_ordered
 from shardopt.policy import ShardPolicy
 from shardopt.torch.adapter import make_adapter
-from shardopt.torch.module import named_parameters, names_behind
+from shardopt.torch.module import embedding_weights, named_parameters, names_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +44,8 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     all of them: ``state`` and ``state_dict`` are as torch's.
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
-    moments are float32. Complex parameters are pairs of reals, as in torch.
+    moments are float32; ``ShardPolicy(master_weights=False, optim_bits=8)`` does with less. Complex
+    parameters are pairs of reals, as in torch.
 
     Collective: construction, ``step``, ``average_grads``, ``add_param_group``, ``load_state_dict``,
     ``gather_state_dict`` and ``close``. If one rank raises, all ranks raise.
@@ -52,7 +53,8 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     Args:
         params: A module, tensors, (name, tensor) pairs, or dicts with ``params`` and
             hyperparameters. A module, its ``parameters()`` and pairs give parameters the names that
-            messages and checkpoints show.
+            messages and checkpoints show. With ``optim_bits=8`` in the policy, the embeddings of a
+            module keep moments in float32.
         lr: Learning rate, a number or a tensor of one element.
         betas: Decay of the first and second moment.
         eps: Added to the square root of the second moment.
@@ -107,7 +109,9 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             "capturable": capturable,
             "differentiable": differentiable,
         }
+        embeddings: list[Tensor] = []
         if isinstance(params, torch.nn.Module):
+            embeddings = embedding_weights(params)
             params = named_parameters(params)
         names = names_behind(params)
         entries, error = attempt(_in_order, params)
@@ -120,7 +124,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         self.core = Optimizer(
             groups,
             adapter=make_adapter(
-                names, getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1)
+                names, getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1), embeddings
             ),
             defaults=defaults,
             max_grad_norm=max_grad_norm,

@@ -136,7 +136,7 @@ def test_help(words, capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["kernl"], "a case must be one of kernel, overhead"),
+        (["kernl"], "a case must be one of kernel, codes, overhead"),
         (["overhead", "--sources", "2"], "unrecognized arguments: --sources"),
         (["step", "--skip", "us"], "invalid choice"),
     ],

@@ -49,14 +49,30 @@ def require_recorded(folder: Path, name: str) -> dict:
 def test_cases_of_one_rank(mpirun, tmp_path):
     words = ("--numel", "4096", "--rounds", "1", "--tensors", "3", "--threads", "1")
     words += ("--out", tmp_path)
-    job = mpirun(1, "-m", "benchmarks", "kernel", "overhead", *words, env=ENVIRONMENT,
+    job = mpirun(1, "-m", "benchmarks", "kernel", "codes", "overhead", *words, env=ENVIRONMENT,
                  timeout_s=LIMIT_S)  # fmt: skip
     assert job.returncode == 0, job.output
     kernel = require_recorded(tmp_path, "kernel")
     assert kernel["settings"] == {"sources": 1}
     assert len(kernel["samples_s"]["kernel"]) == 1
+    require_recorded(tmp_path, "codes")
     require_recorded(tmp_path, "overhead")
     assert "kernel GB/s / triad GB/s" in job.stdout
+
+
+@pytest.mark.any_mpi
+@pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
+def test_the_loss_is_measured_piece_by_piece(mpirun, tmp_path):
+    pieces = tmp_path / "pieces.jsonl"
+    words = ("--steps", "2", "--seeds", "0", "1", "--width", "32", "--pieces", pieces)
+    for at_most, num_done in (3, 3), (9, 10):
+        job = mpirun(1, "-m", "benchmarks", "loss", *words, "--at-most", str(at_most), "--out",
+                     tmp_path, env=ENVIRONMENT, timeout_s=LIMIT_S)  # fmt: skip
+        assert job.returncode == 0, job.output
+        assert len(pieces.read_text().splitlines()) == num_done
+    line = json.loads((tmp_path / "loss.jsonl").read_text())
+    assert line["settings"] == {"steps": 2, "seeds": [0, 1]}
+    assert 4 < line["figures"]["float32: mean"] < 7
 
 
 @pytest.mark.any_mpi

@@ -34,7 +34,6 @@ from shardopt.checkpoint.format.manifest import (
     ModelEntry,
     ParamEntry,
     Slice,
-    itemsize,
     to_text,
 )
 from shardopt.checkpoint.format.names import file_name
@@ -380,12 +379,12 @@ def test_a_first_line_that_is_none_of_ours_is_refused(name):
 
 
 def test_a_newer_version_is_named_with_its_remedy():
-    content = CONTENT | {"version": 2, "min_reader_version": 2, "files": "of another form"}
+    content = CONTENT | {"version": 3, "min_reader_version": 3, "files": "of another form"}
     with pytest.raises(CheckpointError) as caught:
         from_text(seal_json(content))
     assert type(caught.value) is CheckpointError
     assert str(caught.value) == (
-        "manifest.json must be of format version 1 or older; got 2. Install a newer shardopt."
+        "manifest.json must be of format version 2 or older; got 3. Install a newer shardopt."
     )
 
 
@@ -622,7 +621,7 @@ def manifests(draw):
             tensors[key] = parts = []
             for start, stop in itertools.pairwise(edges):
                 file = draw(st.integers(0, num_files - 1))
-                nbytes = (stop - start) * itemsize(param.dtype_of(key))
+                nbytes = param.spec_of(key).nbytes(stop - start)
                 runs[file].append(
                     (nbytes, lambda o, p=parts, c=(start, stop, file): p.append(Slice(*c, o)))
                 )

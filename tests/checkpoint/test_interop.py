@@ -43,7 +43,7 @@ def test_safetensors_opens_every_file(case):
             for key in param.tensors:
                 name = param.name if key == "param" else f"{param.name}::{key}"
                 held += [
-                    (part.offset, name, param.dtype_of(key), part)
+                    (part.offset, name, param.spec_of(key).dtype, part)
                     for part in slices[key]
                     if part.file == index
                 ]

@@ -16,6 +16,7 @@ from shardopt.core.sharded import Scalars, TensorShard
 from shardopt.errors import CheckpointError
 from shardopt.layout.partition import ParamSpec
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import StateSpec
 from shardopt.rule.nadam import StepCount
 from shardopt.trace import OFF
 
@@ -37,7 +38,8 @@ class Alone:
 
     def tensors(self):
         whole = Span(0, SPEC.numel)
-        return [TensorShard(0, SPEC, key, "float32", whole, whole, 0, whole) for key in KEYS]
+        specs = [StateSpec(key, "float32") for key in KEYS]
+        return [TensorShard(0, SPEC, each.key, each, whole, whole, 0, whole) for each in specs]
 
     def arrays(self, tensors):
         return [self.memory[shard.key][shard.local.slice] for shard in tensors]

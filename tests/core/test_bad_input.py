@@ -158,7 +158,7 @@ WRONG_POLICIES = [
         {"wire_dtype": "float32"},
         "policy.wire_dtype must be bfloat16, float16 or None; got 'float32'",
     ),
-    ({"master_weights": False}, "policy.master_weights must be True or None; got False"),
+    ({"master_weights": 0}, "policy.master_weights must be True, False or None; got 0"),
     ({"threads": 0}, "policy.threads must be a whole number >= 1 or None; got 0"),
     ({"timeout_s": 0}, "policy.timeout_s must be a number > 0; got 0"),
     ({"timeout_s": float("nan")}, "policy.timeout_s must be a number > 0; got nan"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shardopt.layout.partition import plan_partition
+from shardopt.layout.state_spec import StateForm
 from shardopt.layout.traffic import plan_traffic
 from shardopt.planner.estimate import Layout, estimate, merged
 from shardopt.planner.machine import GPUS, make_machine
@@ -73,6 +74,8 @@ def test_frozen_parameters_are_neither_sent_nor_updated():
 def test_merged_parameters_have_as_many_elements():
     model = Model("", (*evenly(10, "float32", 2).specs, *evenly(7, "float64", 3).specs), ())
     assert {spec.dtype: spec.numel for spec in merged(model.specs)} == {"float32": 10, "float64": 7}
+    coded = [replace(spec, form=StateForm(8)) for spec in model.specs[:1]]
+    assert len(merged([*coded, *model.specs])) == 3
 
 
 def test_peers_by_formula():

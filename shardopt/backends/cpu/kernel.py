@@ -10,14 +10,19 @@ from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray, IntArray
 from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
-from shardopt.backends.cpu import loops
+from shardopt.backends.codes import shaped
+from shardopt.backends.cpu import codes, loops
 from shardopt.backends.cpu.copying import copy_past_cache
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
-from shardopt.layout.state_spec import state_specs
+from shardopt.layout.state_spec import FULL, StateForm, state_specs
 from shardopt.rule.nadam import NUM_COEFFICIENTS
+from shardopt.rule.rounding import Chance
+
+_MOMENTS_AND_MASTER = "exp_avg", "exp_avg_sq", "master"
+_LIKE = {np.dtype(dtype): np.empty(0, dtype) for dtype in ("uint8", "float32")}
 
 MIN_PIECE_NUMEL = 64 * CHUNK_NUMEL
 """The least that a thread is given of a shard: handing a piece over costs some 20 us."""
@@ -38,7 +43,13 @@ class CpuKernel:
         self._pool = ThreadPoolExecutor(threads - 1, "shardopt") if threads > 1 else None
         self._poisoned = ALL_FINITE
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
+    def prepare(
+        self,
+        dtype: str,
+        wire_dtype: str | None = None,
+        num_nodes: int = 1,
+        form: StateForm = FULL,
+    ) -> None:
         """See ``Kernel.prepare``; compiles."""
         if dtype not in DTYPES:
             raise KernelError(
@@ -56,9 +67,18 @@ class CpuKernel:
             wire = np.zeros(CHUNK_NUMEL, wire_dtype)
             self.reduce(sources.pop(0), wire, span, None)
             self.reduce(Rows.of(wire), sums, span, squares)
-        state = {each.key: np.zeros(CHUNK_NUMEL, each.dtype) for each in state_specs(dtype)}
+        state = {
+            each.key: shaped(np.zeros(each.nbytes(CHUNK_NUMEL), np.uint8).view(each.dtype), each)
+            for each in state_specs(dtype, form)
+        }
         coefficients = np.zeros((1, NUM_COEFFICIENTS), full)
-        plan = UpdatePlan(span, np.zeros((0, 3), np.int64), coefficients)
+        chance = Chance(np.empty(0, np.uint64), np.empty(0, np.int64))
+        plan = UpdatePlan(
+            span,
+            np.zeros((0, 3), np.int64),
+            coefficients,
+            chance=chance if form.rounds_by_chance else None,
+        )
         for rows in sources:
             self.update(rows, Rows.of(param), state, plan)
         copy_past_cache(np.empty(0, np.uint8), np.empty(0, np.uint8))  # for checkpoints
@@ -68,12 +88,17 @@ class CpuKernel:
     ) -> None:
         """See ``Kernel.update``."""
         grads, params = _by_address(sources), _by_address(targets)
-        arrays = tuple(state[key] for key in _DTYPES[targets.dtype].state_keys)
+        keys, chance = _DTYPES[targets.dtype].state_keys, plan.chance
 
         def update_piece(piece: Span) -> int:
             partials = _partial_sums(sources, targets.dtype)
-            part = piece.start, piece.stop, plan.segments, plan.coefficients
-            return int(loops.update(grads, params, arrays, partials, part))
+            if chance is None:
+                arrays = tuple(state[key] for key in keys)
+                part = piece.start, piece.stop, plan.segments, plan.coefficients
+                return int(loops.update(grads, params, arrays, partials, part))
+            three = tuple(_at_address(state.get(key)) for key in _MOMENTS_AND_MASTER)
+            of_chance = piece.start, piece.stop, plan.segments, *chance, plan.coefficients
+            return int(codes.update(grads, params, three, partials, of_chance))
 
         found = [flag for flag in self._run(update_piece, plan.span) if flag != ALL_FINITE]
         if found:
@@ -154,6 +179,11 @@ _DTYPES = {np.dtype(dtype): _Dtype.of(dtype) for dtype in DTYPES}
 def _by_address(rows: Rows) -> tuple[IntArray, FloatArray]:
     """Return rows as the loops take them; see [Note: rows by address]."""
     return rows.addresses, _DTYPES[rows.dtype].like
+
+
+def _at_address(array: FloatArray | None) -> tuple[int, FloatArray] | None:
+    """Return an array of the state, if there is one, as ``codes.update`` takes it."""
+    return None if array is None else (array.ctypes.data, _LIKE[array.dtype])
 
 
 def _partial_sums(sources: Rows, out_dtype: np.dtype[Any]) -> FloatArray:

@@ -16,6 +16,7 @@ from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.padding import round_up
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import FULL, StateForm
 from shardopt.rule.nadam import NUM_COEFFICIENTS
 
 SOURCE = Path(__file__).with_name("fused.cu")
@@ -175,8 +176,15 @@ class CudaKernel:
         self._launches: dict[Variant, Launch] = {}
         self._tables: dict[tuple[Span, bytes], list[_Table]] = {}
 
-    def prepare(self, dtype: str, wire_dtype: str | None = None, num_nodes: int = 1) -> None:
+    def prepare(
+        self,
+        dtype: str,
+        wire_dtype: str | None = None,
+        num_nodes: int = 1,
+        form: StateForm = FULL,
+    ) -> None:
         """See ``Kernel.prepare``."""
+        assert form == FULL  # others are refused for parameters on devices
         if dtype not in DTYPES:
             raise KernelError(
                 f"parameter dtype must be one of {', '.join(DTYPES)}; got {dtype}. "

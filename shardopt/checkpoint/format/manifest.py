@@ -10,6 +10,9 @@ has a digest, xxh3-128, of every ``CHUNK_NBYTES`` of every file. Within a versio
 ever added, and readers ignore those they do not know; what an older reader cannot read has a higher
 ``min_reader_version``. Added so far: ``model``, and the ``form`` of arrays.
 
+Version 2 has parameters with ``optim_bits`` of 8, whose moments are blocks (see [Note: states of 8
+bits]), and 16-bit ones without masters; a checkpoint that has neither is one of version 1.
+
 Nothing in a manifest is trusted: it may come from elsewhere, or be made to harm.
 """
 
@@ -23,11 +26,11 @@ from typing import Any
 
 from shardopt.layout.dtypes import DTYPES
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import FULL, StateForm, StateSpec, state_specs
 from shardopt.layout.state_spec import PARAM_KEY as PARAM_KEY
-from shardopt.layout.state_spec import state_specs
 
 FORMAT = "shardopt"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHUNK_NBYTES = 1 << 20
 MAX_MANIFEST_NBYTES = 1 << 28
@@ -59,6 +62,9 @@ class ParamEntry:
         group: Index of its param group.
         step: Number of steps it has taken.
         mu_product: Product of NAdam's momenta so far.
+        form: How its state is kept.
+        chance: The key of its random numbers, in hexadecimal digits, if anything rounds by chance:
+            see ``rule.rounding.key_of``.
     """
 
     name: str
@@ -67,6 +73,8 @@ class ParamEntry:
     group: int
     step: int
     mu_product: float
+    form: StateForm = FULL
+    chance: str = ""
 
     @property
     def numel(self) -> int:
@@ -76,13 +84,13 @@ class ParamEntry:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The keys of its tensors: ``param``, and the names of the arrays of its state."""
-        return (PARAM_KEY, *(spec.key for spec in state_specs(self.dtype)))
+        return (PARAM_KEY, *(spec.key for spec in state_specs(self.dtype, self.form)))
 
-    def dtype_of(self, key: str) -> str:
-        """Return the dtype of one of ``tensors``."""
+    def spec_of(self, key: str) -> StateSpec:
+        """Return how one of ``tensors`` is kept."""
         if key == PARAM_KEY:
-            return self.dtype
-        return next(spec.dtype for spec in state_specs(self.dtype) if spec.key == key)
+            return StateSpec(key, self.dtype)
+        return next(spec for spec in state_specs(self.dtype, self.form) if spec.key == key)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,10 +105,9 @@ class Slice(Span):
     file: int
     offset: int
 
-    def place(self, span: Span, itemsize: int) -> Span:
+    def place(self, span: Span, spec: StateSpec) -> Span:
         """Return the bytes of the file that hold ``span``, which is within the slice."""
-        start = self.offset + (span.start - self.start) * itemsize
-        return Span(start, start + span.numel * itemsize)
+        return spec.bytes_of(span.shift(-self.start)).shift(self.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +243,11 @@ class Manifest:
 def to_text(manifest: Manifest) -> bytes:
     """Return a manifest as text: the same bytes for the same content."""
     slices = manifest.slices
+    version = 1 if all(param.form == FULL for param in manifest.params) else 2
     content = {
         "format": FORMAT,
-        "version": VERSION,
-        "min_reader_version": VERSION,
+        "version": version,
+        "min_reader_version": version,
         "chunk_nbytes": CHUNK_NBYTES,
         "step": manifest.step,
         "world_size": manifest.world_size,
@@ -288,6 +296,9 @@ def _model_json(model: ModelEntry) -> dict[str, Any]:
 
 def _param_json(param: ParamEntry, slices: Mapping[str, Sequence[Slice]]) -> dict[str, Any]:
     """Return the entry of a parameter; ``asdict`` would take ten times as long."""
+    form = {}
+    if param.form != FULL:
+        form = {**asdict(param.form), "chance": param.chance}
     return {
         "name": param.name,
         "dtype": param.dtype,
@@ -295,6 +306,7 @@ def _param_json(param: ParamEntry, slices: Mapping[str, Sequence[Slice]]) -> dic
         "group": param.group,
         "step": param.step,
         "mu_product": param.mu_product,
+        **form,
         "slices": {
             key: [(part.start, part.stop, part.file, part.offset) for part in slices[key]]
             for key in param.tensors

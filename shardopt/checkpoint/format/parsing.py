@@ -20,9 +20,9 @@ from shardopt.checkpoint.format.manifest import (
     ParamEntry,
     Slice,
     first_line,
-    itemsize,
 )
 from shardopt.layout.dtypes import DTYPES
+from shardopt.layout.state_spec import BLOCK_NUMEL, FULL, StateForm
 
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
 
@@ -103,6 +103,7 @@ def _params(
             entry.count("group"),
             entry.count("step"),
             entry.number("mu_product"),
+            *_form(entry),
         )
         if not param.group < num_groups:
             raise damaged(f"group of {param.name!r}", f"be below {num_groups}", param.group)
@@ -116,6 +117,20 @@ def _params(
     return tuple(params), tuple(slices)
 
 
+def _form(entry: Fields) -> tuple[StateForm, str]:
+    """Read how the state of a parameter is kept, and the key of its random numbers."""
+    if not entry.has("optim_bits"):
+        return FULL, ""
+    bits, has_masters = entry.count("optim_bits"), entry.get("has_masters")
+    if bits not in (8, 32):
+        raise damaged(f"optim_bits of {entry.where}", "be 8 or 32", bits)
+    if bits == 8 and entry.text("dtype") == "float64":
+        raise damaged(f"optim_bits of {entry.where}", "be 32 for float64", bits)
+    if type(has_masters) is not bool:
+        raise damaged(f"has_masters of {entry.where}", "be true or false", has_masters)
+    return StateForm(bits, has_masters), entry.text("chance")
+
+
 def _slices(tensors: Fields, param: ParamEntry, key: str, num_files: int) -> list[Slice]:
     """Read the slices of one tensor, which must tile it."""
     where = f"slices of {key} of {param.name!r}"
@@ -127,6 +142,8 @@ def _slices(tensors: Fields, param: ParamEntry, key: str, num_files: int) -> lis
         part = Slice(*numbers)
         if part.start != reached or not part:
             raise damaged(where, f"go on at element {reached}", f"[{part.start}, {part.stop})")
+        if param.spec_of(key).codec is not None and part.start % BLOCK_NUMEL:
+            raise damaged(where, f"begin at multiples of {BLOCK_NUMEL}", part.start)
         if not part.file < num_files:
             raise damaged(where, f"lie in one of {num_files} files", part.file)
         reached = part.stop
@@ -171,9 +188,9 @@ def _require_filled(
     places = [[array.place for array in file.arrays if array.nbytes] for file in files]
     for param, tensors in zip(params, slices, strict=True):
         for key, parts in tensors.items():
-            size = itemsize(param.dtype_of(key))
+            spec = param.spec_of(key)
             for part in parts:
-                places[part.file].append(part.place(part, size))
+                places[part.file].append(part.place(part, spec))
     for file, found in zip(files, places, strict=True):
         reached = file.header_nbytes
         for place in sorted(found, key=lambda place: place.start):

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shardopt.backends.codes import shaped, values_of
 from shardopt.checkpoint.format.fields import damaged
 from shardopt.checkpoint.format.image import aligned_empty, run_all
 from shardopt.checkpoint.format.manifest import (
@@ -204,14 +205,13 @@ class Reader:
         """Read a whole parameter, or an array of its state.
 
         Returns:
-            A new array in the parameter's shape.
+            A new array in the parameter's shape; the values of codes.
         """
         entry = self.manifest.params[param]
-        array = np.empty(entry.shape, entry.dtype_of(key))
-        flat = array.reshape(-1)
-        slices = self.manifest.slices[param][key]
-        self.read(wanted_slices(slices, Span(0, entry.numel), flat))
-        return array
+        spec, whole = entry.spec_of(key), Span(0, entry.numel)
+        flat = np.empty(spec.nbytes(entry.numel), np.uint8).view(spec.dtype)
+        self.read(wanted_slices(self.manifest.slices[param][key], whole, spec, flat))
+        return values_of(shaped(flat, spec), spec, entry.numel).reshape(entry.shape)
 
     def close(self) -> None:
         """Close the files."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, FileEntry, Slice
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import StateSpec
 
 Bytes = NDArray[np.uint8]
 
@@ -36,21 +37,24 @@ class Wanted(Span):
     target: Bytes | None = None
 
 
-def wanted_slices(slices: Sequence[Slice], span: Span, target: NDArray[Any]) -> Iterator[Wanted]:
+def wanted_slices(
+    slices: Sequence[Slice], span: Span, spec: StateSpec, target: NDArray[Any]
+) -> Iterator[Wanted]:
     """Find elements of a tensor in the files.
 
     Args:
         slices: The slices of the tensor, in order.
         span: The elements.
-        target: [span.numel], contiguous: where they go.
+        spec: How they are kept.
+        target: [span.numel], or their blocks; contiguous: where they go.
     """
-    raw, size, filled = target.view(np.uint8), target.itemsize, 0
+    raw, filled = target.reshape(-1).view(np.uint8), 0
     index = bisect_left(slices, span.start, key=lambda part: part.stop - 1) if span else 0
     position = span.start
     while position < span.stop:
         part = slices[index]
         common = part.intersect(span)
-        place = part.place(common, size)
+        place = part.place(common, spec)
         piece = raw[filled : filled + place.numel]
         yield Wanted(place.start, place.stop, part.file, piece)
         position, index, filled = common.stop, index + 1, filled + place.numel

@@ -102,7 +102,9 @@ def _not_known_equal(a: Manifest, b: Manifest, pairs: Mapping[Tensor, Tensor]) -
         if (ours.nbytes, ours.digests) == (theirs.nbytes, theirs.digests)
     }
     for ours, theirs in pairs.items():
-        alike = list(ours.slices) == list(theirs.slices) and ours.dtype == theirs.dtype
+        alike = list(ours.slices) == list(theirs.slices) and (
+            (ours.dtype, ours.kept) == (theirs.dtype, theirs.kept)
+        )
         if not (alike and all(part.file in same for part in ours.slices)):
             yield ours
 

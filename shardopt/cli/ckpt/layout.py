@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shardopt.checkpoint.format.fields import Fields, damaged, parse_json
 from shardopt.checkpoint.format.image import SAFETENSORS_DTYPES
-from shardopt.checkpoint.format.manifest import Manifest, itemsize
+from shardopt.checkpoint.format.manifest import Manifest
 from shardopt.checkpoint.format.names import extra_name, tensor_name
 from shardopt.errors import DamagedCheckpointError
 from shardopt.layout.span import Span
@@ -35,10 +35,11 @@ def layout(manifest: Manifest) -> list[list[FileSpan]]:
     files: list[list[FileSpan]] = [[] for _ in manifest.files]
     for param, tensors in zip(manifest.params, manifest.slices, strict=True):
         for key, parts in tensors.items():
-            name, dtype = tensor_name(param.name, key), param.dtype_of(key)
+            name, spec = tensor_name(param.name, key), param.spec_of(key)
             for part in parts:
-                stop = part.offset + (part.stop - part.start) * itemsize(dtype)
-                array = FileSpan(part.offset, stop, name, SAFETENSORS_DTYPES[dtype])
+                place = part.place(part, spec)
+                dtype = SAFETENSORS_DTYPES[spec.dtype]
+                array = FileSpan(place.start, place.stop, name, dtype)
                 files[part.file].append(array)
     for rank, (file, arrays) in enumerate(zip(manifest.files, files, strict=True)):
         for index, entry in enumerate(file.arrays):

@@ -26,7 +26,7 @@ from shardopt.cli.ckpt.layout import MAX_HEADER_NBYTES, METADATA
 from shardopt.cli.ckpt.pieces import Tensor, batches, model_tensors, param_tensor, read_batch
 from shardopt.cli.progress import progress
 from shardopt.errors import CheckpointError
-from shardopt.layout.dtypes import DTYPES, has_master
+from shardopt.layout.dtypes import DTYPES
 from shardopt.layout.span import Span
 
 _MASTER = "master"
@@ -156,7 +156,7 @@ def _plan(manifest: Manifest, state: bool, masters: bool, dtype: str | None) -> 
     """Lay out the merged file, with wide dtypes first so that all tensors are aligned."""
     chosen: list[tuple[Tensor, str, str]] = []  # the tensor, its name and its dtype in the file
     for index, param in enumerate(manifest.params):
-        replaced = masters and has_master(param.dtype)
+        replaced = masters and _MASTER in param.tensors
         for key in param.tensors if state else (PARAM_KEY,):
             if replaced and key == _MASTER:
                 continue

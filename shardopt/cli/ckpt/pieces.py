@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shardopt.backends.codes import shaped, values_of
 from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, Slice, itemsize
 from shardopt.checkpoint.format.names import tensor_name
 from shardopt.checkpoint.format.reader import Reader
 from shardopt.checkpoint.format.requests import Wanted, wanted_slices
 from shardopt.checkpoint.format.values import array_place, stored_array
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import BLOCK_NUMEL, StateSpec
 from shardopt.measure.cores import count_cores
 
 BATCH_NBYTES = 8 << 20
@@ -34,6 +36,7 @@ class Tensor:
         shape: Its shape.
         slices: Where its elements lie.
         form: What it was if it was a framework's tensor, such as ``torch.float8_e4m3fn``.
+        kept: How its elements are kept; None if they are as they are read.
     """
 
     name: str
@@ -41,11 +44,17 @@ class Tensor:
     shape: tuple[int, ...]
     slices: Sequence[Slice]
     form: str = ""
+    kept: StateSpec | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def spec(self) -> StateSpec:
+        """How its elements are kept."""
+        return self.kept or StateSpec(self.name, self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -63,8 +72,9 @@ class Piece(NamedTuple):
 def param_tensor(manifest: Manifest, index: int, key: str = PARAM_KEY) -> Tensor:
     """Return a parameter, or an array of its state."""
     param = manifest.params[index]
-    name = tensor_name(param.name, key)
-    return Tensor(name, param.dtype_of(key), param.shape, manifest.slices[index][key])
+    name, spec, slices = tensor_name(param.name, key), param.spec_of(key), manifest.slices[index]
+    kept = None if spec.codec is None else spec
+    return Tensor(name, spec.value_dtype, param.shape, slices[key], kept=kept)
 
 
 def model_tensors(manifest: Manifest) -> list[Tensor]:
@@ -97,11 +107,13 @@ def batches(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
     room = BATCH_NBYTES
     for _, _, span, tensor in slices:
         size = itemsize(tensor.dtype)
+        unit = 1 if tensor.kept is None else BLOCK_NUMEL
         while span:
-            if batch and (room < size or len(batch) == _BATCH_PIECES):
+            if batch and (room < size * unit or len(batch) == _BATCH_PIECES):
                 yield batch
                 batch, room = [], BATCH_NBYTES
-            head = span.intersect(Span(span.start, span.start + room // size))
+            numel = room // size // unit * unit
+            head = span.intersect(Span(span.start, span.start + numel))
             batch.append(Piece(tensor, head))
             room -= head.numel * size
             span = Span(head.stop, span.stop)
@@ -127,12 +139,14 @@ def read_batch(
     Raises:
         DamagedCheckpointError: A chunk does not have its digest.
     """
-    arrays, wanted = [], list[Wanted]()
+    kept, wanted = [], list[Wanted]()
     for piece in batch:
         tensor, span = tensor_of(piece.tensor), piece.span
-        array = np.empty(span.numel, tensor.dtype)
-        wanted.extend(wanted_slices(tensor.slices, span, array))
-        arrays.append(array)
+        spec = tensor.spec
+        array = np.empty(spec.nbytes(span.numel), np.uint8).view(spec.dtype)
+        wanted.extend(wanted_slices(tensor.slices, span, spec, array))
+        kept.append((shaped(array, spec), spec, span.numel))
     reader.read(wanted, count_cores())
+    arrays = [values_of(*each) for each in kept]
     advance(sum(array.nbytes for array in arrays))
     return arrays

@@ -1,9 +1,11 @@
 """The words of ``shardopt plan``, read and checked."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shardopt.errors import PlanError
+from shardopt.backends.devices import HOST
+from shardopt.errors import PartitionError, PlanError
+from shardopt.params.forms import FormRules
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
 from shardopt.planner.model import Model, evenly, load_model, read_safetensors
@@ -42,8 +44,12 @@ def read_request(options: argparse.Namespace) -> Request:
         OSError: A file cannot be read.
     """
     layout = _read_layout(options)
+    try:
+        model = _read_model(options)
+    except PartitionError as error:
+        raise PlanError(str(error)) from None
     return Request(
-        model=_read_model(options),
+        model=model,
         layout=layout,
         machine=_read_machine(options, layout.num_nodes),
         node_mtbf_s=options.node_mtbf and parse_seconds("--node-mtbf", options.node_mtbf),
@@ -52,6 +58,16 @@ def read_request(options: argparse.Namespace) -> Request:
 
 
 def _read_model(options: argparse.Namespace) -> Model:
+    """Return the model, with its state kept as the options say."""
+    model = _find_model(options)
+    rules = FormRules(options.optim_bits, False if options.no_master_weights else None)
+    device = HOST if options.gpu is None else options.gpu
+    forms = [rules.form(spec, rules.optim_bits, device) for spec in model.specs]
+    specs = [replace(spec, form=form) for spec, form in zip(model.specs, forms, strict=True)]
+    return replace(model, specs=tuple(specs))
+
+
+def _find_model(options: argparse.Namespace) -> Model:
     if options.model is not None:
         return load_model(options.model)
     if options.safetensors is not None:

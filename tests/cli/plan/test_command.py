@@ -40,6 +40,21 @@ def test_the_numbers_are_those_of_the_layout(capsys):
     assert found["scaling"] is None
 
 
+def test_states_of_8_bits_and_no_masters_are_planned_for(capsys):
+    words = ["--optim-bits", "8", "--no-master-weights", "--json"]
+    memory = plan(capsys, *JOB, *SPEEDS, *words).json["memory"]
+    chunks = -(-30_000_000 // 4096)
+    assert memory["masters_node_nbytes"] == 0
+    assert memory["moments_node_nbytes"] == 2 * chunks * 16 * 260 // 16
+    full = plan(capsys, *JOB, *SPEEDS, "--json").json
+    assert full["memory"]["moments_node_nbytes"] > 3.9 * memory["moments_node_nbytes"]
+
+
+def test_dtypes_that_cannot_do_with_less_are_named(capsys):
+    words = ["--params", "3e7", "--dtype", "float64", "--optim-bits", "8"]
+    refused(plan(capsys, *words), "must be float32, bfloat16 or float16 for moments of 8 bits")
+
+
 def test_the_report_labels_what_it_has_not_measured(capsys):
     words = ["--backward", "1s", "--node-mtbf", "5y", "--slow-nodes", "0.1:2"]
     text = plan(capsys, *JOB, *SPEEDS, *words).stdout

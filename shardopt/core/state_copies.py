@@ -1,0 +1,103 @@
+"""Copies of values that the optimizer state holds as codes, as users get them."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import ref
+
+import numpy as np
+import xxhash
+
+from shardopt._typing import FloatArray
+from shardopt.core.state_parsing import require
+from shardopt.layout.partition import ParamSpec
+
+
+class _Copy(NamedTuple):
+    """A copy that a user has got, and what was in it.
+
+    Attributes:
+        array: The memory, as long as anything of the user's shows it.
+        what: What it shows.
+        digest: Of the values.
+    """
+
+    array: "ref[FloatArray]"
+    what: str
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """The copy that a framework has now, and its memory."""
+
+    value: Any
+    array: FloatArray
+
+
+class DecodedCopies:
+    """Hands out copies, the same until the state changes, and notices writes to them.
+
+    A write would be lost. NumPy refuses it at once; what other frameworks write is found before the
+    next step, in copies of any age, unless nothing shows them any more.
+    """
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._now: dict[tuple[int, str], _Value] = {}
+        self._handed_out: list[_Copy] = []
+
+    def find(self, index: int, key: str, version: int) -> Any:
+        """Return the copy of an array of the state of a parameter; None if there is none yet.
+
+        Args:
+            index: Number of the parameter.
+            key: Name of the array.
+            version: A number that grows whenever the state changes.
+        """
+        if version != self._version:
+            self._version = version
+            self._now.clear()
+        found = self._now.get((index, key))
+        return None if found is None else found.value
+
+    def add(self, index: int, key: str, spec: ParamSpec, value: Any, array: FloatArray) -> None:
+        """Add a copy, after ``find`` has found none.
+
+        Args:
+            index: Number of the parameter.
+            key: Name of the array.
+            spec: The parameter.
+            value: The copy as the framework has it.
+            array: Its memory.
+        """
+        self._now[index, key] = _Value(value, array)
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+            return
+        what = f"{key} of {spec.name!r} in opt.state"
+        self._handed_out.append(_Copy(ref(array), what, _digest(array)))
+
+    def forget(self) -> None:
+        """Make new copies from now on: parameters have other numbers, or other values."""
+        self._version = -1
+
+    def require_unwritten(self) -> None:
+        """Refuse writes to copies, once each.
+
+        Raises:
+            CheckpointError: One was written to.
+        """
+        copies = [(copy, copy.array()) for copy in self._handed_out]
+        written = [c for c, array in copies if array is not None and _digest(array) != c.digest]
+        self._handed_out = [c for c, array in copies if array is not None and c not in written]
+        if written:
+            self._now.clear()
+            rule = "be assigned to rather than written to in place, as it is a copy of 8-bit codes"
+            require(not written, written[0].what, rule, "a write, which is lost", _REMEDY)
+
+
+_REMEDY = "Write opt.state[param][key] = new values"
+
+
+def _digest(array: FloatArray) -> int:
+    return xxhash.xxh3_64_intdigest(array.data)
