@@ -56,6 +56,13 @@ class ShardPolicy:
             that ``shardopt trace`` and Chrome's and Perfetto's viewers read. None takes the
             environment variable SHARDOPT_TRACE, and writes nothing if that is not set either. May
             differ between ranks.
+        stage: The parts that are sharded, in the words of ZeRO. 1: the optimizer state; each rank
+            of a node has a row of gradients. 2: gradients as well: they are averaged, as backward
+            goes, into one row of the node; for torch on CPUs, on one node. See
+            [Note: gradients averaged in backward].
+        ring_nbytes: Memory of a node for gradients on their way into its row, in stage 2. None
+            takes ``layout.ring.default_ring_nbytes``; at least two buckets of each rank are taken.
+            Must be None in stage 1.
         timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
             the job is ended. May differ between ranks.
 
@@ -73,6 +80,8 @@ class ShardPolicy:
     threads: int | None = None
     check_finite: bool | None = None
     offload: str | None = None
+    stage: int = 1
+    ring_nbytes: int | None = None
     trace: str | os.PathLike[str] | None = None
     timeout_s: float = field(default=300.0, hash=False)
 
@@ -96,6 +105,11 @@ class ShardPolicy:
         self._require(check, "check_finite", "be True, False or None")
         offload = self.offload is None or self.offload in ("cpu", "host")
         self._require(offload, "offload", "be cpu or None (state on disk is not supported yet)")
+        self._require_stage()
+        ring = self.ring_nbytes is None or _is_count(self.ring_nbytes)
+        self._require(ring, "ring_nbytes", "be a whole number >= 1 or None")
+        has_ring = self.ring_nbytes is None or self.stage == 2
+        self._require(has_ring, "ring_nbytes", "be None with stage=1, which has no ring")
         if self.offload is not None:
             object.__setattr__(self, "offload", "cpu")  # one name, so that ranks may use either
         folder: object = self.trace
@@ -131,6 +145,11 @@ class ShardPolicy:
         """The settings that ranks must share, by name."""
         names = [name for name in _NAMES if name not in ("timeout_s", "trace")]
         return {f"policy.{name}": getattr(self, name) for name in names}
+
+    def _require_stage(self) -> None:
+        is_known = type(self.stage) is int and self.stage in (1, 2)
+        rule = "be 1 or 2 (0 shards nothing: use torch's own optimizer; 3 is not supported yet)"
+        self._require(is_known, "stage", rule)
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

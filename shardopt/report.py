@@ -33,13 +33,16 @@ class StepReport:
             was skipped or there are no parameters.
         seconds: This rank's time by phase: ``agree`` (including the wait for other ranks),
             ``reduce``, ``update``, ``finish``.
-        waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes.
+        waited_s: Seconds of ``reduce`` and ``update`` in which this rank waited for other nodes; in
+            stage 2 also those of backward in which it waited for other ranks.
         copied_nbytes: Bytes copied in because a gradient or parameter had been replaced. Those that
             torch's backward copies after ``model.zero_grad()``, instead of adding to zeros, count.
         sent_nbytes: Bytes of gradients and parameters that this rank sent to other nodes. They are
             as ``plan_traffic`` predicts, unless gradients changed after they were sent or nothing
             was updated.
         sent_messages: The number of messages in which they were sent.
+        late_nbytes: Bytes of gradients that this rank has kept to itself in stage 2, as others had
+            not made room for them in time: see [Note: gradients averaged in backward].
         poisoned_param: The first parameter found with inf or NaN after an update, or None. It is
             kept until parameters are replaced or a state is loaded.
         poisoned_since: The step that left it so, or None; on a device it may be the step after, as
@@ -61,6 +64,7 @@ class StepReport:
     copied_nbytes: int = 0
     sent_nbytes: int = 0
     sent_messages: int = 0
+    late_nbytes: int = 0
     poisoned_param: str | None = None
     poisoned_since: int | None = None
     edited_grads: bool = False

@@ -37,7 +37,7 @@ class _Nothing:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         pass
 
     def land(self) -> None:

@@ -16,6 +16,7 @@ A failure to write ends the trace with a warning, and never a step.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -40,6 +41,8 @@ _ROLES = {
     "shardopt-checkpoint": "checkpoint thread",
     "shardopt-file": "checkpoint writer",
 }
+_COUNT = re.compile(r"[-_]\d+")
+"""The numbers that Python gives to the threads of a pool, and to those without a name."""
 _encode = json.JSONEncoder(default=str).encode  # made once: json.dumps would make one per call
 
 Args = Mapping[str, object]
@@ -123,15 +126,20 @@ class EventFile:
             return
         with self._lock:
             try:
-                if not self.is_over:
-                    self.write()
-                    self._write_all(b"\n]\n")
+                self._finish()
             except OSError as error:
                 self._stop(error.strerror or str(error))
             self.is_over = True
+
+    def _finish(self) -> None:
+        try:
+            if not self.is_over:
+                self.write()
+                self._write_all(b"\n]\n")
+        finally:
             fd, self._fd = self._fd, -1
             if fd >= 0:
-                os.close(fd)
+                os.close(fd)  # some file systems only now report what they could not write
 
     def discard(self) -> None:
         """Remove the file."""
@@ -208,7 +216,7 @@ class _Rows:
         return _ROLES.get(name, name)
 
     def _take(self, thread: threading.Thread) -> int:
-        kind = thread.name.rpartition("_")[0] or thread.name  # "_1" counts the threads of a pool
+        kind = _COUNT.sub("", thread.name)
         with self._lock:
             for row, (name, owner) in enumerate(self._owners):
                 before = owner()

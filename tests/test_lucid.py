@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shardopt.errors import HyperparamsError, PartitionError
+from shardopt.policy import ShardPolicy
 from tests.core.test_golden import LUCID, assert_lucids_numbers, assert_torchs_numbers, ulps
 from tests.support.errors import BOTH_WAYS, POLICY, errs, refused
 from tests.support.frameworks import require
@@ -694,3 +695,9 @@ def test_edited_param_groups_hold_from_the_next_step_on(comm):
             train(model, opt, [step], split(comm))
             train(alone, alone_opt, [step], slice(None))
         assert_near(comm, values(model), values(alone))
+
+
+@pytest.mark.mpi
+def test_lucid_keeps_stage_one(comm):
+    with pytest.raises(HyperparamsError, match="with a framework that does not report"):
+        NAdam(Net().parameters(), comm=comm, policy=ShardPolicy(stage=2))

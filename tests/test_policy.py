@@ -56,3 +56,16 @@ def test_there_are_two_names_of_offloading_to_cpus():
 def test_there_is_no_offloading_to_disk_yet(value):
     with pytest.raises(HyperparamsError, match=r"policy.offload must be cpu or None .*not .* yet"):
         ShardPolicy(offload=value)
+
+
+def test_stage_one_has_no_ring():
+    assert ShardPolicy(stage=2, ring_nbytes=1 << 20).ring_nbytes == 1 << 20
+    with pytest.raises(HyperparamsError, match=r"policy.ring_nbytes must be None with stage=1"):
+        ShardPolicy(ring_nbytes=1 << 20)
+
+
+@pytest.mark.parametrize("value", [0, 3, True, "2", None])
+def test_there_are_two_stages(value):
+    assert ShardPolicy(stage=2) != ShardPolicy() == ShardPolicy(stage=1)
+    with pytest.raises(HyperparamsError, match=r"policy.stage must be 1 or 2 .*3 is not supported"):
+        ShardPolicy(stage=value)

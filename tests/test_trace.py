@@ -62,6 +62,20 @@ def test_a_file_has_what_was_recorded(tmp_path):
     assert (process["rank"], process["os_pid"]) == (3, os.getpid())
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("my_loader", "my_loader"), ("pool-3_11", "pool"), ("Thread-7 (work)", "Thread (work)")],
+)
+def test_a_row_has_the_name_of_its_thread_without_numbers(tmp_path, name, title):
+    trace = FileTrace(tmp_path, 0)
+    worker = threading.Thread(target=record, args=(trace, 1), name=name)
+    worker.start()
+    worker.join()
+    trace.close()
+    titles = {e["args"]["name"] for e in read(tmp_path) if e["name"] == "thread_name"}
+    assert title in titles
+
+
 def test_threads_have_rows_which_later_ones_take_over(tmp_path):
     trace = FileTrace(tmp_path, 0)
 

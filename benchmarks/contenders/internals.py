@@ -6,11 +6,10 @@ cores, the devices that it makes, and the parts of a checkpoint that a rank owns
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 from mpi4py import MPI
@@ -129,7 +128,7 @@ class BareKernel:
     def update(self) -> None:
         """Take one step."""
         self._step_count = self._step_count.after_step(self._hyperparams)
-        row = step_coefficients(self._hyperparams, self._step_count, 1 / self._num_ranks)
+        row = step_coefficients(self._hyperparams, self._step_count, 1.0, 1 / self._num_ranks)
         coefficients, chance = np.array([row], self._full), None
         if self._rounds_by_chance:
             chance = Chance(make_salts([1], [self._step_count.step]), np.zeros(1, np.int64))
@@ -176,10 +175,27 @@ def make_device_arrays(device: Device, numel: int, dtype: str, num_sources: int)
 
 
 @contextmanager
-def stand_in_devices() -> Iterator[None]:
-    """Have optimizers that are made in this block take the stand-in for a GPU."""
-    with mock.patch("shardopt.core.parts.make_device", lambda name, arena: _stand_in(arena)):
+def devices_made_by(kind: Callable[[Any], Any], *, are_beside: bool = True) -> Iterator[None]:
+    """Have optimizers that are built meanwhile take devices of another kind.
+
+    Args:
+        kind: Makes a device in the memory of a node.
+        are_beside: Whether copies of offloaded updates run beside the kernel.
+    """
+    module: Any = parts
+    make_device, make_copies = module.make_device, module.make_copies
+    module.make_device = lambda name, arena: kind(arena)
+    if not are_beside:
+        module.make_copies = lambda topology, memory: CopiesAround(memory, topology.node_ranks)
+    try:
         yield
+    finally:
+        module.make_device, module.make_copies = make_device, make_copies
+
+
+def stand_in_devices() -> AbstractContextManager[None]:
+    """Have optimizers that are made in this block take the stand-in for a GPU."""
+    return devices_made_by(_stand_in)
 
 
 def _stand_in(arena: Arena) -> Any:
@@ -251,28 +267,6 @@ def scan_of(opt: Any) -> Callable[[], None]:
         params.refresh()
 
     return scan
-
-
-# -- devices ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def devices_made_by(kind: Callable[[Any], Any], *, are_beside: bool) -> Iterator[None]:
-    """Have optimizers that are built meanwhile take devices of another kind.
-
-    Args:
-        kind: Makes a device in the memory of a node.
-        are_beside: Whether copies of offloaded updates run beside the kernel.
-    """
-    module: Any = parts
-    make_device, make_copies = module.make_device, module.make_copies
-    module.make_device = lambda name, arena: kind(arena)
-    if not are_beside:
-        module.make_copies = lambda topology, memory: CopiesAround(memory, topology.node_ranks)
-    try:
-        yield
-    finally:
-        module.make_device, module.make_copies = make_device, make_copies
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

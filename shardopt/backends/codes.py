@@ -20,6 +20,7 @@ that are to go a random number of as many bits is added, so that it goes up as o
 the next level, and is right on average. [Note: random numbers of updates] is about those numbers.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ SHIFT = 20
 NEAREST = 1 << SHIFT - 1
 """What rounds to the nearest if it is added; a random number rounds by chance."""
 
+_BATCH_BLOCKS = 256
 _INF_LEVEL = 0x7F800000 >> SHIFT
 _TOP_CODE: dict[Codec, int] = {"signed": 127, "unsigned": 255}
 
@@ -73,12 +75,19 @@ def decode(blocks: Blocks, codec: Codec, numel: int) -> NDArray[np.float32]:
         codec: Their kind.
         numel: Number of values; there may be fewer than codes.
     """
+    values = np.empty((len(blocks), BLOCK_NUMEL), np.float32)
+    for batch in _batches(len(blocks)):
+        values[batch.slice] = _decoded(blocks[batch.slice], codec)
+    return values.reshape(-1)[:numel]
+
+
+def _decoded(blocks: Blocks, codec: Codec) -> NDArray[np.float32]:
     top, codes = _levels(blocks[:, :4].copy().view(np.float32)), blocks[:, 4:].astype(np.int64)
     sign = codes & 0x80 if codec == "signed" else np.int64(0)
     codes = codes - sign
     levels = np.where(codes > 0, codes + top - _TOP_CODE[codec], 0)
     bits = (levels << SHIFT | sign << 24).astype(np.uint32)
-    return bits.view(np.float32).reshape(-1)[:numel]
+    return bits.view(np.float32)
 
 
 def encode(
@@ -93,6 +102,15 @@ def encode(
         noise: [numel] or a number below 2**``SHIFT``: what is added to the bits that are rounded
             away.
     """
+    for batch in _batches(len(blocks)):
+        part = batch.scale(BLOCK_NUMEL).slice
+        numbers = noise if isinstance(noise, int) else noise[part]
+        _encode(values[part], blocks[batch.slice], codec, numbers)
+
+
+def _encode(
+    values: FloatArray, blocks: Blocks, codec: Codec, noise: int | NDArray[np.uint32]
+) -> None:
     padded = np.zeros(len(blocks) * BLOCK_NUMEL, np.float32)
     padded[: values.size] = values
     bits = padded.view(np.uint32).astype(np.int64)
@@ -109,6 +127,11 @@ def encode(
     blocks[:, 4:] = codes
     _clear_behind(blocks, values.size)
     blocks[:, :4] = (top << SHIFT).astype(np.uint32).view(np.uint8).reshape(-1, 4)
+
+
+def _batches(num_blocks: int) -> Iterator[Span]:
+    """Cut blocks into batches, as what is computed on the way takes many times their memory."""
+    return Span(0, num_blocks).chunks(_BATCH_BLOCKS)
 
 
 def _levels(values: NDArray[np.float32]) -> NDArray[np.int64]:

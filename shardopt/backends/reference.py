@@ -119,7 +119,7 @@ def _apply(
         exp_avg = decode(kept[0], "signed", param.size)
         exp_avg_sq = decode(kept[1], "unsigned", param.size)
     p = (param if master is None else _current(master, param)).astype(np.float64)
-    g = c.source_scale * grad + c.weight_decay * p
+    g = c.source_scale * (c.mean_scale * grad) + c.weight_decay * p
     m = c.m_decay * exp_avg + c.m_gain * g
     v = c.beta2 * exp_avg_sq + c.v_gain * g**2
     p -= c.param_decay * p + (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)

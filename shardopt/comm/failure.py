@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from types import TracebackType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from mpi4py import MPI
 
@@ -132,7 +132,11 @@ def _end_job_after(kind: type[BaseException], report: Callable[[], object]) -> N
     """Print an exception of class ``kind`` by calling ``report``, and end the job."""
     with redirect_stderr(StringIO()) as text:
         report()
-    sys.stderr.write(text.getvalue())  # in one piece: other ranks may be writing theirs
+    # A hook installed after ours, as by torch's init_process_group, may keep what is written in
+    # memory until ours returns, which it does not.
+    stream: Any = sys.__stderr__ if isinstance(sys.stderr, StringIO) else sys.stderr
+    sys.stderr = stream
+    stream.write(text.getvalue())  # in one piece: other ranks may be writing theirs
     end_job(_KEYBOARD_INTERRUPT_CODE if issubclass(kind, KeyboardInterrupt) else 1)
 
 

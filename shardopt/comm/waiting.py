@@ -44,6 +44,25 @@ def wait_until(
             check(now - start)
 
 
+def wait_briefly(test: Callable[[], bool], limit_s: float) -> bool:
+    """Wait until ``test`` returns True, or for ``limit_s`` seconds at most; return which it was.
+
+    Args:
+        test: Whether the wait is over; called over and over, so it may also make progress.
+        limit_s: The longest time.
+    """
+    start = time.monotonic()
+    while not any(test() for _ in range(LOOKS)):
+        waited_s = time.monotonic() - start
+        if waited_s > limit_s:
+            return False
+        if waited_s < _YIELD_FOR_S:
+            os.sched_yield()
+        else:
+            time.sleep(_NAP_S)
+    return True
+
+
 @contextmanager
 def overdue(timeout_s: float, give_up: Callable[[], None]) -> Iterator[None]:
     """Call ``give_up`` in another thread if the body takes longer than ``timeout_s``.

@@ -68,21 +68,21 @@ class Averaging:
             RankMismatchError: Ranks have different loss scales or make different calls.
         """
         parts = self._parts
-        found = attempt(self._inspect, loss_scale)
+        found = attempt(self._inspect, loss_scale, step)
         parts.memory.publish()
         agreed = self._consensus.enter(found, step, _CALL)
         parts.memory.acquire()
-        if self.is_done:
+        if parts.grads.are_averages:
+            parts.grads.adopt_writes(agreed.present)
+        if self.is_done or parts.grads.are_averages:
             return
         parts.sync.copies.begin(agreed.present)
         assert found.value is not None
         self.changed, self.copied_nbytes = agreed.changed, found.value.copied_nbytes
         changed = agreed.changed | parts.sync.reduction.activate(agreed.present)
         parts.sync.resend(changed)
-        factor = 1.0 / parts.topology.world_size
-        if not self._is_outdated:  # else they have been divided by it
-            factor /= agreed.loss_scale
-        parts.sync.average(agreed.present, factor)
+        is_scaled = self._is_outdated  # they have been divided by it before
+        parts.sync.average(agreed.present, 1.0 if is_scaled else 1.0 / agreed.loss_scale)
         parts.meet(step, _CALL)  # owners have written their shards into the gradients of all
         parts.sync.copies.show_grads(agreed.present)
         parts.registry.bind_present(agreed.present & ~found.value.present)
@@ -132,12 +132,15 @@ class Averaging:
             described["the gradients set or removed after average_grads()"] = others
         return described
 
-    def _inspect(self, loss_scale: Any) -> LocalInputs:
+    def _inspect(self, loss_scale: Any, step: int) -> LocalInputs:
         """Find this rank's inputs of an average.
 
         Raises:
             Exception: Something is wrong with them.
         """
+        parts = self._parts
+        if parts.grads.are_averages:
+            return self._inspect_averages(loss_scale, step)
         self.require_unmixed()
         scale = require_loss_scale(loss_scale)
         if self._loss_scale not in (None, scale):
@@ -147,16 +150,32 @@ class Averaging:
             )
         if self.is_done:
             return LocalInputs(loss_scale=scale, same=self.describe(scale, self._present))
-        changed = self._parts.overlap.hold()  # before other gradients are copied in
-        self._parts.registry.adapter.were_grads_written(0)  # all that comes later holds
-        present, copied_nbytes = self._parts.registry.take_grads()
-        self._parts.send_grads(present)
+        changed = parts.overlap.hold()  # before other gradients are copied in
+        parts.registry.adapter.were_grads_written(0)  # all that comes later holds
+        present, copied_nbytes = parts.grads.take(step)
+        parts.send_grads(present)
         return LocalInputs(
             present=present,
             loss_scale=scale,
             changed=changed,
             copied_nbytes=copied_nbytes,
             same={**self.describe(scale, present), "loss_scale": scale},
+        )
+
+    def _inspect_averages(self, loss_scale: Any, step: int) -> LocalInputs:
+        """Find this rank's inputs of an average that backward has computed already.
+
+        Raises:
+            Exception: Something is wrong with them.
+        """
+        present, copied_nbytes = self._parts.grads.take(step)
+        if (scale := require_loss_scale(loss_scale)) != 1.0:
+            raise HyperparamsError(
+                f"loss_scale must be 1 with policy.stage=2; got {scale}. Leave it out, and pass it "
+                "to step() or have GradScaler unscale the averages."
+            )
+        return LocalInputs(
+            present=present, copied_nbytes=copied_nbytes, same=self._parts.grads.describe(scale)
         )
 
     def _on_backward(self) -> None:

@@ -17,7 +17,7 @@ class StepListener(Protocol):
         ...
 
     def close(self) -> None:
-        """Finish: the optimizer is about to be closed."""
+        """Finish: the optimizer is about to be closed. What it raises is raised once it is."""
         ...
 
 

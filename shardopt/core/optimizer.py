@@ -30,6 +30,7 @@ from shardopt.errors import (
 )
 from shardopt.layout.footprint import MemoryReport, plan_memory
 from shardopt.layout.partition import Partition
+from shardopt.layout.ring import plan_ring
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.group_values import update_groups
 from shardopt.params.groups import Group, complete_groups, make_group
@@ -109,6 +110,8 @@ class Optimizer(Generic[P]):
             groups = Outcome(None, error)
         device, _ = attempt(find_device, adapter, groups.value or ())  # extend meets errors again
         self.parts = make_parts(self.comm, adapter, device, norm, policy, failure)
+        if groups.error is None and self.parts.refused is not None:
+            groups = Outcome(None, self.parts.refused)
         writes = UserWrites(self.parts.memory, self.topology.places[self.topology.rank])
         state_view = StateView(self.parts, writes)
         self.params = SharedParams(self.parts, state_view, writes)
@@ -216,9 +219,7 @@ class Optimizer(Generic[P]):
         parts.overlap.grads_zeroed()
         if parts.registry.is_edited(self.defaults):
             parts.registry.zero_pending(set_to_none=set_to_none)
-        cleared = parts.registry.cleared_by(set_to_none=set_to_none)
-        parts.registry.zero_grads()
-        parts.registry.bind_grads(cleared)
+        parts.grads.zero(set_to_none=set_to_none)
 
     # -- param groups ------------------------------------------------------------------------------
 
@@ -399,6 +400,9 @@ class Optimizer(Generic[P]):
             [binding.is_live for binding in parts.registry.bindings],
             needs_norm=parts.clipping.needs_norm,
             placement=parts.residence.placement,
+            ring=plan_ring(self.partition, parts.policy.ring_nbytes)
+            if parts.grads.are_averages
+            else None,
         )
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
@@ -434,11 +438,14 @@ class Optimizer(Generic[P]):
             return
         for work in list(self.background):
             work.close()
-        while self.listeners:
-            self.listeners.pop().close()
+        outcomes = [attempt(listener.close) for listener in self.listeners]
+        self.listeners.clear()
         self.enter_call("close()", {})
         self.parts.overlap.settle(self.last_step.step)
         self._release("close()")
+        for _, error in outcomes:
+            if error is not None:  # other ranks need this one to release
+                raise error
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -17,13 +17,16 @@ from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
 from shardopt.core.tracing import Tracing, agree_on_trace, start_trace
-from shardopt.errors import RankFailureError
-from shardopt.layout.partition import plan_partition
+from shardopt.errors import HyperparamsError, RankFailureError
+from shardopt.layout.partition import Partition, plan_partition
+from shardopt.layout.ring import ring_bucket_nbytes
 from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
+from shardopt.overlap.averaged import make_gradients
 from shardopt.overlap.backward import Overlap, make_overlap
 from shardopt.params.adapter import Adapter
 from shardopt.params.forms import FormRules
+from shardopt.params.gradients import Gradients
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.policy import ShardPolicy
@@ -51,9 +54,11 @@ class Parts:
         registry: The framework's parameters.
         rule: Step counts and coefficients.
         sync: Gradients and parameters between nodes.
+        grads: Gradients on their way to the kernel.
         overlap: Communication beside backward.
         clipping: Clips, and skips steps.
         tracing: The trace of this rank.
+        refused: Why the policy cannot be had here, for all ranks to raise, or None.
     """
 
     policy: ShardPolicy
@@ -66,9 +71,11 @@ class Parts:
     registry: Registry[Any]
     rule: Cohorts
     sync: BucketSync
+    grads: Gradients
     overlap: Overlap
     clipping: Clipping
     tracing: Tracing
+    refused: Exception | None
 
     @property
     def trace(self) -> Trace:
@@ -137,6 +144,7 @@ class Parts:
         with deadline(self.policy.timeout_s, call, self.failure):
             self.overlap.free()
             self.tracing.align(self.consensus, self.sync.step, call)
+            self.grads.free()
             self.memory.free()
             self.sync.close()
             self.memory.arena.reclaim()
@@ -191,6 +199,36 @@ def _make_device(name: str, arena: Arena, consensus: Consensus) -> Device:
     return made
 
 
+def _why_not(
+    policy: ShardPolicy, adapter: Adapter[Any], topology: Topology, residence: Residence
+) -> HyperparamsError | None:
+    """Return why a policy's stage cannot be had, or None if it can."""
+    if policy.stage == 1:
+        return None
+    reasons = {
+        "parameters on a device": not residence.is_home,
+        "a framework that does not report its gradients": not adapter.shows_averages,
+        f"{topology.num_nodes} nodes": topology.num_nodes > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return HyperparamsError(
+                f"policy.stage must be 1 with {reason}; got 2. Leave it out: stage 1 works there. "
+                "Stage 2 is for PyTorch on CPUs, on one node."
+            )
+    return None
+
+
+def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: bool) -> Partition:
+    """Lay out no parameters yet, in buckets of the policy's size or of a default one."""
+    num_nodes, node_size = topology.num_nodes, topology.node_size
+    if bucket_nbytes is None and has_one_row:
+        bucket_nbytes = ring_bucket_nbytes(node_size)
+    elif bucket_nbytes is None:
+        bucket_nbytes = default_bucket_nbytes(num_nodes, topology.world_size)
+    return plan_partition((), num_nodes, node_size, bucket_nbytes)
+
+
 def make_parts(
     comm: MPI.Intracomm,
     adapter: Adapter[Any],
@@ -216,9 +254,6 @@ def make_parts(
     consensus = make_consensus(comm, policy, failure, trace)
     tracing = agree_on_trace(consensus, trace, error, "NAdam()")
     topology, collectives = consensus.topology, consensus.collectives
-    num_nodes, node_size = topology.num_nodes, topology.node_size
-    nbytes = policy.bucket_nbytes or default_bucket_nbytes(num_nodes, topology.world_size)
-    layout = plan_partition((), num_nodes, node_size, nbytes)
     with deadline(policy.timeout_s, "NAdam()", failure):
         num_cores = cores_per_rank(topology)
         place = topology.places[topology.rank]
@@ -228,13 +263,19 @@ def make_parts(
         offload = policy.offload is not None
         residence, device = _make_residence(device, host, consensus, offload=offload)
         backend = residence.backend
-        memory = Memory(place, arena, residence)
+        refused = _why_not(policy, adapter, topology, residence)
+        has_one_row = policy.stage == 2 and refused is None
+        layout = _plan_layout(topology, policy.bucket_nbytes, has_one_row=has_one_row)
+        memory = Memory(place, arena, residence, has_one_row=has_one_row)
         rules = FormRules(policy.optim_bits, policy.master_weights)
         registry = Registry(adapter, layout, residence.holder, device, rules)
-        copies = make_copies(topology, memory)
-        sync = make_sync(topology, backend, copies, collectives, policy.wire_dtype, trace)
+        copies, wire = make_copies(topology, memory), policy.wire_dtype
+        sync = make_sync(
+            topology, backend, copies, collectives, wire, trace, has_one_row=has_one_row
+        )
+        grads = make_gradients(registry, memory, sync.reduction, collectives, policy.ring_nbytes)
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
-    sends_float16 = num_nodes > 1 and policy.wire_dtype == "float16"
+    sends_float16 = topology.num_nodes > 1 and policy.wire_dtype == "float16"
     return Parts(
         policy=policy,
         failure=failure,
@@ -246,7 +287,9 @@ def make_parts(
         registry=registry,
         rule=Cohorts(layout, policy.seed),
         sync=sync,
+        grads=grads,
         overlap=overlap,
+        refused=refused,
         clipping=Clipping(max_grad_norm, policy, memory, sends_float16),
         tracing=tracing,
     )

@@ -82,6 +82,7 @@ class Regrouping:
             assert groups.value is not None
             return plan_added(groups.value, self._parts.registry)
 
+        self._parts.grads.leave(call.step)
         planned, error = attempt(self._plan, plan)
         regions = self._prepare(call, planned, error)
         assert planned is not None
@@ -100,6 +101,7 @@ class Regrouping:
             The names of parameters that have come back without the state that they once had.
         """
         registry = self._parts.registry
+        self._parts.grads.leave(call.step)
         planned, error = attempt(self._plan, lambda: plan_edited(registry, defaults))
         try:
             regions = self._prepare(call, planned, error)
@@ -124,6 +126,7 @@ class Regrouping:
         specs = [planned.partition.params[index].spec for index in planned.added]
         for dtype, form in {(spec.dtype, spec.form) for spec in specs}:
             wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
+            parts.grads.check(dtype)
             parts.backend.kernel.prepare(dtype, wire, num_nodes, form)
         return planned
 
@@ -173,6 +176,8 @@ class Regrouping:
         for departure in planned.departures:
             departure.binding.leave(departure)
         lost, bindings = self._states.find_lost(planned), self._switch(planned, regions)
+        with deadline(parts.policy.timeout_s, call.name, parts.failure):
+            parts.grads.lay_out()
         self._activate(step)
         is_edit = planned.kept_regions is not None
         first_region = _new_regions(planned).start

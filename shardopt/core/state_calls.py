@@ -158,13 +158,14 @@ class StateCalls:
         self._core.enter_call(call, same)
         self._core.settle(changes.without_edits())
         self._core.parts.residence.bring_home(params=False, state=True)  # some may be in place
-        was_rounded = load_state(loaded, plan, self._state, collectives, step)
+        losses = load_state(loaded, plan, self._state, collectives, step)
         self._core.params.show_loaded(step, params=False, state=True)
         if loaded is None or not loaded.is_in_place or plan.step_counts != self._core.step_counts:
             self._core.parts.rule.set_step_counts(plan.step_counts)
         self._core.continue_with(plan.groups, self._core.last_step.without_poison())
-        if was_rounded:
-            tell(_ROUNDED, aloud=self._core.topology.rank == 0)
+        for is_lost, warning in zip(losses, (_ROUNDED, _LEFT_OUT), strict=True):
+            if is_lost:
+                tell(warning, aloud=self._core.topology.rank == 0)
 
     def release(self) -> None:
         """Leave users with what they hold; see ``StateView.release``."""
@@ -186,4 +187,9 @@ class StateCalls:
 _ROUNDED = CheckpointWarning(
     "load_state_dict() has rounded moments to 8 bits, as policy or param groups say optim_bits=8: "
     "training does not go on bit for bit. Set optim_bits=32 to keep all bits."
+)
+
+_LEFT_OUT = CheckpointWarning(
+    "load_state_dict() has left masters out, as the policy says master_weights=False: parameters "
+    "go on from their rounded values. Leave master_weights out to keep all bits."
 )

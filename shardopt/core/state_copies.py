@@ -1,6 +1,5 @@
 """Copies of values that the optimizer state holds as codes, as users get them."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -26,25 +25,19 @@ class _Copy(NamedTuple):
     digest: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """The copy that a framework has now, and its memory."""
-
-    value: Any
-    array: FloatArray
-
-
 class DecodedCopies:
     """Hands out copies, the same until the state changes, and notices writes to them.
 
     A write would be lost. NumPy refuses it at once; what other frameworks write is found before the
-    next step, in copies of any age, unless nothing shows them any more.
+    next step: in every copy that has been handed out since the last one, and in older ones as long
+    as something shows them.
     """
 
     def __init__(self) -> None:
         self._version = -1
-        self._now: dict[tuple[int, str], _Value] = {}
+        self._now: dict[tuple[int, str], Any] = {}
         self._handed_out: list[_Copy] = []
+        self._kept: list[FloatArray] = []  # until they have been looked at
 
     def find(self, index: int, key: str, version: int) -> Any:
         """Return the copy of an array of the state of a parameter; None if there is none yet.
@@ -57,8 +50,7 @@ class DecodedCopies:
         if version != self._version:
             self._version = version
             self._now.clear()
-        found = self._now.get((index, key))
-        return None if found is None else found.value
+        return self._now.get((index, key))
 
     def add(self, index: int, key: str, spec: ParamSpec, value: Any, array: FloatArray) -> None:
         """Add a copy, after ``find`` has found none.
@@ -68,30 +60,36 @@ class DecodedCopies:
             key: Name of the array.
             spec: The parameter.
             value: The copy as the framework has it.
-            array: Its memory.
+            array: Its values, as they were decoded.
         """
-        self._now[index, key] = _Value(value, array)
+        self._now[index, key] = value
+        memory = array if array.base is None else array.base  # which every view keeps
         if isinstance(value, np.ndarray):
-            value.flags.writeable = False
+            value.flags.writeable = memory.flags.writeable = False  # for good
             return
         what = f"{key} of {spec.name!r} in opt.state"
-        self._handed_out.append(_Copy(ref(array), what, _digest(array)))
+        self._handed_out.append(_Copy(ref(memory), what, _digest(memory)))
+        self._kept.append(memory)
 
     def forget(self) -> None:
         """Make new copies from now on: parameters have other numbers, or other values."""
         self._version = -1
 
     def require_unwritten(self) -> None:
-        """Refuse writes to copies, once each.
+        """Refuse writes to copies, once each, and keep no copy any longer than its user does.
 
         Raises:
             CheckpointError: One was written to.
         """
-        copies = [(copy, copy.array()) for copy in self._handed_out]
-        written = [c for c, array in copies if array is not None and _digest(array) != c.digest]
-        self._handed_out = [c for c, array in copies if array is not None and c not in written]
+        unwritten, written = list[_Copy](), list[_Copy]()
+        for copy in self._handed_out:
+            array = copy.array()
+            if array is not None:
+                (unwritten if _digest(array) == copy.digest else written).append(copy)
+        self._handed_out = unwritten
+        self._now.clear()
+        self._kept.clear()
         if written:
-            self._now.clear()
             rule = "be assigned to rather than written to in place, as it is a copy of 8-bit codes"
             require(not written, written[0].what, rule, "a write, which is lost", _REMEDY)
 

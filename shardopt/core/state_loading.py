@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -14,6 +15,7 @@ from shardopt.core.state_dict import OptimizerState
 from shardopt.core.state_parsing import LoadedState, Piece, require
 from shardopt.layout.partition import ParamSpec, Partition
 from shardopt.layout.span import Span
+from shardopt.layout.state_spec import FULL
 from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group
 from shardopt.rule.nadam import StepCount
@@ -35,6 +37,18 @@ class LoadPlan:
     groups: list[Group]
     step_counts: list[StepCount]
     senders: Mapping[int, Sequence[tuple[Span, ...] | None]] = field(default_factory=dict)
+
+
+class Losses(NamedTuple):
+    """The bits of a state that have no place here.
+
+    Attributes:
+        was_rounded: Whether values had to be rounded to codes.
+        left_masters_out: Whether it had masters of parameters that have none.
+    """
+
+    was_rounded: bool = False
+    left_masters_out: bool = False
 
 
 def plan_load(
@@ -121,13 +135,13 @@ def load_state(
     state: OptimizerState,
     collectives: Collectives,
     step: int,
-) -> bool:
+) -> Losses:
     """Put this rank's part of a state in place, wherever it comes from.
 
-    Collective: every rank, if the plan has senders or some state is kept as codes.
+    Collective: every rank, if the plan has senders or some state is kept in a smaller form.
 
     Returns:
-        Whether values had to be rounded to codes.
+        The losses of all ranks together.
     """
     rank = collectives.topology.rank
     owned: dict[int, list[tuple[Span, Mapping[str, FloatArray]]]] = {}
@@ -149,9 +163,10 @@ def load_state(
             pieces += [] if has_all else [piece]
         for span, arrays in owned.get(index, ()):
             was_rounded |= _put(pieces, span, param.spec, arrays)
-    if not any(region.form.optim_bits == 8 for region in state.partition.regions):
-        return False
-    return bool(collectives.allreduce(np.array([float(was_rounded)]), MPI.MAX, step, _CALL)[0])
+    if all(region.form == FULL for region in state.partition.regions):
+        return Losses()
+    losses = Losses(was_rounded, loaded is not None and loaded.has_surplus_masters)
+    return Losses(*map(bool, collectives.allreduce(np.array(losses, float), MPI.MAX, step, _CALL)))
 
 
 def _exchange(

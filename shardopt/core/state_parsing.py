@@ -47,6 +47,7 @@ class LoadedState:
         is_whole: Whether it has everything, rather than a part.
         node: The number of the node whose part it is, and how many there are; None if it does not
             tell.
+        has_surplus_masters: Whether it has masters of 16-bit parameters that have none here.
     """
 
     groups: list[Group]
@@ -54,6 +55,7 @@ class LoadedState:
     pieces: list[Piece | None]
     is_whole: bool
     node: tuple[int, int] | None
+    has_surplus_masters: bool = False
 
     @property
     def is_in_place(self) -> bool:
@@ -130,8 +132,12 @@ def _parse_state(state_dict: Mapping[str, Any], state: OptimizerState, views: Vi
     node = None
     if not is_whole and PART_KEY in state_dict:
         node = int(state_dict[PART_KEY]["node"]), int(state_dict[PART_KEY]["num_nodes"])
-    loaded = LoadedState(new_groups, [], [], is_whole, node)
-    for index, (param, own_id) in enumerate(zip(state.partition.params, ids, strict=True)):
+    pairs = list(zip(state.partition.params, ids, strict=True))
+    has_surplus_masters = any(
+        "master" in entries.get(own_id, ()) for p, own_id in pairs if not p.spec.form.has_masters
+    )
+    loaded = LoadedState(new_groups, [], [], is_whole, node, has_surplus_masters)
+    for index, (param, own_id) in enumerate(pairs):
         if own_id not in entries:  # torch has no entry for one that never stepped
             loaded.step_counts.append(StepCount())
             loaded.pieces.append(None)

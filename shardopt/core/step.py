@@ -90,7 +90,8 @@ class Step:
         """
         parts, kernel = self._parts, self._parts.backend.kernel
         number, trace, watch = before.step + 1, parts.trace, Stopwatch(parts.trace)
-        found = attempt(self._inspect, call)
+        reduction = parts.sync.reduction
+        found = attempt(self._inspect, call, number)
         parts.memory.publish()
         with trace.span("consensus", step=number):
             agreed = self.consensus.enter(found, number)  # every rank raises, or none does
@@ -105,8 +106,9 @@ class Step:
         updated = None if factor is None else agreed.present
         parts.sync.copies.begin_update(updated or 0, changes.mask)
         if factor is not None:
-            parts.rule.plan(agreed.present, agreed.hypers, self._grad_scale(agreed) * factor)
             averaged = self.averaging.is_done
+            scales = factor / agreed.loss_scale, 1.0 if averaged else reduction.mean_scale
+            parts.rule.plan(agreed.present, agreed.hypers, *scales)
             shards = parts.sync.averaged() if averaged else parts.sync.reduced()
             for shard in shards:  # reduce-scatter; on one node: where they lie
                 plan = self._plan(shard)
@@ -135,22 +137,26 @@ class Step:
 
     # -- before the update -------------------------------------------------------------------------
 
-    def _inspect(self, call: StepCall) -> LocalInputs:
+    def _inspect(self, call: StepCall, step: int) -> LocalInputs:
         """Find this rank's inputs of a step.
 
         Raises:
             Exception: Something is wrong with them.
         """
+        averaging, registry = self.averaging, self._parts.registry
+        held = attempt(self._parts.overlap.hold)  # before other gradients are copied in
+        seen = attempt(registry.adapter.were_grads_written, call.num_writes)
+        taken = attempt(self._parts.grads.take, step)  # with all ranks, whatever else is wrong
         if call.error is not None:
             raise call.error
-        averaging, registry = self.averaging, self._parts.registry
         averaging.require_unmixed()
         loss_scale = require_loss_scale(call.loss_scale)
-        changed = self._parts.overlap.hold()  # before other gradients are copied in
-        edited = registry.adapter.were_grads_written(call.num_writes)
         changes = self._params.find_changes()
         hypers = registry.read_hypers()
-        present, copied_nbytes = registry.take_grads()
+        for error in (held.error, seen.error, taken.error):
+            if error is not None:
+                raise error
+        present, copied_nbytes = taken.value or (0, 0)
         self._parts.send_grads(present)
         return LocalInputs(
             hypers=hypers,
@@ -159,12 +165,13 @@ class Step:
             present=present,
             loss_scale=loss_scale,
             overflowed=bool(call.overflowed),
-            changed=averaging.changed if averaging.is_done else changed,
-            edited=edited and self._parts.topology.world_size > 1,
+            changed=(averaging.changed if averaging.is_done else held.value) or 0,
+            edited=bool(seen.value) and self._parts.topology.world_size > 1,
             copied_nbytes=copied_nbytes + averaging.copied_nbytes,
             same={
                 "max_grad_norm": self._parts.clipping.max_grad_norm,
                 **averaging.describe(loss_scale, present),
+                **self._parts.grads.describe(loss_scale),
             },
         )
 
@@ -183,13 +190,14 @@ class Step:
             copied_nbytes += self._params.adopt(mine, changes)
         if inputs.loss_scale != agreed.loss_scale:
             parts.sync.copies.keep_grads()
-            parts.registry.scale_grads(agreed.loss_scale / inputs.loss_scale)
+            parts.grads.scale(agreed.loss_scale / inputs.loss_scale)
             parts.send_grads(inputs.present)
         if changes.winners or agreed.rescaled:
             parts.meet(step, "adopt")
             self._params.show_kernel(changes.winners)
         if agreed.rescaled:  # everything sent so far had the old scale
             changed = parts.overlap.sent_by_any(step)
+        parts.grads.adopt_writes(agreed.present)
         changed |= parts.sync.reduction.activate(agreed.present)
         if not self.averaging.is_done:
             parts.sync.resend(changed)
@@ -209,12 +217,7 @@ class Step:
         # added up in flat order. So the bits do not depend on how they are shared out.
         mine = parts.sync.square_sums(agreed.present, averaged=self.averaging.is_done)
         square_sums = parts.collectives.allreduce(mine, MPI.SUM, step, "reduce")
-        return math.sqrt(np.cumsum(square_sums)[-1]) * self._grad_scale(agreed)
-
-    def _grad_scale(self, agreed: AgreedInputs) -> float:
-        """Return the factor that makes the average of what is to be summed."""
-        num_sources = 1 if self.averaging.is_done else self._parts.topology.world_size
-        return 1.0 / num_sources / agreed.loss_scale
+        return math.sqrt(np.cumsum(square_sums)[-1]) / agreed.loss_scale
 
     def _show(self, changes: AgreedChanges, updated: int) -> None:
         """Have all parameters show what they are now, on every rank.
@@ -275,8 +278,9 @@ class Step:
             edited_grads=agreed.edited,
             num_updated=None if none else agreed.present.bit_count(),
             seconds=seconds,
-            waited_s=parts.sync.waited_s,
+            waited_s=parts.sync.waited_s + parts.grads.waited_s,
             copied_nbytes=result.copied_nbytes,
             sent_nbytes=parts.sync.traffic.nbytes,
             sent_messages=parts.sync.traffic.messages,
+            late_nbytes=parts.grads.late_nbytes,
         )

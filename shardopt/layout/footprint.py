@@ -9,6 +9,7 @@ import numpy as np
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.node_arrays import keeps_sums_apart, plan_param_arrays, plan_state_arrays
 from shardopt.layout.partition import Partition
+from shardopt.layout.ring import RingPlan
 from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
 
 Placement = Literal["cpu", "cuda", "offload"]
@@ -28,9 +29,11 @@ class MemoryReport:
     Attributes:
         placement: Where arrays are.
         params_node_nbytes: One copy of the parameters, or one on each GPU.
-        grads_node_nbytes: Every rank's gradients.
+        grads_node_nbytes: Every rank's gradients, or one row of averages.
         moments_node_nbytes: exp_avg and exp_avg_sq of all shards of the node.
         masters_node_nbytes: The float32 copies of 16-bit parameters, likewise.
+        ring_node_nbytes: The ring through which gradients pass into the one row of averages that a
+            node has in stage 2; 0 in stage 1.
         travel_node_nbytes: Sums of gradients, as far as they take memory of their own (see
             [Note: where sums of gradients are kept]), and staging buffers between nodes.
         written_node_nbytes: What is added, until the next step or save, if every rank writes to all
@@ -46,6 +49,7 @@ class MemoryReport:
     placement: Placement
     params_node_nbytes: int
     grads_node_nbytes: int
+    ring_node_nbytes: int
     moments_node_nbytes: int
     masters_node_nbytes: int
     travel_node_nbytes: int
@@ -60,6 +64,7 @@ class MemoryReport:
         return (
             self.params_node_nbytes
             + self.grads_node_nbytes
+            + self.ring_node_nbytes
             + self.moments_node_nbytes
             + self.masters_node_nbytes
             + self.travel_node_nbytes
@@ -83,6 +88,7 @@ def plan_memory(
     *,
     needs_norm: bool = False,
     placement: Placement = "cpu",
+    ring: RingPlan | None = None,
 ) -> MemoryReport:
     """Compute the memory that ``partition`` takes on each node, padding included.
 
@@ -94,6 +100,7 @@ def plan_memory(
         needs_norm: Whether steps measure the norm of the gradient before the update, as they do
             with ``max_grad_norm``.
         placement: Where arrays are.
+        ring: That of stage 2; None in stage 1.
     """
     regions, num_nodes = partition.regions, partition.num_nodes
     params_nbytes = grads_nbytes = sums_nbytes = 0
@@ -105,7 +112,8 @@ def plan_memory(
         trained_numel -= sum(partition.params[index].numel for index in frozen)
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
-        if keeps_sums_apart(partition, number) and (num_nodes > 1 or needs_norm):
+        needs_sums = ring is None and keeps_sums_apart(partition, number)
+        if needs_sums and (num_nodes > 1 or needs_norm):
             summed_numel = region.numel if num_nodes > 1 else trained_numel
             sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize
         for spec in region.state:
@@ -120,7 +128,8 @@ def plan_memory(
     return MemoryReport(
         placement=placement,
         params_node_nbytes=params_nbytes * num_copies,
-        grads_node_nbytes=grads_nbytes * partition.node_size,
+        grads_node_nbytes=grads_nbytes * (1 if ring else partition.node_size),
+        ring_node_nbytes=ring.nbytes if ring else 0,
         moments_node_nbytes=moments_nbytes // num_nodes,
         masters_node_nbytes=masters_nbytes // num_nodes,
         travel_node_nbytes=sums_nbytes // num_nodes

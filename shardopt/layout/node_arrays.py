@@ -11,6 +11,9 @@ from shardopt.layout.partition import Partition
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import PARAM_KEY, StateSpec
 
+GRAD_KEY = "grad"
+"""The key of averaged gradients, where a node has one row of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeArray:
@@ -20,8 +23,8 @@ class NodeArray:
         region: Index of the region.
         number: Its number among the arrays that are walked side by side; see
             [Note: padding between arrays].
-        spec: Its name (``PARAM_KEY``, that of an array of the state, ``grad<node_rank>`` or
-            ``sum``), and how its elements are kept.
+        spec: Its name (``PARAM_KEY``, that of an array of the state, ``grad<node_rank>``,
+            ``GRAD_KEY`` or ``sum``), and how its elements are kept.
         numel: Their number.
         start: Where it begins in its piece of memory, in bytes.
     """
@@ -104,6 +107,15 @@ def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) ->
             behind = 1 + node_size + len(region.state)
             spec = StateSpec("sum", compute_dtype(region.dtype))
             arrays.append(NodeArray(index, behind, spec, partition.node_numel(node, index)))
+    return _placed(arrays)
+
+
+def plan_average_arrays(partition: Partition, regions: Iterable[int]) -> NodeArrays:
+    """Lay out the one row of averages that a node has in the place of its ranks' gradients."""
+    arrays = []
+    for index in regions:
+        region = partition.regions[index]
+        arrays.append(NodeArray(index, 1, StateSpec(GRAD_KEY, region.dtype), region.numel))
     return _placed(arrays)
 
 

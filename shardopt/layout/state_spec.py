@@ -83,6 +83,7 @@ class StateSpec:
 
     def bytes_of(self, span: Span) -> Span:
         """Return where some elements are in the array, in bytes."""
+        assert self.codec is None or span.start % BLOCK_NUMEL == 0
         start = self.nbytes(span.start)
         return Span(start, start + self.nbytes(span.numel))
 

@@ -26,6 +26,8 @@ class Adapter(Protocol[P]):
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
+        shows_averages: A bound gradient is the average over all ranks, not this rank's own; see
+            [Note: what p.grad is in stage 2].
         step_dtype: Of step counts in the state.
         annotate: Shows spans to the framework's profiler; None if it has none.
         copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
@@ -34,6 +36,7 @@ class Adapter(Protocol[P]):
 
     grads_from_start: bool
     reports_grads: bool
+    shows_averages: bool
     step_dtype: str
     annotate: Annotate | None
     copied_nbytes: int
@@ -162,6 +165,22 @@ class Adapter(Protocol[P]):
         """
         ...
 
+    def on_backward_ends(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
+        """Call listeners before a backward accumulates anything, and at its end."""
+        ...
+
+    def on_grad_read(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when somebody uses an average that ``bind_grad`` has bound."""
+        ...
+
+    def end_backward(self) -> None:
+        """Report what a backward has left to report, as one that has raised does."""
+        ...
+
+    def own_grad(self, param: P, view: Any, *, zeros: bool) -> None:
+        """Make the gradient a copy of a view, or zeros, in memory of its own."""
+        ...
+
     def grad_version(self, param: P) -> object:
         """Return an object that differs once the framework has seen a write to the gradient."""
         ...
@@ -238,6 +257,7 @@ class ArrayAdapter(Adapter[A]):
 
     grads_from_start = False
     reports_grads = False
+    shows_averages = False
     step_dtype = "float64"
     annotate = None
     copied_nbytes = 0
@@ -323,6 +343,19 @@ class ArrayAdapter(Adapter[A]):
 
     def on_backward(self, listener: Callable[[], None] | None) -> None:
         """Do nothing; see ``on_grad_ready``."""
+
+    def on_backward_ends(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
+        """Do nothing; see ``on_grad_ready``."""
+
+    def on_grad_read(self, listener: Callable[[], None]) -> None:
+        """Do nothing: a bound gradient is this rank's own."""
+
+    def end_backward(self) -> None:
+        """Do nothing; see ``on_grad_ready``."""
+
+    def own_grad(self, param: A, view: FloatArray, *, zeros: bool) -> None:
+        """See ``Adapter.own_grad``."""
+        param.grad = np.zeros_like(view) if zeros else view.copy()
 
     def grad_version(self, param: A) -> None:
         """Return None; see ``Adapter.grad_version``."""

@@ -71,7 +71,7 @@ class Binding:
         """
         grad = self._adapter.grad(self.param, self.name)
         self.bind_data()
-        if grad is not None:
+        if grad is not None and not self._adapter.shows_averages:
             self.write_grad(grad)
         elif none_is_zero and self._adapter.grads_from_start:
             self.bind_grad()
@@ -94,6 +94,18 @@ class Binding:
             self._adapter.clear_grad(self.param, self._grad_view)
         else:
             self._adapter.unbind_grad(self.param)
+
+    def own_grad(self, *, zeros: bool = False) -> None:
+        """Give the framework a gradient of its own, with the values of shared memory or zeros."""
+        self._adapter.own_grad(self.param, self._grad_view, zeros=zeros)
+
+    def has_own_grad(self) -> bool:
+        """Whether the framework has a gradient elsewhere."""
+        return not self.holds_grad() and self.has_grad()
+
+    def remove_grad(self) -> None:
+        """Leave the parameter without a gradient, whatever shared memory holds."""
+        self._adapter.unbind_grad(self.param)
 
     def holds_grad(self) -> bool:
         """Whether the gradient lives in shared memory."""
@@ -255,7 +267,8 @@ def _outline(array: FloatArray) -> FloatArray:
     return np.asarray(_Outline(array)) if is_on_device(array) else array
 
 
-def _may_overlap(left: FloatArray, right: FloatArray) -> bool:
+def may_overlap(left: FloatArray, right: FloatArray) -> bool:
+    """Whether two arrays may share memory."""
     (start, stop), (first, last) = byte_bounds(left), byte_bounds(right)
     return start < last and first < stop
 
@@ -265,6 +278,6 @@ def read_before_write(
 ) -> dict[int, FloatArray]:
     """Copy those arrays that lie in shared memory, so that none changes while it is written."""
     return {
-        index: array.copy() if any(_may_overlap(array, s) for s in shared) else array
+        index: array.copy() if any(may_overlap(array, s) for s in shared) else array
         for index, array in arrays.items()
     }

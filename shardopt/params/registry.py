@@ -9,7 +9,7 @@ from shardopt.backends.base import Backend, is_on_device
 from shardopt.errors import PartitionError
 from shardopt.layout.partition import Partition
 from shardopt.params.adapter import Adapter, P
-from shardopt.params.binding import Binding, byte_bounds, read_before_write
+from shardopt.params.binding import Binding, byte_bounds, may_overlap, read_before_write
 from shardopt.params.forms import BITS_KEY, FormRules, require_same_bits
 from shardopt.params.groups import Group, HyperparamsReader, complete_groups
 from shardopt.params.known_groups import KnownGroups, params_in
@@ -156,6 +156,10 @@ class Registry(Generic[P]):
         start, stop = byte_bounds(array)
         before = bisect_right(self._bounds, (stop,)) - 1  # regions do not overlap each other
         return before >= 0 and self._bounds[before][1] > start
+
+    def may_be_shared(self, array: FloatArray) -> bool:
+        """Whether an array may share memory with parameters or gradients."""
+        return any(may_overlap(array, shared) for shared in self.shared)
 
     def index_of(self, param: P) -> int | None:
         """Return the index of a parameter, or None if it is not this optimizer's."""

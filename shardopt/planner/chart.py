@@ -1,6 +1,7 @@
 """Line charts as SVG, readable on light and on dark pages."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
@@ -9,6 +10,7 @@ _WIDTH, _HEIGHT = 480, 330  # of a chart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 132, 52, 48  # around its axes
 _HEADING, _FOOT, _LINE = 34, 16, 15
 _LABEL_GAP = 14
+_MARGIN, _LETTER = 16, 6.8  # beside notes, and the width of their letters
 
 _STYLE = """
   svg { color-scheme: light dark; font: 12px system-ui, sans-serif; }
@@ -83,10 +85,12 @@ def draw(heading: str, charts: Sequence[Chart], notes: Sequence[str], colors: st
     Args:
         heading: Above all of them.
         charts: From left to right.
-        notes: Lines below them.
+        notes: Lines below them; those too long for the width are broken.
         colors: Style of further colors, as ``.s5 { stroke: ... } .t5 { fill: ... }``.
     """
     width = _WIDTH * len(charts)
+    num_letters = int((width - 2 * _MARGIN) / _LETTER)
+    notes = [line for note in notes for line in textwrap.wrap(note, num_letters)]
     height = _HEADING + _HEIGHT + _FOOT + _LINE * len(notes)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '

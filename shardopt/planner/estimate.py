@@ -191,7 +191,8 @@ class StepTimes:
         times = times_of(
             work, machine, layout.node_size, placement=layout.placement, backward_s=backward_s
         )
-        rounds = min(layout.num_nodes - 1, layout.num_nodes if exchange == "ring" else 1)
+        others = layout.num_nodes - 1
+        rounds = others if exchange == "ring" else min(1, others)
         return cls(times, rounds * machine.latency_s, _consensus_s(layout, machine))
 
     def run(self, layout: Layout, backward_s: float = 0.0) -> Simulated:
@@ -203,13 +204,14 @@ class StepTimes:
     def phases(self) -> Phases:
         """The time of each phase alone."""
         buckets = self.buckets
-        computing_s = sum(each.reduce_s + each.sum_s for each in buckets)
+        summing_s = sum(each.reduce_s + each.post_grads_s + each.sum_s for each in buckets)
         sending_s = sum(each.send_grads_s for each in buckets)
+        posting_s = sum(each.post_params_s for each in buckets)
         gathering_s = sum(each.send_params_s for each in buckets)
         return Phases(
-            reduce_scatter_s=max(computing_s, sending_s) + self.latency_s,
+            reduce_scatter_s=max(summing_s, sending_s) + self.latency_s,
             update_s=sum(each.update_s for each in buckets),
-            all_gather_s=gathering_s + self.latency_s,
+            all_gather_s=max(posting_s, gathering_s) + self.latency_s,
             consensus_s=self.consensus_s,
         )
 

@@ -136,8 +136,8 @@ def _limit(specs: Sequence[ParamSpec], layout: Layout, machine: Machine) -> floa
     nbytes = sum(spec.numel for spec in specs) * 8
     partition = plan_partition(specs, layout.num_nodes, layout.node_size, nbytes)
     buckets = StepTimes.of(partition, layout, machine.scaled(0.0)).buckets
-    computing_s = sum(each.reduce_s + each.sum_s + each.update_s for each in buckets)
-    return max(computing_s, sum(each.send_grads_s + each.send_params_s for each in buckets))
+    computing_s = sum(each.computing_s for each in buckets)  # messages cost nothing here
+    return max(computing_s, sum(each.sending_s for each in buckets))
 
 
 def choose_bucket(model: Model, layout: Layout, machine: Machine) -> BucketChoice:

@@ -45,10 +45,12 @@ class BucketTimes:
     Attributes:
         ready_s: When its gradients are there, from the start of backward.
         reduce_s: To sum them over the ranks of the node.
-        send_grads_s: To send them.
+        send_grads_s: To send them, which the link does.
         sum_s: To add up what has arrived.
         update_s: To update the node's shards.
         send_params_s: To send them.
+        post_grads_s: In which ranks hand the messages with gradients to MPI.
+        post_params_s: The same of parameters.
     """
 
     ready_s: float
@@ -57,6 +59,18 @@ class BucketTimes:
     sum_s: float
     update_s: float
     send_params_s: float
+    post_grads_s: float = 0.0
+    post_params_s: float = 0.0
+
+    @property
+    def computing_s(self) -> float:
+        """Seconds in which the ranks of a node are busy."""
+        return self.reduce_s + self.post_grads_s + self.sum_s + self.update_s + self.post_params_s
+
+    @property
+    def sending_s(self) -> float:
+        """Seconds in which the link is busy."""
+        return self.send_grads_s + self.send_params_s
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -117,10 +131,12 @@ def times_of(
         times.append(
             BucketTimes(
                 ready_s=backward_s * done / total,
-                reduce_s=reduced + each.grads_messages * message_s,
+                reduce_s=reduced,
+                post_grads_s=each.grads_messages * message_s,
                 send_grads_s=each.grads_nbytes / link,
                 sum_s=summed,
-                update_s=updated + each.params_messages * message_s,
+                update_s=updated,
+                post_params_s=each.params_messages * message_s,
                 send_params_s=each.params_nbytes / link,
             )
         )
@@ -182,7 +198,7 @@ class _Simulation:
         while self._events:
             now_s, _, handle, node, bucket = heappop(self._events)
             handle(now_s, node, bucket)
-        sending_s = sum(times.send_grads_s + times.send_params_s for times in self._times)
+        sending_s = sum(times.sending_s for times in self._times)
         sending_s *= max(kind.link_slowdown for kind in self._kinds)
         return Simulated(now_s - self._backward_s, max(self._computed_s), sending_s)
 
@@ -231,14 +247,18 @@ class _Simulation:
         while waiting and self._num_staging[node]:
             self._num_staging[node] -= 1
             bucket = waiting.popleft()
-            self._compute(now_s, self._times[bucket].reduce_s, self._send_grads, node, bucket)
+            times = self._times[bucket]
+            work_s = times.reduce_s + times.post_grads_s
+            self._compute(now_s, work_s, self._send_grads, node, bucket)
 
     def _start_updating(self, now_s: float, node: int) -> None:
         summed = self._summed[node]
         while summed and now_s >= self._agreed_s and self._num_gathering[node] < MAX_GATHERING:
             self._num_gathering[node] += 1
             bucket = summed.popleft()
-            self._compute(now_s, self._times[bucket].update_s, self._send_params, node, bucket)
+            times = self._times[bucket]
+            work_s = times.update_s + times.post_params_s
+            self._compute(now_s, work_s, self._send_params, node, bucket)
 
     def _compute(self, now_s: float, work_s: float, then: _Handler, node: int, bucket: int) -> None:
         taken_s = work_s * self._kinds[node].slowdown

@@ -37,13 +37,16 @@ def parse_seconds(name: str, word: str) -> float:
 
 def parse_nbytes(name: str, word: str) -> int:
     """Return bytes from ``4MiB``, ``80GB`` and the like; as ``parse_rate``."""
-    return int(_parse(name, word, _NBYTES, "bytes > 0 with their unit, such as 4MiB or 80GB"))
+    return _whole(name, word, _NBYTES, "bytes > 0 with their unit, such as 4MiB or 80GB")
 
 
 def parse_count(name: str, word: str) -> int:
     """Return a whole number from ``7e9``, ``7B``, ``350M`` and the like; as ``parse_rate``."""
-    rule = "a whole number > 0, such as 7e9 or 350M"
-    value = _parse(name, word, _COUNTS, rule)
+    return _whole(name, word, _COUNTS, "a whole number > 0, such as 7e9 or 350M")
+
+
+def _whole(name: str, word: str, units: dict[str, float], rule: str) -> int:
+    value = _parse(name, word, units, rule)
     if value != int(value):
         raise _wrong(name, word, rule)
     return int(value)

@@ -94,19 +94,26 @@ class Cohorts:
         self._cohort_of = [Cohort(param.spec.group, count) for param, count in pairs]
         self._present = None
 
-    def plan(self, present: int, hypers: Sequence[Hyperparams], grad_scale: float) -> None:
+    def plan(
+        self,
+        present: int,
+        hypers: Sequence[Hyperparams],
+        grad_scale: float,
+        mean_scale: float = 1.0,
+    ) -> None:
         """Compute the coefficients of a step; nothing is counted before ``commit``.
 
         Args:
             present: Bit mask of the parameters that have a gradient on some rank.
             hypers: Of each param group.
             grad_scale: See ``step_coefficients``.
+            mean_scale: Likewise.
         """
         if present != self._present:
             self._regroup(present)
         self._planned = [c.count.after_step(hypers[c.group]) for c in self._stepping]
         self._coefficients = [
-            step_coefficients(hypers[cohort.group], count, grad_scale)
+            step_coefficients(hypers[cohort.group], count, grad_scale, mean_scale)
             for cohort, count in zip(self._stepping, self._planned, strict=True)
         ]
         self._tables = {}

@@ -7,10 +7,13 @@ they compute.
 Every published NAdam is a setting of the coefficients of one update. With ``g`` the gradient,
 ``m`` = exp_avg and ``v`` = exp_avg_sq::
 
-    g  = source_scale * sum_of_sources + weight_decay * p
+    g  = source_scale * (mean_scale * sum_of_sources) + weight_decay * p
     m  = m_decay * m + m_gain * g
     v  = beta2 * v + (v_gain * g) * g
     p -= param_decay * p + (g_scale * g + m_scale * m) / (sqrt(v * v_scale) + eps)
+
+The average over ranks, in parentheses, is rounded once before anything uses it. So the bits are the
+same if it was computed before the update, where ``mean_scale`` is 1.
 
 Decoupled decay is written as ``p -= lr * weight_decay * p``: a factor ``1 - lr * weight_decay``,
 rounded to float32, would be off by a tenth of a decay of 3e-7, and at every step.
@@ -156,18 +159,22 @@ class StepCoefficients(NamedTuple):
     m_scale: float
     v_scale: float
     eps: float
+    mean_scale: float
 
 
 NUM_COEFFICIENTS = len(StepCoefficients._fields)
 
 
-def step_coefficients(hyper: Hyperparams, count: StepCount, grad_scale: float) -> StepCoefficients:
+def step_coefficients(
+    hyper: Hyperparams, count: StepCount, grad_scale: float, mean_scale: float = 1.0
+) -> StepCoefficients:
     """Compute the coefficients of one step.
 
     Args:
         hyper: The group's hyperparameters in this step.
         count: The count after this step: ``count.step`` is its number, from 1.
-        grad_scale: Factor on the sum of gradients: 1 / world_size / loss_scale, times clipping.
+        grad_scale: Factor on the averaged gradient: 1 / loss_scale, times clipping.
+        mean_scale: Factor that makes it of the sum of sources.
     """
     beta1, beta2 = hyper.betas
     bias_correction2 = 1.0 - beta2**count.step
@@ -195,6 +202,7 @@ def step_coefficients(hyper: Hyperparams, count: StepCount, grad_scale: float) -
         m_scale=m_scale,
         v_scale=1.0 / bias_correction2,
         eps=hyper.eps,
+        mean_scale=mean_scale,
     )
 
 

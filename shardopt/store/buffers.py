@@ -81,7 +81,8 @@ class RegionArrays:
         params: [region_numel], the node's copy, in node memory.
         own_params: [region_numel] the parameters that this rank's framework holds.
         own_grads: [region_numel] its gradients.
-        rows: [region_numel] each, the gradients of all ranks of the node, that the kernel reads.
+        rows: [region_numel] each, the gradients of all ranks of the node, that the kernel reads; or
+            one row of their averages.
         targets: [region_numel] each, the copies of the parameters that the kernel writes; it reads
             the first.
         sums: ``sum``: the sums over all ranks of the gradients of shards; None if rows of gradients
@@ -112,7 +113,7 @@ class ShardBuffers:
         own_params: [region_numel] the same, as this rank may write to it; see
             [Note: weights that behave as in DDP].
         grads: [region_numel], this rank's gradients, as its framework has them.
-        row: [region_numel], the same where the kernel reads them.
+        row: [region_numel], the same where the kernel reads them; or the one row of averages.
         all_grads: The gradients of all ranks of the node.
         node_grads: [region_numel] each, the same as arrays.
         updated: [region_numel], the parameters where the kernel updates this rank's shards.
@@ -128,7 +129,7 @@ class ShardBuffers:
         self.params = arrays.params
         self.own_params = arrays.own_params
         self.grads = arrays.own_grads
-        self.row = arrays.rows[place[1]]
+        self.row = arrays.rows[place[1]] if len(arrays.rows) > 1 else arrays.rows[0]
         self.all_grads = Rows.of(*arrays.rows)
         self.node_grads = arrays.rows
         self.sums = arrays.sums

@@ -15,7 +15,9 @@ from shardopt.comm.node_memory.limits import read_memory_room
 from shardopt.comm.node_memory.private_view import PrivateView
 from shardopt.comm.node_memory.writes import write_tracking
 from shardopt.layout.node_arrays import (
+    GRAD_KEY,
     NodeArrays,
+    plan_average_arrays,
     plan_grad_arrays,
     plan_param_arrays,
     plan_state_arrays,
@@ -42,6 +44,7 @@ class RegionMemory:
         state: The optimizer state of the node's shards of it, by key.
         own_state: The same, as this rank may write to it.
         pieces: See ``Memory.pieces``: that of the parameters, and that of the state.
+        averages: See ``Memory.averages``; one, or none.
         located: Its arrays where frameworks and steps use them.
     """
 
@@ -49,6 +52,7 @@ class RegionMemory:
     state: _Arrays
     own_state: _Arrays
     pieces: tuple[tuple[NodeArrays, PrivateView], tuple[NodeArrays, PrivateView]]
+    averages: Sequence[tuple[NodeArrays, PrivateView]]
     located: LocatedRegion
 
 
@@ -59,6 +63,8 @@ class Memory:
         place: The node and node rank of this rank.
         arena: The memory of the node.
         residence: Where frameworks and steps use it.
+        has_one_row: Whether the node has one row of averaged gradients, of which each rank has a
+            view of its own, rather than a row for each rank.
 
     Attributes:
         arena: As given.
@@ -67,12 +73,22 @@ class Memory:
         state: See ``StateStore``.
         pieces: The memory of parameters and that of state, of one region after another: its layout,
             and this rank's view of it.
+        averages: Likewise of averaged gradients, if there is one row of them.
     """
 
-    def __init__(self, place: tuple[int, int], arena: Arena, residence: Residence) -> None:
+    def __init__(
+        self,
+        place: tuple[int, int],
+        arena: Arena,
+        residence: Residence,
+        *,
+        has_one_row: bool = False,
+    ) -> None:
         self.buffers: list[ShardBuffers] = []
         self.state = StateStore()
         self.pieces: list[tuple[NodeArrays, PrivateView]] = []
+        self.averages: list[tuple[NodeArrays, PrivateView]] = []
+        self._has_one_row = has_one_row
         self._place = place
         self.arena = arena
         self.residence = residence
@@ -91,11 +107,12 @@ class Memory:
         state_layout = plan_state_arrays(partition, node, [index])
         params, state = self._share_twice(params_layout), self._share_twice(state_layout)
         of_state = _arrays(state_layout, state.shared)
+        grads, averages = self._share_grads(partition, index)
         home = HomeArrays(
             params=_arrays(params_layout, params.shared)[PARAM_KEY],
             own_params=_arrays(params_layout, params.view)[PARAM_KEY],
             state=of_state,
-            **self._share_grads(partition, index),
+            **grads,
         )
         located = self.residence.locate(partition, index, self._place, home)
         return RegionMemory(
@@ -103,6 +120,7 @@ class Memory:
             state=of_state,
             own_state=_arrays(state_layout, state.view),
             pieces=((params_layout, params), (state_layout, state)),
+            averages=averages,
             located=located,
         )
 
@@ -112,6 +130,7 @@ class Memory:
             self.buffers.append(region.buffers)
             self.state.append(region.state, region.own_state, region.located.state)
             self.pieces += region.pieces
+            self.averages += region.averages
         self.residence.extend([region.located for region in regions])
 
     def select(self, partition: Partition, kept: Sequence[int]) -> None:
@@ -122,6 +141,7 @@ class Memory:
             kept: Their numbers so far, in order.
         """
         pieces = self.pieces
+        self.averages = [self.averages[number] for number in kept] if self.averages else []
         self.buffers = [self.buffers[number] for number in kept]
         self.state.select(kept)
         self.residence.select(kept)
@@ -166,6 +186,7 @@ class Memory:
         self.buffers.clear()
         self.state.free()
         self.pieces.clear()
+        self.averages.clear()
         self.residence.free()
 
     def _budget(self) -> int:
@@ -184,14 +205,24 @@ class Memory:
         piece = self._share(layout, private=True)
         return PrivateView(piece.memory, piece.view, write_tracking(), self._budget)
 
-    def _share_grads(self, partition: Partition, index: int) -> dict[str, Any]:
-        """Allocate gradients in node memory, if they are there, and sums."""
-        layout = plan_grad_arrays(partition, self._place[0], [index])
+    def _share_grads(
+        self, partition: Partition, index: int
+    ) -> tuple[dict[str, Any], list[tuple[NodeArrays, PrivateView]]]:
+        """Allocate gradients in node memory, if they are there, and sums or averages."""
         if not self.residence.needs_rows:
-            return {"rows": (), "sums": {}}
+            return {"rows": (), "own_grads": None, "sums": {}}, []
+        if self._has_one_row:
+            layout = plan_average_arrays(partition, [index])
+            piece = self._share(layout, private=True)
+            # Nothing is kept: what backward averages next is to be seen in pages once written.
+            view = PrivateView(piece.memory, piece.view, write_tracking(), lambda: 0)
+            row, own = (_arrays(layout, each)[GRAD_KEY] for each in (view.shared, view.view))
+            return {"rows": [row], "own_grads": own, "sums": {}}, [(layout, view)]
+        layout = plan_grad_arrays(partition, self._place[0], [index])
         grads = _arrays(layout, self._share(layout, private=False).memory)
         sums = {"sum": grads.pop("sum")} if "sum" in grads else {}
-        return {"rows": [*grads.values()], "sums": sums}
+        rows = [*grads.values()]
+        return {"rows": rows, "own_grads": rows[self._place[1]], "sums": sums}, []
 
     def _share(self, layout: NodeArrays, *, private: bool) -> NodeMemory:
         return self.arena.allocate(layout.nbytes, private=private)

@@ -62,6 +62,8 @@ class HomeArrays:
         own_params: [region_numel] the same, as this rank may write to it.
         rows: [region_numel] each, the gradients of all ranks of the node; empty where they are on
             devices and nobody reads them here.
+        own_grads: [region_numel] this rank's gradients, as its framework has them; None where they
+            are on devices.
         sums: ``sum`` [node_numel], if sums of gradients have an array of their own.
         state: [node_numel] each, by key.
     """
@@ -69,6 +71,7 @@ class HomeArrays:
     params: FloatArray
     own_params: FloatArray
     rows: Sequence[FloatArray]
+    own_grads: FloatArray | None
     sums: Mapping[str, FloatArray]
     state: Mapping[str, FloatArray]
 
@@ -270,10 +273,11 @@ class InNodeMemory:
         self, partition: Partition, index: int, place: tuple[int, int], home: HomeArrays
     ) -> LocatedRegion:
         """See ``Residence.locate``."""
+        assert home.own_grads is not None
         arrays = RegionArrays(
             params=home.params,
             own_params=home.own_params,
-            own_grads=home.rows[place[1]],
+            own_grads=home.own_grads,
             rows=home.rows,
             targets=[home.params],
             sums=ShardArrays(home.sums, None) if home.sums else None,

@@ -52,6 +52,7 @@ class _TorchAdapter(Adapter[Tensor]):
 
     grads_from_start = False
     reports_grads = True
+    shows_averages = False
     step_dtype = "float32"
     annotate = staticmethod(annotate)
 
@@ -115,6 +116,19 @@ class _TorchAdapter(Adapter[Tensor]):
 
     def on_backward(self, listener: Callable[[], None] | None) -> None:
         self._on_backward = listener
+
+    def on_backward_ends(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
+        pass  # a gradient counts when it is accumulated
+
+    def on_grad_read(self, listener: Callable[[], None]) -> None:
+        pass  # what is bound is this rank's own
+
+    def end_backward(self) -> None:
+        pass
+
+    def own_grad(self, param: Tensor, view: _View, *, zeros: bool) -> None:
+        values = view.tensor()
+        param.grad = torch.zeros_like(values) if zeros else values.clone()
 
     def grad_version(self, param: Tensor) -> object:
         grad = param.grad
@@ -368,16 +382,3 @@ def _any_nonzero(array: FloatArray) -> bool:
     """Return whether any element is not zero; fast if many are."""
     flat = array.reshape(-1)
     return any(flat[i : i + _SCAN_NUMEL].any() for i in range(0, flat.size, _SCAN_NUMEL))
-
-
-def make_adapter(
-    names: Mapping[Tensor, str], comm_size: int, with_full_state: Collection[Tensor] = ()
-) -> Adapter[Tensor]:
-    """Return a new adapter; each optimizer needs its own.
-
-    Args:
-        names: The names of parameters, as far as they are known from where they came from.
-        comm_size: Number of ranks that train together.
-        with_full_state: Parameters whose moments keep all their bits.
-    """
-    return _TorchAdapter(names, comm_size, with_full_state)

@@ -17,7 +17,7 @@ from shardopt.core.optimizer import Optimizer
 from shardopt.errors import ShardoptError
 from shardopt.params.groups import defaults_of, require_ordered
 from shardopt.policy import ShardPolicy
-from shardopt.torch.adapter import make_adapter
+from shardopt.torch.averages import make_adapter
 from shardopt.torch.module import embedding_weights, named_parameters, names_behind
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
     it is zero instead of None; a parameter that no backward has reached since still counts as one
     without a gradient. The moments are sharded over the ranks, but each rank of a node addresses
     all of them: ``state`` and ``state_dict`` are as torch's.
+
+    With ``ShardPolicy(stage=2)`` ``p.grad`` is the average over all ranks after backward, and None
+    after ``zero_grad()``; see [Note: what p.grad is in stage 2].
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
     moments are float32; ``ShardPolicy(master_weights=False, optim_bits=8)`` does with less. Complex
@@ -121,15 +124,15 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         groups: Outcome[list[Group]] = Outcome(None, error)
         if error is None:
             groups = Outcome(self.param_groups, None)
+        policy = policy or ShardPolicy()
+        comm_size = getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1)
         self.core = Optimizer(
             groups,
-            adapter=make_adapter(
-                names, getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1), embeddings
-            ),
+            adapter=make_adapter(names, comm_size, embeddings, stage=getattr(policy, "stage", 1)),
             defaults=defaults,
             max_grad_norm=max_grad_norm,
             comm=comm,
-            policy=policy or ShardPolicy(),
+            policy=policy,
         )
         del self._groups  # the core has them now
         del vars(self)["defaults"]  # the core has the same dict

@@ -25,6 +25,7 @@ class BucketPlan:
         wire_dtype: In which sums of gradients are sent.
         grads: The gradients of all ranks of the node for this rank's shard.
         targets: The copies of the parameters in this rank's shard.
+        mean_scale: The factor that makes averages of sums over all ranks.
     """
 
     bucket: int
@@ -34,6 +35,7 @@ class BucketPlan:
     wire_dtype: str
     grads: Rows
     targets: Rows
+    mean_scale: float
 
     @property
     def lane_part(self) -> Span:
@@ -89,12 +91,14 @@ def plan_buckets(
     """
     shards: dict[int, Iterator[Shard]] = {}
     buckets, plans = partition.buckets[first:], []
+    mean_scale = 1.0 / partition.world_size
     parts = lane_parts(partition, node_rank, wire_dtype, first)
     for number, (bucket, part) in enumerate(zip(buckets, parts, strict=True), first):
         memory = buffers[bucket.region]
         shard = next(shards.setdefault(bucket.region, iter(memory.shards)))
         rows = memory.sources(shard), memory.targets(shard)
-        plans.append(BucketPlan(number, memory, shard, part.shards, part.wire_dtype, *rows))
+        of_part = part.shards, part.wire_dtype
+        plans.append(BucketPlan(number, memory, shard, *of_part, *rows, mean_scale))
     return plans
 
 

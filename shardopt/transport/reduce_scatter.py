@@ -83,6 +83,7 @@ class ReduceScatter:
         self.plans: list[BucketPlan] = []
         self.num_started = 0
         self.staging_nbytes = 0
+        self.mean_scale = 1.0
         self._transport = transport
         self._backend = backend
         self._place = place
@@ -170,7 +171,7 @@ class ReduceScatter:
         return self.num_reduced
 
     def sources(self, plan: BucketPlan) -> Rows:
-        """See ``Reduction.sources``: the sum over all nodes."""
+        """See ``Reduction.sources``: the average, rounded as the sum over all nodes arrives."""
         return Rows.of(plan.sums)
 
     def square_sums(self, present: int) -> NDArray[np.float64]:
@@ -251,13 +252,14 @@ class ReduceScatter:
                 return  # messages keep the order of buckets
 
     def _sum(self, arrived: _InTransit) -> None:
-        """Sum what the nodes have sent, in the order of nodes."""
+        """Average what the nodes have sent, summed in the order of nodes."""
         plan, staging = arrived.plan, arrived.staging
         if staging is None:
             return
         rows = Rows.of(*staging.partials(plan))
         span = Span(0, plan.shard.numel)
-        self._backend.kernel.reduce(rows, plan.sums, span, self._square_sums[plan.chunks])
+        squares = self._square_sums[plan.chunks]
+        self._backend.kernel.reduce(rows, plan.sums, span, squares, plan.mean_scale)
         arrived.summed = self._backend.event()
 
     def _recycle(self) -> None:

@@ -28,6 +28,11 @@ class Reduction(Protocol):
     num_started: int
     num_reduced: int
 
+    @property
+    def mean_scale(self) -> float:
+        """The factor that makes averages of the sum of ``sources``: 1 if they are averages."""
+        ...
+
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
         """Prepare for the buckets of a larger partition; nothing may be in transit."""
         ...
@@ -75,7 +80,7 @@ class Reduction(Protocol):
         ...
 
     def square_sums(self, present: int) -> NDArray[np.float64]:
-        """Return the sum of squares of each chunk that this rank owns, all buckets being reduced.
+        """Return the squares of each chunk of averages, added up, once all buckets are reduced.
 
         Args:
             present: Bit mask of the parameters that have a gradient on some rank; those of all
@@ -145,7 +150,7 @@ class InPlaceReduction:
     """The reduction on one node, where nothing is sent; see ``Reduction``.
 
     The update itself adds up the gradients of all ranks where they lie. Only what must be known
-    before, the norm of the gradient, takes a pass of its own, which leaves the sums for the update;
+    before, the norm of the gradient, takes a pass of its own, which leaves averages for the update;
     see [Note: where sums of gradients are kept].
 
     Args:
@@ -166,6 +171,7 @@ class InPlaceReduction:
         self._square_sums: NDArray[np.float64] = np.zeros(0)
         self._num_buckets = 0
         self._has_sums = False
+        self._mean_scale = 1.0
         self._chunks = PresentChunks()
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
@@ -173,6 +179,7 @@ class InPlaceReduction:
         plans = plan_buckets(partition, buffers, self._node_rank, None, self._num_buckets)
         self.plans += [plan for plan in plans if plan.shard]
         self._square_sums = self._backend.host_zeros(partition.numel // CHUNK_NUMEL, "float64")
+        self._mean_scale = 1.0 / partition.world_size
         self._num_buckets = len(partition.buckets)
         self._chunks.extend(partition)
         self.reset()
@@ -180,6 +187,11 @@ class InPlaceReduction:
     def reset(self) -> None:
         """See ``Reduction.reset``."""
         self._has_sums = False
+
+    @property
+    def mean_scale(self) -> float:
+        """See ``Reduction``."""
+        return 1.0 if self._has_sums else self._mean_scale
 
     def resend(self, changed: int) -> None:
         """See ``Reduction.resend``; gradients are read as they are when the step reads them."""
@@ -224,7 +236,7 @@ class InPlaceReduction:
                 out = None if sums is None else sums[span.slice]
                 squares = square_sums[part.start // CHUNK_NUMEL : part.stop // CHUNK_NUMEL]
                 with self._trace.span("reduce_scatter", plan):
-                    self._backend.kernel.reduce(plan.grads, out, span, squares)
+                    self._backend.kernel.reduce(plan.grads, out, span, squares, plan.mean_scale)
         self._backend.wait()
         self._has_sums = True
         return square_sums

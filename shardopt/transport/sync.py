@@ -27,6 +27,7 @@ from shardopt.transport.local import LocalTransport
 from shardopt.transport.mpi import MpiTransport
 from shardopt.transport.reduce_scatter import ReduceScatter
 from shardopt.transport.reduction import InPlaceReduction, Reduction
+from shardopt.transport.ring import RingReduction
 
 T = TypeVar("T")
 
@@ -40,7 +41,8 @@ class ReducedShard:
     Attributes:
         plan: The bucket.
         span: The piece, in whole chunks from the start of the shard; the whole shard on one node.
-        sources: The rows of gradients whose sum over all ranks it is, from the start of the shard.
+        sources: The rows whose sum, times ``Reduction.mean_scale``, is the average over all ranks,
+            from the start of the shard.
         targets: The copies of the parameters, likewise.
     """
 
@@ -170,8 +172,9 @@ class BucketSync:
 
         Args:
             present: Bit mask of the parameters that have a gradient on some rank.
-            factor: On the sum of gradients.
+            factor: On the average.
         """
+        factor *= self.reduction.mean_scale
         for shard in self.reduced():
             self._averages.write(shard.plan, shard.span, shard.sources, present, factor)
         self.drain()  # from here on nothing is sent from the rows that shards are received into
@@ -356,6 +359,8 @@ def make_sync(
     collectives: Collectives,
     wire_dtype: str | None,
     trace: Trace = OFF,
+    *,
+    has_one_row: bool = False,
 ) -> BucketSync:
     """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
 
@@ -366,11 +371,12 @@ def make_sync(
         collectives: For waits.
         wire_dtype: As in ``ShardPolicy``.
         trace: Shows buckets on their way.
+        has_one_row: See ``Memory``.
     """
     place = topology.node, topology.node_rank
     averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
-        in_place = InPlaceReduction(backend, place[1], trace)
+        in_place = (RingReduction if has_one_row else InPlaceReduction)(backend, place[1], trace)
         all_gather = AllGather(LocalTransport(topology.rank), backend)
         piece_numel = backend.kernel.piece_numel if copies.are_beside else None
         return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)

@@ -41,6 +41,7 @@ from shardopt.checkpoint.format.parsing import from_text
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.checkpoint.matching import read_saved
 from shardopt.errors import CheckpointError, DamagedCheckpointError
+from shardopt.layout.state_spec import BLOCK_NUMEL, StateForm
 from tests.checkpoint.make_golden import FOLDER, make_groups
 from tests.support.damage import standing
 from tests.support.errors import FORM, POLICY
@@ -267,6 +268,17 @@ def with_slices(*slices):
     return edited(("params", 0, "slices", "param"), put([list(part) for part in slices]))
 
 
+def with_form(**changes):
+    return param_with(**{"optim_bits": 8, "has_masters": True, "chance": "0f", **changes})
+
+
+def with_cut_codes():
+    content = with_form()
+    content["params"][0]["slices"]["exp_avg"].insert(0, [0, 100, 0, 4096])
+    content["params"][0]["slices"]["exp_avg"][1][0] = 100
+    return content
+
+
 FIRST, SECOND, THIRD = CONTENT["params"][0]["slices"]["param"]
 WORDS = {
     "overlap": (with_slices(FIRST, [4000, 8192, *SECOND[2:]], THIRD), "go on at element 4096"),
@@ -308,6 +320,13 @@ WORDS = {
         "of [text, value]",
     ),
     "a field less": (edited(("optimizer", "loss_scale"), drop), "have the field 'loss_scale'"),
+    "bits": (with_form(optim_bits=4), "optim_bits of params[0] of manifest.json must be 8 or 32"),
+    "bits of float64": (with_form(dtype="float64"), "be 32 for float64; got 8"),
+    "no masters": (with_form(has_masters=0), "be true or false; got 0"),
+    "masters of float16": (with_form(dtype="float16", has_masters=False), "except for bfloat16"),
+    "chance": (with_form(chance=7), "be a string; got int"),
+    "codes of floats": (with_form(), "must have data from byte"),
+    "codes that are cut": (with_cut_codes(), "must begin at multiples of 256; got 100"),
     "format": (edited(("format",), put("zip")), "be of format 'shardopt'; got zip"),
 }
 
@@ -598,6 +617,11 @@ def models(num_files):
     )
 
 
+FORMS = {dtype: [StateForm(), StateForm(8)] for dtype in DTYPES}
+FORMS["float64"] = [StateForm()]
+FORMS["bfloat16"] += [StateForm(bits, has_masters=False) for bits in (8, 32)]
+
+
 @st.composite
 def manifests(draw):
     """Manifests of any number of files and parameters, cut and placed as they like."""
@@ -606,17 +630,23 @@ def manifests(draw):
     params, slices, arrays = [], [], [[] for _ in range(num_files)]
     groups = draw(st.lists(PLAIN, min_size=1, max_size=3))
     for index in range(draw(st.integers(0, 4))):
+        dtype = draw(st.sampled_from(DTYPES))
+        form = draw(st.sampled_from(FORMS[dtype]))
         param = ParamEntry(
             name=f"{draw(st.text(max_size=9))}{index}",
-            dtype=draw(st.sampled_from(DTYPES)),
+            dtype=dtype,
             shape=tuple(draw(st.lists(st.integers(0, 5), max_size=4))),
             group=draw(st.integers(0, len(groups) - 1)),
             step=draw(st.integers(0, 1 << 62)),
             mu_product=draw(st.floats(0, 1)),
+            form=form,
+            chance=draw(st.text(max_size=9)) if form.rounds_by_chance else "",
         )
         tensors = {}
         for key in param.tensors:
             cuts = draw(st.sets(st.integers(1, max(1, param.numel - 1)), max_size=4))
+            if param.spec_of(key).codec is not None:
+                cuts = {-(-cut // BLOCK_NUMEL) * BLOCK_NUMEL for cut in cuts}
             edges = sorted({0, *(cut for cut in cuts if cut < param.numel), param.numel})
             tensors[key] = parts = []
             for start, stop in itertools.pairwise(edges):

@@ -4,6 +4,7 @@ Each kill is of all ranks or of one. Then every checkpoint that is listed must v
 acknowledged or a newer one be among them, and a job of another number of ranks go on from it.
 """
 
+import contextlib
 import os
 import random
 import select
@@ -82,7 +83,8 @@ class Saver:
         """Kill some ranks; return when all processes of the job are gone."""
         family = [psutil.Process(pid) for pid in self.pids]
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # ended by mpirun, as another was killed
+                os.kill(pid, signal.SIGKILL)
         self.end(family)
         assert self._job.returncode != 0
 

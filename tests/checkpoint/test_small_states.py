@@ -11,6 +11,7 @@ from shardopt.checkpoint import load, save
 from shardopt.checkpoint.format.manifest import MANIFEST_NAME, PARAM_KEY
 from shardopt.checkpoint.format.reader import Reader, read_manifest
 from shardopt.errors import CheckpointWarning
+from tests.support.damage import flip, harmed, refused_alike
 from tests.support.errors import warned
 
 pytestmark = pytest.mark.mpi
@@ -136,6 +137,26 @@ def test_all_forms_load_all_others_and_say_so(comm, mpi_tmp_path, dtype, there):
                 np.testing.assert_allclose(entry[key], expected, rtol=0.07, atol=floor)
                 if before.get("optim_bits") or not now.get("optim_bits"):
                     np.testing.assert_array_equal(entry[key], expected)
+
+
+@pytest.mark.parametrize("there", ["full", "8 bits"])
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_a_load_that_fails_leaves_codes_as_they_were(comm, mpi_tmp_path, there, num_steps):
+    opt, params = build(comm, there)
+    with opt:
+        train(opt, params, range(3))
+        save(mpi_tmp_path / "a", opt)
+    last = read_manifest(mpi_tmp_path / "a").files[-1]
+    (opt, params), (twin, others) = build(comm, "8 bits"), build(comm, "8 bits")
+    with opt, twin:
+        train(opt, params, range(num_steps))
+        train(twin, others, range(num_steps))
+        harm = flip(last.name, 8 * last.nbytes - 1)
+        with harmed(comm, mpi_tmp_path / "a", harm), refused_alike(comm):
+            load(mpi_tmp_path / "a", opt)
+        train(opt, params, range(num_steps, 4))
+        train(twin, others, range(num_steps, 4))
+        assert bits_of(opt, params) == bits_of(twin, others)
 
 
 @pytest.mark.parametrize("change", ["seed", "name"])

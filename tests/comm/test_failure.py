@@ -78,6 +78,27 @@ opt.step()
     assert printed_by_ranks(job) == ["reported by the user's hook: no more text"]
 
 
+def test_a_later_hook_that_holds_the_text_back_loses_nothing(run):
+    job = run(
+        2,
+        """
+import io
+opt = build()
+ours = sys.excepthook
+def hook(*args):  # as of torch.distributed.init_process_group
+    stream, sys.stderr = sys.stderr, io.StringIO()
+    ours(*args)
+    stream.write("torch: " + sys.stderr.getvalue())
+sys.excepthook = hook
+if last:
+    raise LookupError("no more text")
+opt.step()
+""",
+    )
+    assert_ended_by(job, "LookupError: no more text")
+    assert job.stderr.count("Traceback") == 1
+
+
 # -- one rank goes away ----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from shardopt.errors import ClosedError
 from tests.support.errors import make_optimizer, take_step
 
 pytestmark = pytest.mark.mpi
@@ -49,6 +50,27 @@ def test_a_listener_may_remove_itself_and_raise(comm):
         take_step(opt)
         assert opt.last_step.step == 2
     assert (once.steps, once.num_closed) == ([(1, 3, True)], 0)
+
+
+def test_what_closing_a_listener_raises_holds_up_no_other_rank(comm):
+    class Torn(Note):
+        def close(self):
+            super().close()
+            raise OSError("the log is full")
+
+    torn, note = Torn(), Note()
+    opt = make_optimizer(comm)
+    take_step(opt)
+    if comm.rank == comm.size - 1:
+        opt.listeners.extend([torn, note])
+        with pytest.raises(OSError, match="the log is full"):
+            opt.close()
+        assert (torn.num_closed, note.num_closed) == (1, 1)
+    else:
+        opt.close()
+    opt.close()  # it is closed everywhere
+    with pytest.raises(ClosedError):
+        take_step(opt)
 
 
 def test_the_list_itself_is_not_replaced(comm):

@@ -189,6 +189,8 @@ def test_the_state_shows_values_of_codes(comm):
         assert opt.state[params[0]]["exp_avg"] is shown
         with pytest.raises(ValueError, match="read-only"):
             shown[0] = 1
+        with pytest.raises(ValueError, match="cannot set WRITEABLE flag"):
+            shown.flags.writeable = True
         opt.step()
         assert (opt.state[params[0]]["exp_avg"] > shown).all()
         assert opt.state[params[1]]["exp_avg"].flags.writeable
@@ -232,6 +234,17 @@ def test_moments_of_32_bits_are_loaded_and_back(comm):
             full, short = state["state"][0][key], rounded["state"][0][key]
             np.testing.assert_allclose(short, full, rtol=0.07, atol=2 * scale * full.max())
         assert state_bits(again) == state_bits(rounded)
+
+
+def test_masters_that_are_left_out_are_reported(comm):
+    params = make_params("no masters")
+    with make_opt("no masters", params, comm, master_weights=None) as opt:
+        train(opt, params, comm, range(1))
+        state = opt.gather_state_dict()  # None on other ranks
+    with make_opt("no masters", params, comm) as opt:
+        with warned(comm, CheckpointWarning, "has left masters out"):
+            opt.load_state_dict(state)
+        train(opt, params, comm, range(1, 2))
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The layout: every element owned once, for any parameters on any number of ranks."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -140,3 +141,16 @@ def test_more_ranks_than_elements():
     partition = plan_partition([ParamSpec("w", (3,), "float32", 0)], 8, 8, 1)
     shards = [shard for _, _, shard in owners(partition) if shard]
     assert [shard.numel for shard in shards] == [CHUNK_NUMEL]
+
+
+def test_a_partition_for_thousands_of_nodes_takes_no_more_memory_than_that_for_one():
+    """Nothing is kept for each node or rank; with the same bucket it has as many objects."""
+    specs = [ParamSpec(f"p{i}", (1000 + i,), "bfloat16", 0) for i in range(10_000)]
+    peaks = []
+    for num_nodes in (1, 16, 4096):
+        tracemalloc.start()
+        partition = plan_partition(specs, num_nodes, 8, 4 << 20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert partition.world_size == 8 * num_nodes
+    assert max(peaks) < 1.05 * peaks[0] < 10_000 * 1000

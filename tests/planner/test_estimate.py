@@ -41,6 +41,23 @@ def test_a_step_lies_between_its_longest_phase_and_all_of_them():
     assert low < far.simulated.step_s < high
 
 
+def test_a_phase_alone_takes_its_own_work_only():
+    """An update moves memory; that messages cost something is told where they are sent."""
+    found, dear = (
+        estimate(MODEL, LAYOUT, replace(MACHINE, latency_s=0.0, message_s=message_s)).phases
+        for message_s in (0.0, 1e-2)
+    )
+    own_numel = MODEL.numel // LAYOUT.num_nodes
+    moved_nbytes = (4 + 2 * (2 + 4 + 4 + 4)) * own_numel  # sum; parameter, moments and master
+    assert found.update_s == pytest.approx(moved_nbytes / 400e9, rel=1e-2)
+    assert dear.update_s == found.update_s
+    messages = estimate(MODEL, LAYOUT, MACHINE).rank_traffic.messages
+    assert dear.all_gather_s == pytest.approx(1e-2 * messages / 2)
+    sent_nbytes = 2 * MODEL.numel * 3 / 4
+    assert found.all_gather_s == pytest.approx(sent_nbytes / 25e9, rel=1e-2)
+    assert found.reduce_scatter_s == pytest.approx(2 * sent_nbytes / 25e9, rel=1e-2)
+
+
 def test_a_long_backward_hides_the_exchange_of_gradients_but_for_the_last_bucket():
     layout = replace(LAYOUT, backward_s=10.0)
     found = estimate(MODEL, layout, MACHINE)

@@ -4,12 +4,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from shardopt.errors import PlanError
-from shardopt.planner.estimate import Layout
+from shardopt.planner.estimate import Layout, estimate
 from shardopt.planner.machine import make_machine
+from shardopt.planner.model import evenly
 from shardopt.planner.prediction import (
     GOOD_ERROR,
     MeasuredStep,
@@ -18,15 +20,15 @@ from shardopt.planner.prediction import (
     read_steps,
 )
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "predict.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SPEEDS = {"memory_nbytes_per_s": 20e9, "link_nbytes_per_s": 1e9}
 SPEEDS |= {"latency_s": 20e-6, "message_s": 20e-6}
 MACHINE = make_machine(SPEEDS, {}, None, 2)
 BUCKETS = {"step": None, "step, buckets of 64 KiB": 64 << 10}
 
 
-def lines():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def lines(name="predict"):
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def measured_on(machine, *, numel=1 << 20, busy_share=0.1):
@@ -91,3 +93,26 @@ def test_of_a_layout_the_last_line_counts():
     (step,) = read_steps([line, later])
     assert step.measured_s == 5.0
     assert step.machine.origins["message_s"] == "calibrated"
+
+
+def test_overlap_hides_what_it_hid_in_measured_steps():
+    """With link and memory as each run of ``benchmarks nodes`` itself measured them."""
+    found = [line for line in lines("nodes") if "backward" in line["samples_s"]]
+    jobs = {(line["settings"]["nodes"], line["settings"]["node_size"]) for line in found}
+    assert jobs == {(4, 1), (2, 2)}
+    for line in found:
+        measured = {key: median(values) for key, values in line["samples_s"].items()}
+        num_nodes, numel = line["settings"]["nodes"], line["numel"]
+        sent_nbytes = 2 * 4 * numel * (num_nodes - 1) / num_nodes
+        machine = replace(
+            MACHINE,
+            link_nbytes_per_s=sent_nbytes / measured["its bytes over bare TCP"],
+            memory_nbytes_per_s=28 * numel / num_nodes / measured["update alone, nothing sent"],
+        )
+        backward_s = measured["backward"]
+        layout = Layout(num_nodes, line["settings"]["node_size"], backward_s=backward_s)
+        planned = estimate(evenly(numel, "float32", 32), layout, machine)
+        ratio = planned.simulated.step_s / measured["shardopt"]
+        assert (0.95 if "MPICH" in line["mpi"] else 0.8) < ratio < 1.05  # of bare TCP's rate
+        hidden_s = measured["shardopt"] + backward_s - measured["backward and step: overlap=True"]
+        assert planned.hidden_s == pytest.approx(hidden_s, rel=0.2)

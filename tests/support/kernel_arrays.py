@@ -28,10 +28,11 @@ def tree_sum(rows):
     return tree_sum(rows[:half]) + tree_sum(rows[half:])
 
 
-def coefficient_rows(dtype, *step_counts, **hyper):
+def coefficient_rows(dtype, *step_counts, mean_scale=1.0, **hyper):
     """Return one row for each (step, mu_product), as the optimizer hands them to kernels."""
     rows = [
-        step_coefficients(Hyperparams(**hyper), StepCount(*count), 1.0) for count in step_counts
+        step_coefficients(Hyperparams(**hyper), StepCount(*count), 1.0, mean_scale)
+        for count in step_counts
     ]
     return np.array(rows, compute_dtype(dtype))
 

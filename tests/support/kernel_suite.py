@@ -268,10 +268,11 @@ class BitSuite:
     @given(num_sources=st.integers(1, 17), seed=st.integers(0, 99))
     def test_bits_are_those_of_the_written_order(self, kernel, dtype, num_sources, seed):
         arena = Arena(num_sources, dtype, seed)
-        rows = coefficient_rows(dtype, (3, 0.3), lr=0.01, weight_decay=0.1)
+        rows = coefficient_rows(dtype, (3, 0.3), mean_scale=1 / 3, lr=0.01, weight_decay=0.1)
         c = rows[0]
         p, m, v = arena.in_full, arena.state["exp_avg"], arena.state["exp_avg_sq"]
-        g = c[0] * tree_sum([grad.astype(c.dtype) for grad in arena.grads]) + c[1] * p
+        mean = c[11] * tree_sum([grad.astype(c.dtype) for grad in arena.grads])
+        g = c[0] * mean + c[1] * p
         new_m = c[3] * m + c[4] * g
         new_v = c[5] * v + (c[6] * g) * g
         u = (c[7] * g + c[8] * new_m) / (np.sqrt(new_v * c[9]) + c[10])
@@ -282,15 +283,14 @@ class BitSuite:
         assert_same_bits(arena.state["exp_avg"], new_m)
         assert_same_bits(arena.state["exp_avg_sq"], new_v)
 
-    def test_a_sum_kept_elsewhere_gives_the_same_update(self, kernel, dtype):
-        fused, apart = Arena(2, dtype), Arena(2, dtype)
-        rows = coefficient_rows(dtype, (3, 0.3))
+    def test_an_average_kept_elsewhere_gives_the_same_update(self, kernel, dtype):
+        fused, apart = Arena(3, dtype), Arena(3, dtype)
         segments = [[7, fused.numel - 5, 0]]
-        fused.update(kernel, segments, rows)
-        sums = np.empty(apart.numel, compute_dtype(dtype))
-        kernel.reduce(apart.grads, sums, apart.whole)
-        apart.grads = [sums]
-        apart.update(kernel, segments, rows)
+        fused.update(kernel, segments, coefficient_rows(dtype, (3, 0.3), mean_scale=1 / 3))
+        means = np.empty(apart.numel, compute_dtype(dtype))
+        kernel.reduce(apart.grads, means, apart.whole, factor=1 / 3)
+        apart.grads = [means]
+        apart.update(kernel, segments, coefficient_rows(dtype, (3, 0.3)))
         assert_equal_arenas(fused, apart)
 
     @given(cuts=st.lists(st.integers(1, 2 * CHUNK_NUMEL - 1), max_size=6, unique=True))

@@ -49,9 +49,9 @@ class Oracle:
             grads = [zeros if grad is None else grad.astype(p.dtype) for grad in grads]
             total = tree_sum(grads)
             self.step_counts[index] = self.step_counts[index].after_step(hyper)
-            row = step_coefficients(hyper, self.step_counts[index], factor / world_size)
+            row = step_coefficients(hyper, self.step_counts[index], factor, 1 / world_size)
             c = np.array(row, p.dtype)
-            g = c[0] * total + c[1] * p
+            g = c[0] * (c[11] * total) + c[1] * p
             m = c[3] * self.exp_avg[index] + c[4] * g
             v = c[5] * self.exp_avg_sq[index] + (c[6] * g) * g
             p = p - (c[2] * p + (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10]))
@@ -64,8 +64,9 @@ class Oracle:
             tree_sum([grad.astype(compute_dtype(grad.dtype.name)) for grad in grads])
             for grads in zip(*grads_by_rank, strict=True)
         ]
-        squares = sum((total.astype(np.float64) ** 2).sum() for total in totals)
-        return float(np.sqrt(squares)) / len(grads_by_rank)
+        means = [total * total.dtype.type(1 / len(grads_by_rank)) for total in totals]
+        squares = sum((mean.astype(np.float64) ** 2).sum() for mean in means)
+        return float(np.sqrt(squares))
 
 
 def make_params(values):

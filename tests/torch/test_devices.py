@@ -17,7 +17,7 @@ import shardopt.core.parts
 from shardopt import ShardPolicy
 from shardopt.backends.cuda.backend import CudaBackend
 from shardopt.backends.cuda.peers import Peers
-from shardopt.errors import PartitionError
+from shardopt.errors import HyperparamsError, PartitionError
 from shardopt.torch import NAdam, devices
 from tests.support.arena_device import arena_devices
 from tests.support.cuda.arena_gpu import ArenaGpu
@@ -326,3 +326,10 @@ def test_parameters_of_two_devices_are_refused(comm, monkeypatch):
         pytest.raises(PartitionError, match="must be on cuda:0, .*got cpu"),
     ):
         NAdam(params, comm=comm)
+
+
+def test_devices_keep_stage_one(comm, way, monkeypatch):
+    offload = "cpu" if way == "offload" else None
+    policy = ShardPolicy(timeout_s=60, offload=offload, stage=2)
+    with pytest.raises(HyperparamsError, match="policy.stage must be 1 with parameters on a dev"):
+        Job(comm, way, monkeypatch, policy=policy)

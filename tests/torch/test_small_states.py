@@ -1,6 +1,7 @@
 """Moments of 8 bits, and bfloat16 without masters, as users of PyTorch see them."""
 
 import copy
+from weakref import ref
 
 import pytest
 
@@ -108,6 +109,7 @@ def test_writes_into_a_copy_raise(comm, how, is_stale):
         shown = opt.state[model.inner.weight]["exp_avg"]
         if is_stale:
             train(model, opt, range(1, 3))
+            assert opt.state[model.inner.weight]["exp_avg"] is not shown
         how(shown)
         with refused(comm, CheckpointError, "exp_avg of 'inner.weight' in opt.state must be assig"):
             opt.step()
@@ -122,6 +124,27 @@ def test_a_copy_that_nobody_holds_any_more_is_looked_at_too(comm):
         opt.state[model.head.weight]["exp_avg_sq"].fill_(1)
         with refused(comm, CheckpointError, "exp_avg_sq of 'head.weight'"):
             opt.step()
+
+
+def test_a_write_into_one_of_many_copies_raises(comm):
+    model = make_model()
+    with NAdam(model, comm=comm, policy=POLICY) as opt:
+        train(model, opt, range(1))
+        state = opt.state_dict()
+        state["state"][3]["exp_avg_sq"].mul_(2)
+        with refused(comm, CheckpointError, "exp_avg_sq of 'head.weight'"):
+            opt.load_state_dict(state)
+        train(model, opt, range(1, 2))
+
+
+def test_copies_that_were_looked_at_are_freed(comm):
+    model = make_model()
+    with NAdam(model, comm=comm, policy=POLICY) as opt:
+        train(model, opt, range(1))
+        shown = ref(opt.state[model.inner.weight]["exp_avg"])
+        assert shown() is opt.state[model.inner.weight]["exp_avg"]
+        train(model, opt, range(1, 2))
+        assert shown() is None
 
 
 def test_assigned_moments_hold(comm):

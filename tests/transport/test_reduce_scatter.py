@@ -38,8 +38,8 @@ def is_complete(rank):
     return reduction.num_reduced > max(place for place, _ in places) and reduction.is_idle
 
 
-def expected_sums(cluster, grads):
-    """The sum over nodes of the sums over their ranks, each a tree."""
+def expected_averages(cluster, grads):
+    """The average of all ranks: the sum over nodes of the sums over their ranks, both trees."""
     full, wire = compute_dtype(cluster.dtype), cluster.wire_dtype
     size = cluster.node_size
     nodes = [
@@ -48,10 +48,10 @@ def expected_sums(cluster, grads):
     ]
     if wire is not None:
         nodes = [node.astype(np.float32).astype(wire).astype(full) for node in nodes]
-    return tree_sum(nodes)
+    return tree_sum(nodes) * nodes[0].dtype.type(1 / cluster.partition.world_size)
 
 
-def assert_sums(cluster, expected):
+def assert_averages(cluster, expected):
     for rank in cluster.ranks:
         (buffers,) = rank.buffers
         for plan in rank.reduction.plans:
@@ -61,11 +61,11 @@ def assert_sums(cluster, expected):
 
 @given(worlds, sizes, st.integers(0, 1 << 30), st.sampled_from([1, 40_000, 1 << 20]))
 @settings(max_examples=40)
-def test_owners_get_the_sums_over_all_ranks(world, numels, seed, bucket_nbytes):
+def test_owners_get_the_averages_over_all_ranks(world, numels, seed, bucket_nbytes):
     cluster = Cluster(*world, numels, seed=seed, bucket_nbytes=bucket_nbytes)
-    expected = expected_sums(cluster, cluster.fill_grads(seed))
+    expected = expected_averages(cluster, cluster.fill_grads(seed))
     run_until_reduced(cluster, seed)
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
     square_sums = sum(rank.reduction.square_sums(-1) for rank in cluster.ranks)
     chunks = expected.astype(np.float64).reshape(-1, CHUNK_NUMEL)
     np.testing.assert_allclose(square_sums, (chunks**2).sum(1), rtol=1e-12)
@@ -86,18 +86,18 @@ def published(rank):
 @pytest.mark.parametrize("node_size", [1, 2])
 def test_other_dtypes_and_wires(dtype, wire_dtype, node_size):
     cluster = Cluster(3, node_size, [9000, 5], dtype, wire_dtype)
-    expected = expected_sums(cluster, cluster.fill_grads())
+    expected = expected_averages(cluster, cluster.fill_grads())
     run_until_reduced(cluster)
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 7])
 @pytest.mark.parametrize("node_size", [1, 2])
 def test_pieces_are_sent_once_they_are_computed(num_chunks, node_size):
     cluster = Cluster(2, node_size, [num_chunks * CHUNK_NUMEL], bucket_nbytes=1 << 20, lags=True)
-    expected = expected_sums(cluster, cluster.fill_grads())
+    expected = expected_averages(cluster, cluster.fill_grads())
     run_until_reduced(cluster)
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -105,9 +105,9 @@ def test_pieces_are_sent_once_they_are_computed(num_chunks, node_size):
 def test_memory_is_used_again_once_it_is_read(seed, node_size):
     numel = 4 * NUM_STAGING_BUFFERS * node_size * CHUNK_NUMEL
     cluster = Cluster(2, node_size, [numel], seed=seed, lags=True)
-    expected = expected_sums(cluster, cluster.fill_grads(seed))
+    expected = expected_averages(cluster, cluster.fill_grads(seed))
     run_until_reduced(cluster, seed)
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
     square_sums = sum(rank.reduction.square_sums(-1) for rank in cluster.ranks)
     chunks = expected.astype(np.float64).reshape(-1, CHUNK_NUMEL)
     np.testing.assert_allclose(square_sums, (chunks**2).sum(1), rtol=1e-12)
@@ -126,7 +126,7 @@ def test_a_limit_starts_no_more_buckets():
 
 def test_a_late_node_holds_up_only_its_own_part():
     cluster = Cluster(3, 1, [60 * CHUNK_NUMEL], bucket_nbytes=3 * 4 * CHUNK_NUMEL)
-    expected = expected_sums(cluster, cluster.fill_grads())
+    expected = expected_averages(cluster, cluster.fill_grads())
     (network,) = cluster.networks
     network.hold(2, 0)
     for _ in range(200):
@@ -140,7 +140,7 @@ def test_a_late_node_holds_up_only_its_own_part():
     assert not late.is_quiet()
     network.release()
     run_until_reduced(cluster)
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
 
 
 def test_buckets_that_changed_are_sent_again_and_the_last_sum_holds():
@@ -149,8 +149,8 @@ def test_buckets_that_changed_are_sent_again_and_the_last_sum_holds():
     changed = [0, 3]
     mask = sum(1 << index for index in changed)
     run_until_reduced(cluster)
-    before = expected_sums(cluster, [rank.buffers[0].grads.copy() for rank in cluster.ranks])
-    after = expected_sums(cluster, cluster.fill_grads(seed=2))
+    before = expected_averages(cluster, [rank.buffers[0].grads.copy() for rank in cluster.ranks])
+    after = expected_averages(cluster, cluster.fill_grads(seed=2))
     for rank in cluster.ranks:
         rank.reduction.resend(mask)
         places = dict(
@@ -179,9 +179,9 @@ def test_a_broken_connection_is_raised_where_progress_is_made():
 def test_a_reset_starts_over():
     cluster = Cluster(2, 1, [5 * CHUNK_NUMEL])
     for seed in range(3):
-        expected = expected_sums(cluster, cluster.fill_grads(seed))
+        expected = expected_averages(cluster, cluster.fill_grads(seed))
         run_until_reduced(cluster, seed)
-        assert_sums(cluster, expected)
+        assert_averages(cluster, expected)
         for rank in cluster.ranks:
             rank.reduction.reset()
             assert (rank.reduction.num_started, rank.reduction.num_reduced) == (0, 0)
@@ -189,7 +189,7 @@ def test_a_reset_starts_over():
 
 def test_ranks_in_threads_of_their_own():
     cluster = Cluster(3, 2, [12 * CHUNK_NUMEL], bucket_nbytes=100_000)
-    expected = expected_sums(cluster, cluster.fill_grads())
+    expected = expected_averages(cluster, cluster.fill_grads())
 
     def run(rank):
         while not is_complete(rank):
@@ -201,7 +201,7 @@ def test_ranks_in_threads_of_their_own():
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    assert_sums(cluster, expected)
+    assert_averages(cluster, expected)
 
 
 def test_buckets_without_gradients_take_no_message():
@@ -213,7 +213,7 @@ def test_buckets_without_gradients_take_no_message():
     for grad in grads:
         grad[: first.stop] = 0
     run_until_reduced(cluster)
-    assert_sums(cluster, expected_sums(cluster, grads))
+    assert_averages(cluster, expected_averages(cluster, grads))
     for rank in cluster.ranks:
         active = [plan for plan in rank.reduction.plans if rank.reduction.is_active(plan)]
         assert len(active) == 7  # a chunk each
@@ -235,8 +235,8 @@ def test_a_bucket_may_become_active_while_ranks_are_at_different_places(seed):
         assert not rank.reduction.activate(0b11)
         rank.reduction.resend(changed)
     run_until_reduced(cluster, seed)
-    assert_sums(cluster, expected_sums(cluster, grads))
+    assert_averages(cluster, expected_averages(cluster, grads))
     for rank in cluster.ranks:
         rank.reduction.reset()
     run_until_reduced(cluster, seed)
-    assert_sums(cluster, expected_sums(cluster, grads))
+    assert_averages(cluster, expected_averages(cluster, grads))

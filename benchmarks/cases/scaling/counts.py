@@ -20,7 +20,12 @@ from benchmarks.cases.scaling import (
 )
 from benchmarks.cases.scaling.groups import BY_NODE
 from benchmarks.cases.scaling.teams import Team, teams_of
-from benchmarks.contenders.internals import Topology, planned_traffic, topology_in
+from benchmarks.contenders.internals import (
+    Topology,
+    install_abort_hook,
+    planned_traffic,
+    topology_in,
+)
 from benchmarks.contenders.names import SHARDOPT
 from benchmarks.contenders.oracle import Judged, grad_size, require_right, torch_nadam
 from benchmarks.contenders.ours import Shardopt
@@ -33,7 +38,7 @@ from shardopt import ShardPolicy
 from shardopt.measure.links import Messages, measure_all_gather
 
 _NODE_SIZES = (8, 1)  # ranks that count as a node, beside all of a machine
-_BUCKET_NBYTES = 1 << 20  # so that even a small model has more buckets than are in transit
+_BUCKET_NBYTES = 1 << 20  # so that even a small model has several
 _STEPS = 2
 _THREADS = 1
 _OWNER_NUMEL = 1 << 16  # to compare: the ranks may have few cores
@@ -41,6 +46,7 @@ _OWNER_NUMEL = 1 << 16  # to compare: the ranks may have few cores
 
 def measure(options: Options) -> Iterator[Result]:
     """Count on groups of ranks, for nodes of several sizes. Collective: every rank."""
+    install_abort_hook()
     return_freed_memory()
     world, given = MPI.COMM_WORLD, options.ranks_per_node
     origin = this_run()
@@ -49,13 +55,19 @@ def measure(options: Options) -> Iterator[Result]:
     for share_node in layouts:
         with teams_of(world, options.ranks, share_node, uses_torch=False) as teams:
             for team in teams:
-                is_new = team.num_nodes > 1 and BY_NODE in team.by
-                if given is None and share_node is not True and not is_new:
-                    continue  # the same as without, or no whole nodes
+                if given is None and not _is_telling(team, share_node, world.size):
+                    continue
                 team.announce(COUNTS)
                 figures = team.run(partial(count, options=options, share_node=share_node))
                 if world.rank == 0 and figures is not None:
                     yield _result(team, figures, options, origin)
+
+
+def _is_telling(team: Team, share_node: bool | int, world_size: int) -> bool:
+    """Whether a group shows what others do not: on one node, where nothing is sent, two will do."""
+    if team.num_nodes == 1:
+        return share_node is True and len(team.ranks) in (1, world_size)
+    return share_node is True or BY_NODE in team.by
 
 
 def count(comm: MPI.Intracomm, options: Options, share_node: bool | int) -> Mapping[str, float]:

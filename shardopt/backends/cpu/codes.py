@@ -129,12 +129,13 @@ def _levels_of(grad: Any, wide: Any, codes: Any, noise: Any, levels: Any, scalar
     source_scale, weight_decay, param_decay = scalars[0], scalars[1], scalars[2]
     m_decay, m_gain, beta2, v_gain = scalars[3], scalars[4], scalars[5], scalars[6]
     g_scale, m_scale, v_scale, eps = scalars[7], scalars[8], scalars[9], scalars[10]
+    mean_scale = scalars[11]
     exp_avg, exp_avg_sq, m_below, v_below = codes
     m_out, v_out = levels
     m_top, v_top = np.uint32(0), np.uint32(0)
     for i in range(wide.size):
         p = wide[i]
-        g = source_scale * grad[i] + weight_decay * p
+        g = source_scale * (mean_scale * grad[i]) + weight_decay * p
         m = np.float32(m_decay * _decode_signed(exp_avg[i], m_below) + m_gain * g)
         v = np.float32(beta2 * _decode_unsigned(exp_avg_sq[i], v_below) + (v_gain * g) * g)
         u = (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)
@@ -323,9 +324,10 @@ def update(sources: Any, targets: Any, state: Any, partials: FloatArray, plan: A
         begin, end = max(segments[segment, 0], start), min(segments[segment, 1], stop)
         scalars = coefficients[segments[segment, 2]]
         while begin < end:
-            run_end = min(end, (begin // _RUN_NUMEL + 1) * _RUN_NUMEL)
-            total = _sum_sources(sources, begin, run_end, partials)
             place = places[segment] + begin - segments[segment, 0]
+            run_end = min(end, (begin // _RUN_NUMEL + 1) * _RUN_NUMEL)
+            run_end = min(run_end, begin + (1 << 32) - (place & 0xFFFFFFFF))  # one salt for a run
+            total = _sum_sources(sources, begin, run_end, partials)
             run = begin, run_end, place, _salt_at(salts[segment], place)
             if _update_run(total, targets, state, run, scratch, scalars) and poisoned < 0:
                 poisoned = begin

@@ -309,10 +309,10 @@ def _update_block(
     m_decay, m_gain = coefficients[3], coefficients[4]
     beta2, v_gain = coefficients[5], coefficients[6]
     g_scale, m_scale = coefficients[7], coefficients[8]
-    v_scale, eps = coefficients[9], coefficients[10]
+    v_scale, eps, mean_scale = coefficients[9], coefficients[10], coefficients[11]
     for i in range(param.size):
         p = _current(master[i], param[i])
-        g = source_scale * grad[i] + weight_decay * p
+        g = source_scale * (mean_scale * grad[i]) + weight_decay * p
         m = m_decay * exp_avg[i] + m_gain * g
         v = beta2 * exp_avg_sq[i] + (v_gain * g) * g
         u = (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)

@@ -224,7 +224,7 @@ constexpr bool HAS_MASTER = nbytes(PARAM) == 2;
 
 struct Coefficients {  // those of `StepCoefficients`, in its order
   Number source_scale, weight_decay, param_decay, m_decay, m_gain, beta2, v_gain;
-  Number g_scale, m_scale, v_scale, eps;
+  Number g_scale, m_scale, v_scale, eps, mean_scale;
 };
 
 struct Segment { i64 start, stop, cohort; };
@@ -294,7 +294,8 @@ DEVICE bool update_lanes(const Update &args, i64 position, Part part, const Coef
   const Numbers total = Tree<0, SOURCES>::sum(args.sources, position);
 #pragma unroll
   for (int i = 0; i < LANES; i++) {
-    const Number g = c.source_scale * total.at[i] + c.weight_decay * p.at[i];
+    const Number mean = c.mean_scale * total.at[i];
+    const Number g = c.source_scale * mean + c.weight_decay * p.at[i];
     m.at[i] = c.m_decay * m.at[i] + c.m_gain * g;
     v.at[i] = c.beta2 * v.at[i] + (c.v_gain * g) * g;
     const Number u = (c.g_scale * g + c.m_scale * m.at[i]) / (root(v.at[i] * c.v_scale) + c.eps);

@@ -128,6 +128,8 @@ def _form(entry: Fields) -> tuple[StateForm, str]:
         raise damaged(f"optim_bits of {entry.where}", "be 32 for float64", bits)
     if type(has_masters) is not bool:
         raise damaged(f"has_masters of {entry.where}", "be true or false", has_masters)
+    if not has_masters and entry.text("dtype") != "bfloat16":
+        raise damaged(f"has_masters of {entry.where}", "be true except for bfloat16", has_masters)
     return StateForm(bits, has_masters), entry.text("chance")
 
 

@@ -37,8 +37,9 @@ from shardopt.layout.span import Span
 
 Revive: TypeAlias = Callable[[NDArray[Any], str], Any]
 
-_PIECE_NBYTES = 256 << 10
-"""Read and then hashed at once: source and target together fit into a cache of 1 MiB."""
+_PIECE_NBYTES = 512 << 10
+"""Read and then hashed at once: source and target together fit into a cache of 1 MiB. Smaller ones
+have the threads of a rank wait for each other between them."""
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -107,13 +107,11 @@ def batches(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
     room = BATCH_NBYTES
     for _, _, span, tensor in slices:
         size = itemsize(tensor.dtype)
-        unit = 1 if tensor.kept is None else BLOCK_NUMEL
         while span:
-            if batch and (room < size * unit or len(batch) == _BATCH_PIECES):
+            if batch and (room < size or len(batch) == _BATCH_PIECES):
                 yield batch
                 batch, room = [], BATCH_NBYTES
-            numel = room // size // unit * unit
-            head = span.intersect(Span(span.start, span.start + numel))
+            head = span.intersect(Span(span.start, span.start + room // size))
             batch.append(Piece(tensor, head))
             room -= head.numel * size
             span = Span(head.stop, span.stop)
@@ -141,12 +139,14 @@ def read_batch(
     """
     kept, wanted = [], list[Wanted]()
     for piece in batch:
-        tensor, span = tensor_of(piece.tensor), piece.span
+        tensor = tensor_of(piece.tensor)
         spec = tensor.spec
+        before = 0 if tensor.kept is None else piece.span.start % BLOCK_NUMEL  # in the first block
+        span = Span(piece.span.start - before, piece.span.stop)
         array = np.empty(spec.nbytes(span.numel), np.uint8).view(spec.dtype)
         wanted.extend(wanted_slices(tensor.slices, span, spec, array))
-        kept.append((shaped(array, spec), spec, span.numel))
+        kept.append((shaped(array, spec), spec, span.numel, before))
     reader.read(wanted, count_cores())
-    arrays = [values_of(*each) for each in kept]
+    arrays = [values_of(array, spec, numel)[before:] for array, spec, numel, before in kept]
     advance(sum(array.nbytes for array in arrays))
     return arrays

@@ -10,6 +10,7 @@ from mpi4py import MPI
 from shardopt.cli.doctor.facts import Link, Speeds
 from shardopt.cli.doctor.updates import measure_updates
 from shardopt.cli.doctor.watch import Watch
+from shardopt.comm.node_memory.limits import read_memory_room
 from shardopt.comm.topology import Topology
 from shardopt.measure.barrier import measure_barrier
 from shardopt.measure.cores import cores_per_rank
@@ -27,6 +28,7 @@ from shardopt.transport.mpi import MpiTransport
 
 _DTYPE, _ITEMSIZE = "float32", 4
 _NBYTES_PER_S = 256 << 20  # of budget: more than caches hold, but touching pages takes time
+_MAX_SHARE = 0.25  # of the memory that is free: nothing may be killed for a measurement
 _MIN_NUMEL = 512 << 10  # of a thread's part of an array
 _MAX_THREADS = 16  # more would wait for Python's interpreter
 _NUM_TRIES = 3  # for each link
@@ -72,7 +74,8 @@ def measure(
         folder: A folder on the disk to measure, for a calibration, which takes the rate of updates
             too; None for neither.
     """
-    memory = measure_node_memory(topology, watch, int(budget_s * _NBYTES_PER_S), 0.2 * budget_s)
+    node_nbytes = _affordable(topology, watch, int(budget_s * _NBYTES_PER_S))
+    memory = measure_node_memory(topology, watch, node_nbytes, 0.2 * budget_s)
     with watch.together("the measurement of barriers", topology.comm):
         barrier_s = measure_barrier(topology.node_comm, 0.05 * budget_s)
     links = measure_links(topology, watch, 0.4 * budget_s)
@@ -81,12 +84,20 @@ def measure(
     disk = measure_node_disk(topology, watch, folder, int(budget_s * _DISK_NBYTES_PER_S))
     updates = 0.0
     if folder is not None:
-        node_nbytes = int(budget_s * _NBYTES_PER_S)
         updates = measure_updates(topology, watch, node_nbytes, 0.2 * budget_s)
     mine = _RankSpeeds(topology.node, memory, barrier_s, links, exchange, message_s, updates, disk)
     with watch.together("the gathering of measurements", topology.comm):
         ranks = topology.comm.gather(mine)
     return None if ranks is None else _put_together(ranks)
+
+
+def _affordable(topology: Topology, watch: Watch, node_nbytes: int) -> int:
+    """Return the bytes to use on each node, little of what is free on the fullest. Collective."""
+    with watch.together("the search for free memory", topology.comm):
+        room = read_memory_room()
+        most = node_nbytes if room is None else int(_MAX_SHARE * room.free_nbytes)
+        least: int = topology.comm.allreduce(min(node_nbytes, most), MPI.MIN)
+        return least
 
 
 def _put_together(ranks: Sequence[_RankSpeeds]) -> Speeds:

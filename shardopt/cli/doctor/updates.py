@@ -22,6 +22,7 @@ from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
 _DTYPE = "float32"
 _STATE = ("exp_avg", "exp_avg_sq")
 _NUM_ARRAYS = 4  # of numel elements: gradient, parameters, moments
+_COMPILE_PATIENCE = 10.0  # ten times as long as others: cores may be busy, and share it
 _MOVED_NBYTES = 28  # of an element: the gradient is read, all else read and written
 
 
@@ -39,9 +40,12 @@ def measure_updates(topology: Topology, watch: Watch, node_nbytes: int, budget_s
     Returns:
         Bytes/s that this rank read and wrote.
     """
-    with watch.together("the compilation of the kernel", topology.comm):
-        kernel = CpuKernel(cores_per_rank(topology))
-        kernel.prepare(_DTYPE)
+    kernel = CpuKernel(cores_per_rank(topology))
+    # One rank of each node compiles, and the others load its code, where it can be kept.
+    for step, takes_part in (("compilation", not topology.node_rank), ("loading", True)):
+        with watch.together(f"the {step} of the kernel", topology.comm, _COMPILE_PATIENCE):
+            if takes_part:
+                kernel.prepare(_DTYPE)
     with watch.together("the measurement of updates", topology.comm):
         itemsize = np.dtype(_DTYPE).itemsize
         share = node_nbytes // (topology.node_size * _NUM_ARRAYS * itemsize)

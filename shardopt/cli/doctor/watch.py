@@ -37,9 +37,10 @@ class Watch:
         self.hosts: Mapping[int, str] = {}
 
     @contextmanager
-    def over(self, step: str) -> Iterator[None]:
+    def over(self, step: str, patience: float = 1.0) -> Iterator[None]:
         """Set a deadline for a step."""
-        with overdue(self._patience_s, lambda: self._give_up(step)):
+        extra_s = (patience - 1) * self._timeout_s
+        with overdue(self._patience_s + extra_s, lambda: self._give_up(step, patience)):
             yield
 
     @contextmanager
@@ -65,9 +66,15 @@ class Watch:
             os.waitpid(child, 0)
 
     @contextmanager
-    def together(self, step: str, comm: MPI.Intracomm) -> Iterator[None]:
-        """Wait for all ranks and then begin a step, with one deadline for both. Collective."""
-        with self.over(step):
+    def together(self, step: str, comm: MPI.Intracomm, patience: float = 1.0) -> Iterator[None]:
+        """Wait for all ranks and then begin a step, with one deadline for both. Collective.
+
+        Args:
+            step: What it is, for messages.
+            comm: The ranks.
+            patience: The factor on the time that it may take.
+        """
+        with self.over(step, patience):
             self.meet(comm)
             yield
 
@@ -90,14 +97,14 @@ class Watch:
         MPI.Request.Waitall(list(arrivals.values()))
         self._missing = []
 
-    def _give_up(self, step: str) -> None:
-        self._report(step)
+    def _give_up(self, step: str, patience: float) -> None:
+        self._report(step, patience)
         if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
             end_job(1)
         os._exit(1)
 
-    def _report(self, step: str) -> None:
-        limit = f"within {self._timeout_s:g} s"
+    def _report(self, step: str, patience: float = 1.0) -> None:
+        limit = f"within {patience * self._timeout_s:g} s"
         if self._missing:
             names = ", ".join(
                 f"rank {rank} on {self.hosts[rank]}" if rank in self.hosts else f"rank {rank}"
@@ -110,6 +117,6 @@ class Watch:
         else:
             text = (
                 f"{step} did not end {limit}. Check whether all nodes can reach each other over "
-                "the network, or raise --timeout."
+                "the network and whether other jobs keep their cores busy, or raise --timeout."
             )
         print(f"shardopt doctor: {text}", file=sys.stderr, flush=True)

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", metavar="SCRIPT:FUNCTION", help="what script.py:make_model makes")
     model.add_argument("--safetensors", type=Path, nargs="+", metavar="FILE", help="saved model")
     size = parser.add_argument_group("with --params")
-    size.add_argument("--dtype", default="float32", help="of parameters (default: float32)")
+    dtype_help = "of parameters, such as bfloat16 (default: float32)"
+    size.add_argument("--dtype", default="float32", metavar="DTYPE", help=dtype_help)
     size.add_argument("--tensors", default="256", metavar="N", help="equal ones (default: 256)")
     job = parser.add_argument_group("job")
     job.add_argument("--nodes", default="1", metavar="N", help="(default: 1)")
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--memory-bandwidth", metavar="RATE", help="of a node, such as 400GB/s")
     machine.add_argument("--link", metavar="RATE", help="of a node, each way, such as 200Gbit")
     machine.add_argument("--latency", metavar="TIME", help="of a message (default: 5us)")
-    machine.add_argument("--message-cost", metavar="TIME", help="of sending one (default: 2us)")
+    cost_help = "of sending one (default: 5us on links above 25Gbit, else 20us)"
+    machine.add_argument("--message-cost", metavar="TIME", help=cost_help)
     machine.add_argument("--disk", metavar="RATE", help="of a node (default: 1GB/s)")
     machine.add_argument("--gpu", metavar="NAME", help="of each rank: a100, h100, h200, b200, l40s")
     machine.add_argument("--offload", action="store_true", help="moments in the node's memory")

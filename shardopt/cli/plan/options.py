@@ -1,10 +1,15 @@
 """The words of ``shardopt plan``, read and checked."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
 
 from shardopt.backends.devices import HOST
 from shardopt.errors import PartitionError, PlanError
+from shardopt.layout.dtypes import DTYPES
 from shardopt.params.forms import FormRules
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
@@ -12,6 +17,8 @@ from shardopt.planner.model import Model, evenly, load_model, read_safetensors
 from shardopt.planner.simulate import NodeKind
 from shardopt.planner.units import parse_count, parse_nbytes, parse_rate, parse_seconds
 
+_MAX_TENSORS, _MAX_BUCKETS = 1_000_000, 1_000_000
+_T = TypeVar("_T")
 _RATES = {"memory_bandwidth": "memory_nbytes_per_s", "link": "link_nbytes_per_s"}
 _RATES |= {"disk": "disk_nbytes_per_s"}
 _TIMES = {"latency": "latency_s", "message_cost": "message_s"}
@@ -48,11 +55,12 @@ def read_request(options: argparse.Namespace) -> Request:
         model = _read_model(options)
     except PartitionError as error:
         raise PlanError(str(error)) from None
+    _require_few_buckets(model, layout)
     return Request(
         model=model,
         layout=layout,
         machine=_read_machine(options, layout.num_nodes),
-        node_mtbf_s=options.node_mtbf and parse_seconds("--node-mtbf", options.node_mtbf),
+        node_mtbf_s=_optional(parse_seconds, "--node-mtbf", options.node_mtbf),
         with_scaling=options.scaling or options.plot is not None,
     )
 
@@ -73,7 +81,31 @@ def _find_model(options: argparse.Namespace) -> Model:
     if options.safetensors is not None:
         return read_safetensors(options.safetensors)
     num_tensors = parse_count("--tensors", options.tensors)
+    if num_tensors > _MAX_TENSORS:
+        raise PlanError(
+            f"--tensors must be at most {_MAX_TENSORS:,}; got {num_tensors:,}. Their number makes "
+            "little difference: leave it out."
+        )
+    if options.dtype not in DTYPES:
+        raise PlanError(
+            f"--dtype must be one of {', '.join(DTYPES)}; got {options.dtype!r}. Name one of them."
+        )
     return evenly(parse_count("--params", options.params), options.dtype, num_tensors)
+
+
+def _require_few_buckets(model: Model, layout: Layout) -> None:
+    """Refuse what would take minutes and gigabytes to plan."""
+    nbytes = sum(spec.numel * np.dtype(spec.dtype).itemsize for spec in model.specs)
+    if nbytes > _MAX_BUCKETS * layout.bucket:
+        raise PlanError(
+            f"--bucket must cut the model into at most {_MAX_BUCKETS:,} buckets; got "
+            f"{layout.bucket:,} bytes for {nbytes:,}. Raise it, or plan for a smaller model."
+        )
+
+
+def _optional(parse: Callable[[str, str], _T], name: str, word: str | None) -> _T | None:
+    """Parse a word, if there is one."""
+    return None if word is None else parse(name, word)
 
 
 def _read_layout(options: argparse.Namespace) -> Layout:
@@ -83,11 +115,11 @@ def _read_layout(options: argparse.Namespace) -> Layout:
     return Layout(
         num_nodes=parse_count("--nodes", options.nodes),
         node_size=parse_count("--ranks-per-node", options.ranks_per_node),
-        bucket_nbytes=options.bucket and parse_nbytes("--bucket", options.bucket),
+        bucket_nbytes=_optional(parse_nbytes, "--bucket", options.bucket),
         wire_dtype=options.wire_dtype,
         placement="cpu" if options.gpu is None else "offload" if options.offload else "cuda",
         needs_norm=options.clip,
-        backward_s=parse_seconds("--backward", options.backward) if options.backward else 0.0,
+        backward_s=_optional(parse_seconds, "--backward", options.backward) or 0.0,
         slow_share=slow_share,
         slowdown=slowdown,
         stragglers=_read_stragglers(options),

@@ -9,6 +9,14 @@ from shardopt.planner.estimate import BAND, MEASURED_NODES
 from shardopt.planner.scaling import GOOD_SHARE, Scaling
 
 _Rows = text.Rows
+_SPEEDS = {
+    "memory_nbytes_per_s": "memory of a node",
+    "link_nbytes_per_s": "link of a node",
+    "latency_s": "latency",
+    "message_s": "cost per message",
+    "barrier_s": "barrier of a node",
+    "disk_nbytes_per_s": "disk of a node",
+}
 
 
 def render(plan: Plan) -> str:
@@ -46,19 +54,15 @@ def _overview(plan: Plan) -> list[tuple[str, str]]:
         ("job", f"{layout.num_nodes} nodes of {layout.node_size} ranks, stage 1"),
         ("bucket", f"{text.nbytes(layout.bucket)}, {plan.estimate.num_buckets} of them"),
     ]
-    speeds = [
-        ("memory of a node", "memory_nbytes_per_s", text.rate(machine.memory_nbytes_per_s)),
-        ("latency", "latency_s", text.seconds(machine.latency_s)),
-        ("cost per message", "message_s", text.seconds(machine.message_s)),
-        ("disk of a node", "disk_nbytes_per_s", text.rate(machine.disk_nbytes_per_s)),
-    ]
-    if machine.link_nbytes_per_s is not None:
-        link = text.rate(machine.link_nbytes_per_s)
-        speeds.insert(1, ("link of a node", "link_nbytes_per_s", link))
+    for key, name in _SPEEDS.items():
+        value = getattr(machine, key)
+        if value is not None:
+            show = text.rate if key.endswith("_nbytes_per_s") else text.seconds
+            pairs.append((name, f"{show(value)} ({origins[key]})"))
     if machine.gpu is not None:
         gpu = f"{machine.gpu.name}, {text.nbytes(machine.gpu.memory_nbytes)}"
-        speeds.insert(0, ("GPU of a rank", "gpu", gpu))
-    return pairs + [(name, f"{value} ({origins[key]})") for name, key, value in speeds]
+        pairs.append(("GPU of a rank", f"{gpu} ({origins['gpu']})"))
+    return pairs
 
 
 def _memory(plan: Plan) -> _Rows:
@@ -180,10 +184,11 @@ def _stop(scaling: Scaling, stop: int) -> str:
 
 def _remarks(plan: Plan) -> Iterator[str]:
     found, gpu = plan.estimate, plan.machine.gpu
-    assumed = [name for name, origin in plan.machine.origins.items() if origin == "assumed"]
+    origins = plan.machine.origins
+    assumed = [name for key, name in _SPEEDS.items() if origins.get(key) == "assumed"]
     yield (
         f"Bytes and messages are exact. Times are {plan.times_are}, not measured; assumed are "
-        f"{', '.join(sorted(assumed)) or 'no speeds'}."
+        f"{', '.join(assumed) or 'no speeds'}."
     )
     if found.layout.is_extrapolated:
         yield (

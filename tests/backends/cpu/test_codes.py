@@ -10,7 +10,7 @@ from shardopt.backends.reference import ReferenceKernel
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import StateForm, state_specs
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.nadam import Hyperparams, StepCoefficients, StepCount, step_coefficients
 from shardopt.rule.rounding import Chance
 
 NUMEL = 4 * CHUNK_NUMEL
@@ -19,7 +19,7 @@ SEGMENTS = [[0, 5000, 0], [5120, 5121, 1], [2 * CHUNK_NUMEL, NUMEL - 256, 0]]
 INSIDE = np.zeros(NUMEL, bool)
 for _start, _stop, _ in SEGMENTS:
     INSIDE[_start:_stop] = True
-CHANCE = Chance(np.array([11, 12, 13], np.uint64), np.array([0, 768, (1 << 32) - 1024], np.int64))
+CHANCE = Chance(np.array([11, 12, 13], np.uint64), np.array([0, 768, (1 << 32) - 1280], np.int64))
 CASES = [
     ("float32", StateForm(8)),
     ("bfloat16", StateForm(8)),
@@ -32,7 +32,7 @@ ALL = pytest.mark.parametrize(
 )
 COEFFICIENTS = np.array(
     [
-        step_coefficients(Hyperparams(weight_decay=0.1), StepCount(7, 0.4), 0.5),
+        step_coefficients(Hyperparams(weight_decay=0.1), StepCount(7, 0.4), 0.5, 1 / 3),
         step_coefficients(Hyperparams(lr=0.1, decoupled_weight_decay=True), StepCount(2, 0.8), 1.0),
     ],
     np.float32,
@@ -62,10 +62,17 @@ class Shard:
                 encode(values[spec.key].astype(np.float32), array, spec.codec)
                 array[:, 4:] *= INSIDE.reshape(-1, 256)  # as behind the ends of parameters
 
-    def update(self, kernel, spans=(WHOLE,), segments=SEGMENTS, chance=CHANCE):
+    def update(
+        self,
+        kernel,
+        spans=(WHOLE,),
+        segments=SEGMENTS,
+        chance=CHANCE,
+        coefficients=COEFFICIENTS,
+    ):
         table = np.array(segments, np.int64).reshape(-1, 3)
         for span in spans:
-            plan = UpdatePlan(span, table, COEFFICIENTS, chance=chance)
+            plan = UpdatePlan(span, table, coefficients, chance=chance)
             kernel.update(Rows.of(*self.grads), Rows.of(self.param), self.state, plan)
         return kernel.take_poisoned()
 
@@ -120,6 +127,19 @@ def test_a_parameter_that_is_cut_has_the_bits_of_a_whole_one(dtype, form):
     segments = [[0, CHUNK_NUMEL, 0], [CHUNK_NUMEL, NUMEL, 0]]
     cut.update(CpuKernel(), segments=segments, chance=two)
     assert cut.bits() == whole.bits()
+
+
+@pytest.mark.parametrize("form", [StateForm(8), StateForm(32)], ids=["8", "32"])
+def test_an_average_is_rounded_once_wherever_it_is_taken(form):
+    one, other = (Shard("float32", form) for _ in range(2))
+    third = np.float32(1 / 3)
+    other.grads[0] *= third
+    for shard, scale in (one, third), (other, 1.0):
+        table = COEFFICIENTS.copy()
+        table[:, StepCoefficients._fields.index("mean_scale")] = scale
+        chance = CHANCE if form.rounds_by_chance else None
+        shard.update(CpuKernel(), chance=chance, coefficients=table)
+    assert one.bits() == other.bits()
 
 
 @ALL

@@ -6,6 +6,7 @@ from safetensors.numpy import load_file
 
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import save
+from shardopt.cli.ckpt import pieces
 from tests.support.checkpoints import call
 
 
@@ -39,6 +40,19 @@ def test_merged_state_has_values(capsys, saved, tmp_path):
     for index, name in enumerate(("w300000", "w5")):
         for key in ("exp_avg", "exp_avg_sq"):
             np.testing.assert_array_equal(merged[f"{name}::{key}"], state[index][key])
+
+
+@pytest.mark.parametrize("batch_nbytes", [None, 4 * 1001])
+def test_differences_are_the_same_in_either_direction(capsys, saved, monkeypatch, batch_nbytes):
+    if batch_nbytes is not None:  # pieces of the floats that begin within blocks of the codes
+        monkeypatch.setattr(pieces, "BATCH_NBYTES", batch_nbytes)
+    folder, _ = saved
+    one, other = (
+        call(capsys, "diff", folder / a, folder / b, "--json").json["tensors"]
+        for a, b in (("8", "32"), ("32", "8"))
+    )
+    assert one == other
+    assert len(one) == 2
 
 
 def test_differences_are_those_of_values(capsys, saved):

@@ -7,7 +7,7 @@ from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
-from shardopt.rule.nadam import NUM_COEFFICIENTS
+from shardopt.rule.nadam import NUM_COEFFICIENTS, StepCoefficients
 from tests.support.kernel_arrays import (
     OVERFLOWS,
     Arena,
@@ -74,14 +74,14 @@ def hard_coefficients(dtype, eps=1e-8):
     """Return three cohorts: L2, decoupled, and without weight decay."""
     rows = np.concatenate(
         [
-            coefficient_rows(dtype, (1, 0.5), lr=0.01, weight_decay=0.1),
+            coefficient_rows(dtype, (1, 0.5), mean_scale=1 / 3, lr=0.01, weight_decay=0.1),
             coefficient_rows(
                 dtype, (7, 0.1), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True
             ),
             coefficient_rows(dtype, (300, 1e-3), lr=1e-3),
         ]
     )
-    rows[:, -1] = eps
+    rows[:, StepCoefficients._fields.index("eps")] = eps
     return rows
 
 
@@ -116,7 +116,8 @@ def assert_same_reduction(kernel, grads, out_dtype, factor=1.0, span=None):
 def assert_overflow_is_told(kernel, dtype):
     """Check that a parameter becoming inf is told even if its master is finite."""
     arena, rows = Arena(1, dtype), np.zeros((1, NUM_COEFFICIENTS), np.float32)
-    rows[0, -1] = 1.0  # the only one that must not be zero; no master changes
+    eps = StepCoefficients._fields.index("eps")
+    rows[0, eps] = 1.0  # the only one that must not be zero; no master changes
     for array in (arena.grads[0], arena.state["exp_avg"], arena.state["exp_avg_sq"]):
         array[:] = 0
     master, position = arena.state["master"], CHUNK_NUMEL + 77
