@@ -1,4 +1,4 @@
-"""What got slower between two sets of results, beyond the noise.
+"""The comparison of two sets of results: what got slower, beyond the noise.
 
 [Note: ratios within a run are compared, not times]
 Neighbours, clocks and the addresses that memory happens to have change all times of a run together,
@@ -37,7 +37,7 @@ Runs = Sequence[Result]
 
 
 class Change(StrEnum):
-    """What became of a ratio."""
+    """The outcome of comparing a ratio."""
 
     WORSE = "WORSE"
     BETTER = "better"

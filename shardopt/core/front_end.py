@@ -130,7 +130,7 @@ class FrontEnd:
 
     @property
     def listeners(self) -> list[StepListener]:
-        """What is told of each step on this rank, to which you may add; see ``StepListener``."""
+        """The listeners that are told of each step on this rank, a list that you may add to."""
         return self.core.listeners
 
     @property

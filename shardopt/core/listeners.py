@@ -1,4 +1,4 @@
-"""What is told of each step, and what all ranks poll after it."""
+"""Listeners that are told of each step, and background work that all ranks poll after it."""
 
 from typing import Protocol
 

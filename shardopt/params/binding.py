@@ -96,7 +96,7 @@ class Binding:
             self._adapter.unbind_grad(self.param)
 
     def own_grad(self, *, zeros: bool = False) -> None:
-        """Give the framework a gradient of its own, with the values of shared memory or zeros."""
+        """Make the framework a gradient of its own, with the values of shared memory or zeros."""
         self._adapter.own_grad(self.param, self._grad_view, zeros=zeros)
 
     def has_own_grad(self) -> bool:

@@ -28,7 +28,7 @@ class Gradients(Protocol):
         ...
 
     def leave(self, step: int) -> None:
-        """Let the layout change: gradients so far become the framework's own. Collective."""
+        """Hand the gradients so far to the framework, as the layout changes. Collective."""
         ...
 
     def lay_out(self) -> None:

@@ -23,7 +23,7 @@ Salts = NDArray[np.uint64]
 
 
 class Chance(NamedTuple):
-    """What rounding by chance needs to know of segments of parameters.
+    """The random numbers of segments of parameters, for rounding by chance.
 
     Attributes:
         salts: [num_segments] of the parameter of each.

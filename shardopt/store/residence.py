@@ -146,7 +146,7 @@ class Residence(Protocol):
         ...
 
     def publish(self) -> None:
-        """Let other ranks see this rank's work once they have met; see [Note: order of devices]."""
+        """Show this rank's work to others once they have met; see [Note: order of devices]."""
         ...
 
     def acquire(self) -> None:

@@ -148,9 +148,11 @@ class _Job:
 
     @contextmanager
     def _half_rate(self) -> Iterator[None]:
-        """Let the last node send at half the rate for a while. Collective."""
+        """Halve the rate at which the last node sends, for a while. Collective."""
         topology, rate = self._topology, self._options.rate
-        digits, unit = re.fullmatch(r"([0-9.]+)(\w+)", rate).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"([0-9.]+)(\w+)", rate)
+        assert found is not None
+        digits, unit = found.groups()
         limits = topology.node == topology.num_nodes - 1 and topology.node_rank == 0
         for limit in (f"{float(digits) / 2:g}{unit}", rate):
             self._comm.Barrier()

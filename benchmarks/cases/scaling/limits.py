@@ -29,7 +29,7 @@ _MESSAGE_NBYTES = 4 << 20
 
 
 class Limits:
-    """What memory and links can do while all ranks of a group are at work.
+    """The rates of memory and links while all ranks of a group are at work.
 
     Collective: construction and what ``runs`` has.
 

@@ -70,7 +70,7 @@ class TraceFile:
 
     @property
     def wall_offset_ns(self) -> int:
-        """What is added to the process's clock to make it the wall clock of its host."""
+        """The nanoseconds from the process's clock to the wall clock of its host."""
         return int(self.process["wall_ns"] - self.process["clock_ns"])
 
     @property

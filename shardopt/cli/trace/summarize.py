@@ -43,7 +43,7 @@ class Time:
 
 @dataclass
 class RankTimes:
-    """What one rank has done in the steps of all its optimizers.
+    """The times of one rank in the steps of all its optimizers.
 
     Attributes:
         num_steps: Steps that are counted: all but the first of each optimizer, if there are more.
