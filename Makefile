@@ -1,6 +1,6 @@
 # Shortcuts for what a change needs. They use the environments that tests/run.sh creates:
 #
-#   make test     all tests, with both MPI libraries on 1 to 4 ranks (creates the environments)
+#   make test     the tests, with both MPI libraries on 1 to 4 ranks (creates the environments)
 #   make lint     format, style, types, imports and spelling
 #   make docs     links, notes and examples of the README and of docs/
 #   make bench    list the benchmarks; CASES="step memory" RANKS=2 measures these on 2 ranks

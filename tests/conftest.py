@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -21,49 +22,16 @@ if TYPE_CHECKING:
     from shardopt.numpy import NAdam
 
 TESTS = Path(__file__).parent
-NO_NUMBER_CHANGES = (
-    "torch",  # tests/nodes runs every front end on any number of ranks, with every MPI
-    "jax",
-    "test_lucid.py",
-    "params",
-    "test_compiling.py",
-    "test_policy.py",
-    "core/test_bad_input.py",  # tests/comm and test_bad_step.py have ranks disagree
-    "core/test_bad_state.py",
-    "devices/test_arrays.py",  # tests/devices/test_steps.py and test_nodes.py run always
-    "devices/test_memory.py",
-    "devices/test_offload.py",
-    "devices/test_order.py",
-    "devices/test_params.py",
-    "devices/test_state.py",
-    "devices/test_writes.py",
-    "checkpoint/test_damage.py",  # files
-    "checkpoint/test_disk_faults.py",
-    "checkpoint/test_whole_model.py",
-    "checkpoint/test_partial.py",
-    "checkpoint/test_other_models.py",
-)
-"""What one rank and three show: a third is neither first nor last, and divides nothing evenly."""
+NEEDS_SCIPY = re.compile(r"\b(jax|lucid|optax|torch)\b")
+WITHOUT_SCIPY = "import sys; sys.modules['scipy'] = None  # Numba would load it, for nothing\n"
+"""A sixth of the time that a rank takes to start."""
 
-NO_MPI_CHANGES = (
-    *NO_NUMBER_CHANGES,
-    "core/test_writes.py",  # node memory is no MPI's; tests/comm/node_memory runs with every MPI
-    "core/test_unequal_writes.py",
-    "core/test_state_view.py",
-    "core/test_sixteen_bits.py",  # arithmetic
-    "core/test_edited_groups.py",  # settings
-    "core/test_settings.py",
-    "devices/test_checkpoints.py",
-    "checkpoint/test_alignment.py",  # files
-    "checkpoint/test_bad_rng.py",
-    "checkpoint/test_interop.py",
-    "checkpoint/test_odd_models.py",
-    "checkpoint/test_power_loss.py",
-)
-LEFT_OUT = {"ranks": NO_NUMBER_CHANGES, "mpi-ranks": NO_MPI_CHANGES}
-"""By part, files that need not even be imported."""
-
-pytest_plugins = ["tests.support.in_step", "tests.support.cluster", "tests.support.gpu"]
+pytest_plugins = [
+    "tests.support.in_step",
+    "tests.support.parts",
+    "tests.support.cluster",
+    "tests.support.gpu",
+]
 
 
 def read_job_env() -> dict[str, str]:
@@ -79,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.register_profile(
             "ranks",
             derandomize=True,
+            max_examples=30,  # the same ones in every run
             database=None,
             deadline=None,
             phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
@@ -99,23 +68,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(read_job_env() | {"OMPI_MCA_btl": "self"})
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add an option for tests/run.sh, which runs some tests side by side or with one MPI only."""
-    parser.addoption(
-        "--part",
-        choices=["plain", "jobs", "mpi-jobs", "ranks", "mpi-ranks"],
-        help="of the tests without ranks: those that start no mpirun, those that do, "
-        "or those of them that are not marked any_mpi; of the tests on ranks: those that a number "
-        "of ranks may change, or those of them that are not marked any_mpi",
-    )
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files of which ``--part`` leaves out every test on ranks."""
-    left_out = LEFT_OUT.get(config.getoption("--part"), ())
-    return True if any(collection_path == TESTS / name for name in left_out) else None
-
-
 def pytest_collection() -> None:
     """Collect no garbage while frameworks are imported; see ``pytest_collection_finish``."""
     gc.disable()
@@ -128,32 +80,6 @@ def pytest_collection_finish() -> None:
     """
     gc.freeze()
     gc.enable()
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests that start mpirun themselves."""
-    if "mpirun" in getattr(item, "fixturenames", ()):
-        item.add_marker("mpirun")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long forms of tests, unless ``-m`` speaks of them, and what ``--part`` does."""
-    part, with_long = config.getoption("--part"), "long" in config.getoption("-m")
-
-    def runs_now(item: pytest.Item) -> bool:
-        marks = {mark.name for mark in item.iter_markers()}
-        if "long" in marks and not with_long:
-            return False
-        if part == "plain":
-            return "mpirun" not in marks
-        if part == "mpi-ranks":
-            return "any_mpi" not in marks
-        return part in (None, "ranks") or (
-            "mpirun" in marks and not (part == "mpi-jobs" and "any_mpi" in marks)
-        )
-
-    config.hook.pytest_deselected(items=[item for item in items if not runs_now(item)])
-    items[:] = filter(runs_now, items)
 
 
 @pytest.fixture
@@ -254,7 +180,10 @@ class Mpirun:
         """Start a job as a call does, and leave it to the caller to end it."""
         if source is not None:
             script = self.folder / "job.py"
-            script.write_text(textwrap.dedent(source), encoding="utf-8")
+            source = textwrap.dedent(source)
+            if not NEEDS_SCIPY.search(source):
+                source = WITHOUT_SCIPY + source
+            script.write_text(source, encoding="utf-8")
             args = (script, *args)
         python = [*self.before_python(env or {}), sys.executable, *map(str, args)]
         return subprocess.Popen(

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Runs all tests with MPICH and with Open MPI, on 1 to 4 ranks:
+# Runs all tests, with MPICH and with Open MPI:
 #
 #   bash tests/run.sh [--all] [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
 #
-# On 2 and on 4 ranks it leaves out what 1 and 3 show, such as most tests of the frameworks, and with
-# Open MPI what no MPI library changes, too; --all runs every test on all of them, with both.
+# The tests that want ranks run on 3 with MPICH, or on 2 if a third rank changes nothing. On 1, 2 and
+# 4 ranks, and with Open MPI on 3, run those that such a number or another MPI may change, too.
+# tests/support/parts.py lists them. --ranks runs all of them on each of its numbers, and --all on 1
+# to 4, with both, in all their combinations.
 #
 #   bash tests/run.sh --clients [--ranks "2"] [arguments for pytest ...]
 #
@@ -28,7 +30,7 @@ python=${PYTHON:-python3}
 torch=${TORCH-torch==2.13.0}
 lucid=${LUCID-lucid-dl==2.9.0}
 mpis=(mpich openmpi)
-ranks=(1 2 3 4)
+ranks=(default) # of each MPI; see numbers_of
 everything=false
 clients=false
 limit_s=1800 # for one run of pytest; each ends hung tests itself, long before
@@ -109,8 +111,9 @@ run() {
     sum_up "$1"
 }
 
-# begin TITLE COMMAND...: start one pytest beside others; finish prints it.
+# begin TITLE COMMAND...: start one pytest beside another, once there is room; finish prints it.
 begin() {
+    while (($(jobs -rp | wc -l) >= 3)); do wait -n || true; done
     record "$@" >/dev/null &
     begun+=("$1")
 }
@@ -173,41 +176,54 @@ set +a
 unset PYTHONDONTWRITEBYTECODE # many a container sets it; every rank would compile every test anew
 selected=$#
 pytest=(-m pytest --color=no -p no:cacheprovider -rs --durations 8 "$@")
+if "$everything"; then pytest+=(--thorough); fi
+
+# numbers_of MPI: print the numbers of ranks to run with it.
+numbers_of() {
+    if [[ ${ranks[*]-} != default ]]; then
+        echo "${ranks[@]-}"
+    elif "$everything" || [[ $1 == "${mpis[0]}" ]]; then
+        echo 1 2 3 4
+    else
+        echo 3
+    fi
+}
 
 # on_ranks HOW MPI N: run, or begin, the tests that want ranks.
 on_ranks() {
-    local bin=$PWD/.test-env/$2/bin part=()
-    if [[ $2 != "${mpis[0]}" ]]; then
-        part=(--part mpi-ranks)
-    elif [[ $3 != [13] && " ${ranks[*]} " == *" 3 "* ]]; then
-        part=(--part ranks)
+    local bin=$PWD/.test-env/$2/bin part='' names=(none one two three four)
+    if ! "$everything" && [[ ${ranks[*]-} == default ]]; then
+        part=mpi
+        if [[ $2 == "${mpis[0]}" ]]; then part=${names[$3]}; fi
     fi
-    if "$everything"; then part=(); fi
     "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" \
-        "$bin/python" "${pytest[@]}" --with-mpi ${part[@]+"${part[@]}"}
+        "$bin/python" "${pytest[@]}" --with-mpi ${part:+--part "$part"}
 }
 
-# without_ranks HOW MPI PART: run, or begin, a part of the other tests; see tests/conftest.py.
+# without_ranks HOW MPI PART: run, or begin, a part of the other tests.
 without_ranks() {
     "$1" "$2, $3" "$PWD/.test-env/$2/bin/python" "${pytest[@]}" --part "$3"
 }
 
-# What takes one core runs beside others that do; what takes more runs alone.
-without_ranks begin "${mpis[0]}" plain
+# What takes one core, or mostly waits as jobs do, runs three at a time, the longest first.
+if ! "$clients"; then
+    part=jobs
+    for mpi in "${mpis[@]}"; do
+        without_ranks begin "$mpi" "$part"
+        if [[ $mpi == "${mpis[0]}" ]]; then without_ranks begin "$mpi" plain; fi
+        if ! "$everything"; then part=mpi-jobs; fi # with the next MPI, those that it may change
+    done
+fi
 for mpi in "${mpis[@]}"; do
-    if [[ " ${ranks[*]-} " == *" 1 "* ]]; then on_ranks begin "$mpi" 1; fi
     if [[ -f .test-env/$mpi/missing ]]; then notes+=("$(<".test-env/$mpi/missing")"); fi
+    for n in $(numbers_of "$mpi"); do
+        if ((n == 1)); then on_ranks begin "$mpi" 1; fi
+    done
 done
 finish
-# Jobs mostly wait, be it for a rank that will not come: those of the MPIs share the cores.
-part=jobs
+# What takes more runs alone.
 for mpi in "${mpis[@]}"; do
-    without_ranks begin "$mpi" "$part"
-    if ! "$everything"; then part=mpi-jobs; fi # with the next MPI, those that it may change
-done
-finish
-for mpi in "${mpis[@]}"; do
-    for n in ${ranks[@]+"${ranks[@]}"}; do
+    for n in $(numbers_of "$mpi"); do
         if ((n > 1)); then on_ranks run "$mpi" "$n"; fi
     done
 done

@@ -133,7 +133,7 @@ record() {
 
 # Warnings of other libraries, of which a new machine may have any, end no test.
 pytest=(-m pytest -q -rs --color=no -p no:cacheprovider --basetemp "$work/pytest" -m gpu --gpu "$gpu"
-    -W default::UserWarning -W default::DeprecationWarning -W default::FutureWarning)
+    --thorough -W default::UserWarning -W default::DeprecationWarning -W default::FutureWarning)
 kernel=tests/backends/cuda/test_on_gpu.py
 ranks=("${pytest[@]}" --with-mpi ${few_ranks[@]+"${few_ranks[@]}"} "${tests[@]}")
 

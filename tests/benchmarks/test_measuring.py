@@ -101,35 +101,36 @@ def test_cases_of_one_rank_refuse_two(mpirun, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+TINY = ("--numel", "4096", "--tensors", "3", "--rounds", "1")
+TWO_RANKS = {  # names of cases, one after the other in one job, and the words for them
+    "vectors": (("step", "faces", *["writes"] * HAS_TORCH), TINY),
+    "training": (
+        ("training",),
+        ("--layers", "1", "--width", "32", "--context", "8", "--steps", "2", "--rounds", "1"),
+    ),
+    "memory": (("memory",), ("--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS)),
+    "checkpoint": (
+        ("checkpoint",),
+        ("--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", "."),
+    ),
+}
+
+
 @pytest.mark.any_mpi
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("step", ("--numel", "4096", "--tensors", "3", "--rounds", "1")),
-        ("faces", ("--numel", "4096", "--tensors", "3", "--rounds", "1")),
-        pytest.param(
-            "writes",
-            ("--numel", "4096", "--tensors", "3", "--rounds", "1"),
-            marks=pytest.mark.skipif(not HAS_TORCH, reason="torch is missing"),
-        ),
-        pytest.param(
-            "training",
-            ("--layers", "1", "--width", "32", "--context", "8", "--steps", "2", "--rounds", "1"),
-            marks=pytest.mark.skipif(not HAS_TORCH, reason="torch is missing"),
-        ),
-        ("memory", ("--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS)),
-        ("checkpoint", ("--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", ".")),
-    ],
-    ids=["step", "faces", "writes", "training", "memory", "checkpoint"],
-)
-def test_cases_of_two_ranks(mpirun, tmp_path, name, words):
-    words += ("--out", tmp_path)
-    job = mpirun(2, "-m", "benchmarks", name, *words, env=ENVIRONMENT, timeout_s=LIMIT_S)
+@pytest.mark.parametrize("job", TWO_RANKS)
+def test_cases_of_two_ranks(mpirun, tmp_path, job):
+    names, words = TWO_RANKS[job]
+    if job == "training" and not HAS_TORCH:
+        pytest.skip("torch is missing")
+    words = (*names, *words, "--out", tmp_path)
+    job = mpirun(2, "-m", "benchmarks", *words, env=ENVIRONMENT, timeout_s=LIMIT_S)
     assert job.returncode == 0, job.output
-    line = require_recorded(tmp_path, name)
-    assert line["ranks"] == 2
-    assert line["settings"] == SETTINGS.get(name, {})
-    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.jsonl"]  # nothing else is left
+    for name in names:
+        line = require_recorded(tmp_path, name)
+        assert line["ranks"] == 2
+        assert line["settings"] == SETTINGS.get(name, {})
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"{name}.jsonl" for name in names}  # nothing else is left
 
 
 @pytest.mark.any_mpi

@@ -231,6 +231,7 @@ def test_three_ranks_on_three_nodes(mpirun, tmp_path):
     assert "Weak scaling by rank: 1,000 float32 parameters for each rank" in job.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.any_mpi
 def test_peers_of_frameworks(mpirun, tmp_path):
     pytest.importorskip("torch")

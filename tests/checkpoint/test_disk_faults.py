@@ -213,8 +213,15 @@ def test_whatever_call_fails_nothing_has_changed(comm, opt, mpi_tmp_path, monkey
 
 @UP_TO_THREE_RANKS
 @pytest.mark.mpi
-@pytest.mark.parametrize("first", [True, False], ids=["first rank", "last rank"])
-@pytest.mark.parametrize("way", [Saver, Stepped])
+@pytest.mark.parametrize(
+    ("way", "first"),
+    [
+        pytest.param(Saver, True, id="saver, first rank"),
+        pytest.param(Stepped, False, id="stepped, last rank"),
+        pytest.param(Saver, False, id="saver, last rank", marks=pytest.mark.thorough),
+        pytest.param(Stepped, True, id="stepped, first rank", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_directory_may_vanish_while_it_is_written_to(
     comm, opt, mpi_tmp_path, monkeypatch, way, first
 ):

@@ -234,7 +234,10 @@ def steps_after(mpirun, directory, ending):
     return job, [origin.step for _, origin in verify_all(directory)]
 
 
-@pytest.mark.parametrize("ending", ["", "opt.step()\n", "sys.exit(0)\n"])
+@pytest.mark.parametrize(
+    "ending",
+    ["", *(pytest.param(e, marks=pytest.mark.any_mpi) for e in ("opt.step()\n", "sys.exit(0)\n"))],
+)
 def test_what_nobody_waits_for_is_not_committed_and_holds_nothing_up(mpirun, tmp_path, ending):
     directory = tmp_path / "run"
     job, steps = steps_after(mpirun, directory, ending)
@@ -245,6 +248,7 @@ def test_what_nobody_waits_for_is_not_committed_and_holds_nothing_up(mpirun, tmp
     assert len(hidden(directory)) == 2 - len(steps)
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("closed", ["opt", "checkpointer"])
 def test_whoever_is_closed_commits_what_is_under_way(mpirun, tmp_path, closed):
     job, steps = steps_after(mpirun, tmp_path / "run", f"{closed}.close()\n")
@@ -253,7 +257,14 @@ def test_whoever_is_closed_commits_what_is_under_way(mpirun, tmp_path, closed):
     assert hidden(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("block", ["if True", "with checkpointer", "with opt, checkpointer"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param("if True", marks=pytest.mark.any_mpi),
+        pytest.param("with checkpointer", marks=pytest.mark.any_mpi),
+        "with opt, checkpointer",
+    ],
+)
 def test_a_rank_that_raises_while_a_save_is_under_way_ends_the_job(mpirun, tmp_path, block):
     job, steps = steps_after(
         mpirun,

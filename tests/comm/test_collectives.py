@@ -94,7 +94,13 @@ meet(collectives, 1)
     assert sorted(job.stdout.splitlines()) == ["RankFailureError [2]"] * 2
 
 
-@pytest.mark.parametrize("share_node", [False, True], ids=["nodes", "node"])
+@pytest.mark.parametrize(
+    "share_node",
+    [
+        pytest.param(False, id="nodes"),
+        pytest.param(True, id="node", marks=pytest.mark.any_mpi),  # seen in the node's memory
+    ],
+)
 def test_a_rank_that_hangs_is_named_with_its_last_step(message, share_node):
     got = message(
         f"""
@@ -121,6 +127,7 @@ meet(collectives, 2)
     assert re.match(timed_out(2, "finish", unseen(2, 1)), got)
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_ends_on_this_node_is_not_waited_for(message):
     got = message(
         """
@@ -150,6 +157,7 @@ collectives.wait(never, 7, "publishing of bucket 3", lambda: [2])
     assert re.match(timed_out(7, "publishing of bucket 3", elsewhere), got)
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_waits_is_told_apart_from_one_that_hangs(message):
     got = message(
         """
@@ -188,6 +196,7 @@ HANGS = {
 }
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize("call", HANGS)
 def test_a_rank_that_hangs_while_state_travels_is_named(message, call):
     got = message(

@@ -28,6 +28,7 @@ def test_an_exception_in_a_thread_of_one_rank_ends_the_job(run):
     assert "stepped" not in job.stdout
 
 
+@pytest.mark.any_mpi
 def test_a_thread_may_exit(run):
     job = run(2, IN_A_THREAD.format("SystemExit(3)"))
     assert job.returncode == 0, job.output
@@ -35,6 +36,7 @@ def test_a_thread_may_exit(run):
     assert job.stderr == ""
 
 
+@pytest.mark.any_mpi
 def test_a_hook_of_the_users_still_reports_what_threads_raise(run):
     hook = """
 import threading
@@ -59,24 +61,23 @@ OF_WHAT = {  # the communicator, and what becomes of it
 ENDS = {
     "exit": "",
     "finalize": "MPI.Finalize()",
-    "dropped": "MPI.Finalize(); del opt; gc.collect()",
+    "dropped": "MPI.Finalize(); opts.clear(); gc.collect()",
 }
+ALONE = [pytest.param([chosen], id=chosen, marks=pytest.mark.thorough) for chosen in OF_WHAT]
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("chosen", OF_WHAT)
+@pytest.mark.parametrize("chosen", [pytest.param(list(OF_WHAT), id="all"), *ALONE])
 def test_a_job_ends_well_however_mpi_does(run, chosen, end):
-    made, then = OF_WHAT[chosen]
-    job = run(
-        2,
-        f"""
-import gc
+    body = "import gc\nopts = []\n"
+    for made, then in map(OF_WHAT.get, chosen):
+        body += f"""
 opt = NAdam([Parameter(np.ones(9, np.float32))], comm={made})
 opt.step()
 {then}
-{ENDS[end]}
-""",
-    )
+opts.append(opt)
+"""
+    job = run(2, f"{body}del opt\n{ENDS[end]}\n")
     assert job.returncode == 0, job.output
     assert job.stderr == ""
 
@@ -136,6 +137,7 @@ opt.close()
     assert job.stdout.count(told) == 2, job.output
 
 
+@pytest.mark.any_mpi
 def test_an_exception_in_a_forked_child_is_its_own(run):
     job = run(
         2,

@@ -1,4 +1,8 @@
-"""Whole jobs that end badly, or well: what they print, their exit codes, and what they leave."""
+"""Whole jobs that end badly, or well: what they print, their exit codes, and what they leave.
+
+With every MPI runs one of each kind: errors on one rank and on all, ranks that leave or live on,
+launchers and good ends.
+"""
 
 import os
 import re
@@ -30,6 +34,7 @@ print("must not come here")
     assert job.stdout == ""
 
 
+@pytest.mark.any_mpi
 def test_an_exception_in_the_closure_of_one_rank_ends_the_job(run):
     job = run(
         3,
@@ -61,6 +66,7 @@ def test_an_error_of_all_ranks_is_told_in_full(run):
     assert printed_by_ranks(job)[-1].endswith(told)
 
 
+@pytest.mark.any_mpi
 def test_a_hook_of_the_users_still_reports(run):
     job = run(
         2,
@@ -78,6 +84,7 @@ opt.step()
     assert printed_by_ranks(job) == ["reported by the user's hook: no more text"]
 
 
+@pytest.mark.any_mpi
 def test_a_later_hook_that_holds_the_text_back_loses_nothing(run):
     job = run(
         2,
@@ -138,6 +145,7 @@ live_on()
     assert re.search(told + re.escape(LAST_SEEN) + r"\. Check", job.stderr), job.output
 
 
+@pytest.mark.any_mpi
 def test_a_deadline_that_was_set_on_the_way_holds(run):
     job = run(
         2,
@@ -153,6 +161,7 @@ opt.step()
     assert_ended_by(job, RAISED + "timed out")
 
 
+@pytest.mark.any_mpi
 def test_a_job_that_catches_the_failure_of_a_rank_ends_nevertheless(run):
     job = run(
         2,
@@ -171,12 +180,14 @@ except ShardoptError as error:
     assert "RankFailureError" in job.stdout
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_never_builds_the_optimizer_ends_the_job(run):
     job = run(3, "if last:\n    comm.Barrier()\n    live_on()\nopt = build(timeout_s=2)\n")
     told = "timed out after 2 s: only some of 3 ranks build the optimizer."
     assert_ended_by(job, RAISED + told)
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_comes_when_the_others_have_given_up_is_told(run, tmp_path):
     """It must not go on to calls that cannot be given up."""
     os.mkfifo(tmp_path / "given-up")
@@ -201,6 +212,7 @@ live_on()
     assert job.stdout.startswith(told)
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_builds_no_second_optimizer_is_named(run):
     job = run(
         3,
@@ -217,6 +229,7 @@ NAdam([Parameter(np.zeros(5))], policy=ShardPolicy(timeout_s=2))
     assert re.search(told, job.stderr), job.output
 
 
+@pytest.mark.any_mpi
 def test_a_rank_that_hangs_in_the_midst_of_an_allocation_ends_the_job(run):
     job = run(
         2,
@@ -234,6 +247,7 @@ build(timeout_s=2)
     assert re.search(stack, job.stderr), job.output
 
 
+@pytest.mark.any_mpi
 def test_a_rank_whose_parameters_fail_is_an_error_on_all(run):
     job = run(
         2,
@@ -288,6 +302,7 @@ def test_the_launcher_of_the_other_mpi_is_refused(run, mpirun):
     assert told in job.output
 
 
+@pytest.mark.any_mpi
 def test_a_lone_process_of_a_larger_job_is_refused(run):
     launchers = {
         "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -319,6 +334,7 @@ launch()
 # -- memory ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.any_mpi
 def test_too_little_memory_is_refused_on_all_ranks(run):
     job = run(
         2,

@@ -284,12 +284,12 @@ def test_a_gradient_missing_on_one_rank_stays_missing(comm, max_grad_norm):
 
 
 def test_many_small_parameters(comm):
-    params = [Parameter(np.ones((), np.float32)) for _ in range(20_000)]
+    params = [Parameter(np.ones((), np.float32)) for _ in range(5_000)]
     with NAdam(params, comm=comm, lr=0.1) as opt:
         for param in params:
             param.grad[...] = 1.0
         opt.step()
-        assert opt.state_dict()["state"][19_999]["step"] == 1
+        assert opt.state_dict()["state"][4_999]["step"] == 1
         assert len({float(param.data) for param in params}) == 1
 
 

@@ -1,6 +1,7 @@
 """Weights after the end, in threads and in child processes; jobs of their own, as these end MPI."""
 
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 
@@ -39,40 +40,7 @@ def content(params):
     return b"".join(param.data.tobytes() for param in params)
 """
 
-JOBS = {
-    "after close and Finalize, in atexit": """
-        params, opt = build()
-        take_step(params, opt)
-        trained = content(params)
-        held = params[1].data[10:20]
-        opt.close()
-        del opt
-        require(content(params) == trained, "close() has changed the weights")
-        params[0].data += comm.rank  # this rank's own
-        expected = content(params)
-
-
-        def check():
-            ok = content(params) == expected and bool((held == params[1].data[10]).all())
-            print("still there" if ok else "gone", flush=True)
-
-
-        atexit.register(check)
-        comm.Barrier()
-        MPI.Finalize()
-        check()
-        """,
-    "never closed, after Finalize": """
-        params, opt = build()
-        take_step(params, opt)
-        params[1].data[:7] = comm.rank
-        trained = content(params)
-        MPI.Finalize()
-        params[1].data[7:9] = 4
-        require(content(params)[:40] == trained[:40], "the weights have changed")
-        print("still there", flush=True)
-        print("still there", flush=True)
-        """,
+LIVING = {  # while MPI is there; one job runs them all
     "in a thread": """
         params, opt = build()
         for _ in range(3):
@@ -181,22 +149,63 @@ JOBS = {
         """,
 }
 
+ENDS = {
+    "after close and Finalize, in atexit": """
+        params, opt = build()
+        take_step(params, opt)
+        trained = content(params)
+        held = params[1].data[10:20]
+        opt.close()
+        del opt
+        require(content(params) == trained, "close() has changed the weights")
+        params[0].data += comm.rank  # this rank's own
+        expected = content(params)
 
-@pytest.mark.parametrize("job", JOBS)
-def test_weights_stay(mpirun, tmp_path, job):
-    if "DataLoader" in job:
-        pytest.importorskip("torch")
-    done = run(mpirun, tmp_path, JOBS[job])
+
+        def check():
+            ok = content(params) == expected and bool((held == params[1].data[10]).all())
+            print("still there" if ok else "gone", flush=True)
+
+
+        atexit.register(check)
+        comm.Barrier()
+        MPI.Finalize()
+        check()
+        """,
+    "never closed, after Finalize": """
+        params, opt = build()
+        take_step(params, opt)
+        params[1].data[:7] = comm.rank
+        trained = content(params)
+        MPI.Finalize()
+        params[1].data[7:9] = 4
+        require(content(params)[:40] == trained[:40], "the weights have changed")
+        print("still there", flush=True)
+        print("still there", flush=True)
+        """,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_weights_stay_at_the_end(mpirun, tmp_path, end):
+    done = run(mpirun, tmp_path, ENDS[end])
     assert done.returncode == 0, done.output
     assert done.stdout.count("still there") == 4, done.output
+
+
+def test_weights_stay_while_others_have_them(mpirun, tmp_path):
+    jobs = [name for name in LIVING if "DataLoader" not in name or find_spec("torch")]
+    done = run(mpirun, tmp_path, "".join(textwrap.dedent(LIVING[name]) for name in jobs))
+    assert done.returncode == 0, done.output
+    assert done.stdout.count("still there") == 4 * len(jobs), done.output
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("job", ["never closed, after Finalize", "in a forked child"])
-def test_weights_stay_without_asserts(mpirun, tmp_path, job):
-    done = run(mpirun, tmp_path, JOBS[job], "-O")
+def test_weights_stay_without_asserts(mpirun, tmp_path):
+    bodies = LIVING["in a forked child"], ENDS["never closed, after Finalize"]
+    done = run(mpirun, tmp_path, "".join(map(textwrap.dedent, bodies)), "-O")
     assert done.returncode == 0, done.output
-    assert done.stdout.count("still there") == 4, done.output
+    assert done.stdout.count("still there") == 8, done.output
 
 
 WRITES = """
@@ -250,4 +259,4 @@ def run(mpirun, folder, body, *flags, **settings):
         'if __name__ == "__main__":\n    import body\n', encoding="utf-8"
     )
     env = {"PYTHONPATH": str(TESTS.parent), **settings.pop("env", {})}
-    return mpirun(2, *flags, folder / "job.py", env=env, timeout_s=60)
+    return mpirun(2, *flags, folder / "job.py", env=env, timeout_s=110)

@@ -21,11 +21,11 @@ from tests.support.device_models import (
     train,
     values_of,
 )
+from tests.support.device_training import up_to_two_ranks
 from tests.support.errors import warned
 from tests.support.models import SPECS, params_of
 
-TWO_RANKS = pytest.mark.skipif(MPI.COMM_WORLD.size > 2, reason="a third would do as the second")
-pytestmark = [pytest.mark.mpi(min_size=2), TWO_RANKS]
+pytestmark = [pytest.mark.mpi(min_size=2), up_to_two_ranks]
 
 
 @pytest.fixture(params=WAYS)

@@ -13,22 +13,24 @@ EXAMPLES = [
     for example in blocks(page, "python")
 ]
 
-TRAINING = [
-    pytest.param(framework, example, id=f"{name_of(page)}-{framework}-{number}")
-    for number, (page, example) in enumerate(EXAMPLES)
+TRAINING = {  # by framework, as one job runs all examples of one
+    framework: {
+        f"{name_of(page)}, example {number}": example
+        for number, (page, example) in enumerate(EXAMPLES)
+        if f"from shardopt.{framework} import" in example
+    }
     for framework in FRAMEWORKS
-    if f"from shardopt.{framework} import" in example
-]
-RESUMING = [
-    pytest.param(example, id=name_of(page))
-    for page, example in EXAMPLES
+}
+RESUMING = {
+    f"{name_of(page)}, example {number}": example
+    for number, (page, example) in enumerate(EXAMPLES)
     if "Checkpointer(" in example
-]
-LISTENING = [
-    pytest.param(example, id=f"{name_of(page)}-{number}")
+}
+LISTENING = {
+    f"{name_of(page)}, example {number}": example
     for number, (page, example) in enumerate(EXAMPLES)
     if "opt.listeners.append(" in example
-]
+}
 STATE_DICTS = [
     pytest.param(example, id=name_of(page))
     for page, example in EXAMPLES
@@ -39,7 +41,7 @@ BATCHES = """
 import numpy as np
 rng = np.random.default_rng(0)
 truth = rng.standard_normal((512, 10)).astype(np.float32) / 20
-xs = rng.standard_normal((400, 32, 512)).astype(np.float32)
+xs = rng.standard_normal((100, 32, 512)).astype(np.float32)
 batches = [(x, x @ truth) for x in xs]
 """
 # What short examples take for granted: batches of the framework's arrays, and a model.
@@ -57,7 +59,7 @@ loss_and_grads = jax.value_and_grad(lambda p, x, y: ((x @ p["weight"] - y) ** 2)
 """,
     "lucid": """
 import lucid
-batches = [tuple(map(lucid.Tensor, batch)) for batch in batches]
+batches = [tuple(map(lucid.Tensor, batch)) for batch in 4 * batches]  # starts far off
 """,
     "numpy": "",
 }
@@ -70,19 +72,29 @@ print("trained")
 
 
 def test_every_example_is_run():
-    assert {param.values[0] for param in TRAINING} == set(FRAMEWORKS)
-    assert len(TRAINING) + len(RESUMING) + len(STATE_DICTS) + len(LISTENING) == len(EXAMPLES)
+    assert all(TRAINING.values())
+    num_training = sum(map(len, TRAINING.values()))
+    assert num_training + len(RESUMING) + len(STATE_DICTS) + len(LISTENING) == len(EXAMPLES)
+
+
+def one_after_the_other(before, examples, after):
+    """Return the text of a job that runs each example in names of its own."""
+    programs = {name: before + example + after for name, example in examples.items()}
+    return f"""
+for name, program in {programs!r}.items():
+    exec(compile(program, name, "exec"), {{"__name__": "__main__"}})
+"""
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize(("framework", "example"), TRAINING)
-def test_an_example_trains(mpirun, tmp_path, framework, example):
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_examples_train(mpirun, tmp_path, framework):
     require(framework)
-    few = "batches = batches[:100]\n" if "import optax" in example else ""  # it takes more time
-    source = BATCHES + few + GIVEN[framework] + example + CHECK
-    job = mpirun(2, source=source, env=environment_for(framework, tmp_path))
+    examples = TRAINING[framework]
+    source = one_after_the_other(BATCHES + GIVEN[framework], examples, CHECK)
+    job = mpirun(2, source=source, env=environment_for(framework, tmp_path), timeout_s=110)
     assert job.returncode == 0, job.output
-    assert job.stdout.count("trained") == 2
+    assert job.stdout.count("trained") == 2 * len(examples)
 
 
 CHECKPOINTS = """
@@ -108,18 +120,25 @@ def train_step(x, y):
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("example", RESUMING)
-def test_an_example_of_checkpoints_resumes(mpirun, example):
+def test_examples_of_checkpoints_resume(mpirun):
     require("torch")
-    keeps_scheduler = "scheduler" in example
+    folders = {name: f"checkpoints-{number}" for number, name in enumerate(RESUMING)}
+    examples = {
+        name: example.replace('"checkpoints"', f'"{folders[name]}"')
+        for name, example in RESUMING.items()
+    }
     for num_ranks, length, taken, saved in (2, 250, "1 250 250", 200), (1, 320, "201 320 120", 300):
-        num_scheduled = length if keeps_scheduler else int(taken.split()[-1])
+        expected = []
+        for example in examples.values():
+            num_scheduled = length if "scheduler" in example else int(taken.split()[-1])
+            expected += [f"{taken} {num_scheduled}"] * num_ranks
         ending = "print(f'{taken[0]} {taken[-1]} {len(taken)} {scheduler.last_epoch}\\n', end='')"
-        source = CHECKPOINTS.replace("LENGTH", str(length)) + example + ending
-        job = mpirun(num_ranks, source=source)
+        before = CHECKPOINTS.replace("LENGTH", str(length))
+        job = mpirun(num_ranks, source=one_after_the_other(before, examples, ending))
         assert job.returncode == 0, job.output
-        assert job.stdout.splitlines() == [f"{taken} {num_scheduled}"] * num_ranks
-        assert (mpirun.folder / "checkpoints" / f"step-{saved:012d}").is_dir()
+        assert sorted(job.stdout.splitlines()) == sorted(expected)
+        for folder in folders.values():
+            assert (mpirun.folder / folder / f"step-{saved:012d}").is_dir()
 
 
 @pytest.mark.any_mpi
@@ -194,8 +213,7 @@ if opt.comm.rank == 0:
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("example", LISTENING)
-def test_an_example_of_listeners_hears_of_each_step(mpirun, example):
-    job = mpirun(2, source=LISTENED + example + HEARD)
+def test_examples_of_listeners_hear_of_each_step(mpirun):
+    job = mpirun(2, source=one_after_the_other(LISTENED, LISTENING, HEARD))
     assert job.returncode == 0, job.output
-    assert job.stdout.count("heard") == 1
+    assert job.stdout.count("heard") == len(LISTENING)

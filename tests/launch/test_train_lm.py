@@ -12,23 +12,6 @@ from tests.support.launchers import LAUNCH, run
 from tests.support.train_jobs import SCRIPT, SMALL, Started, column, read_log
 
 
-@pytest.mark.any_mpi
-def test_a_short_run_leaves_its_curves_and_its_log(mpirun, tmp_path, text):
-    out = tmp_path / "out"
-    arguments = ("--steps", "10", "--text", text, "--out", out, *SMALL)
-    job = mpirun(2, SCRIPT, *arguments, env={"COLUMNS": "80"})
-    assert job.returncode == 0, job.output
-    for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "continue"):
-        assert word in job.stdout
-    log = read_log(out)
-    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 11))
-    losses = [line["train_bits"] for line in log if line["kind"] == "step"]
-    assert losses[-1] < losses[0]
-    assert log[-1]["kind"] == "end"
-    assert log[-1]["how"] == "finished"
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
 def run_briefly(mpirun, text, *choice, **settings):
     """Take a few steps; returns the job and the losses in its log."""
     out = mpirun.folder / "out"
@@ -40,10 +23,30 @@ def run_briefly(mpirun, text, *choice, **settings):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory, text):
-    """The losses of a short run in NumPy."""
-    _, bits = run_briefly(Mpirun(tmp_path_factory.mktemp("numpy")), text)
-    return bits
+def numpy_run(tmp_path_factory, text):
+    """A short run in NumPy: its folder, its job and its losses."""
+    mpirun = Mpirun(tmp_path_factory.mktemp("numpy"))
+    return mpirun.folder / "out", *run_briefly(mpirun, text, env={"COLUMNS": "80"})
+
+
+@pytest.fixture
+def expected(numpy_run):
+    return numpy_run[2]
+
+
+@pytest.mark.mpirun
+@pytest.mark.any_mpi
+def test_a_short_run_leaves_its_curves_and_its_log(numpy_run):
+    out, job, _ = numpy_run
+    for word in ("2 ranks on 1 node", "replicated NAdam", "bigram counts", "continue"):
+        assert word in job.stdout
+    log = read_log(out)
+    assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 5))
+    losses = [line["train_bits"] for line in log if line["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    assert log[-1]["kind"] == "end"
+    assert log[-1]["how"] == "finished"
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.any_mpi
@@ -56,7 +59,8 @@ def test_one_seed_gives_one_run(mpirun, text, expected):
 @pytest.mark.parametrize(
     ("framework", "dtype", "tolerance"),
     [
-        ("torch", "float32", 1e-3),
+        # models/test_frameworks.py compares the losses of all models in float32
+        pytest.param("torch", "float32", 1e-3, marks=pytest.mark.thorough),
         ("torch", "bfloat16", 2e-2),
         ("jax", "float32", 1e-3),
         ("lucid", "float32", 1e-3),
@@ -75,7 +79,9 @@ def test_a_run_in_another_framework_is_the_run_in_numpy(
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("framework", ["torch", "jax", "lucid"])
+@pytest.mark.parametrize(
+    "framework", ["torch", *(pytest.param(f, marks=pytest.mark.thorough) for f in ("jax", "lucid"))]
+)
 def test_a_framework_that_is_missing_is_one_sentence(mpirun, tmp_path, framework):
     # Hides what may be installed. Without typing.override lucid would be refused earlier.
     (tmp_path / f"{framework}.py").write_text(
@@ -120,7 +126,14 @@ def test_the_command_line_is_checked_without_any_package(tmp_path):
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("option", [("--text", "/nowhere"), ("--width", "33"), ("--steps", "0")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--text", "/nowhere"),
+        pytest.param(("--width", "33"), marks=pytest.mark.thorough),
+        pytest.param(("--steps", "0"), marks=pytest.mark.thorough),
+    ],
+)
 def test_a_wrong_option_is_one_sentence(mpirun, tmp_path, option):
     job = mpirun(2, SCRIPT, "--out", tmp_path / "out", *option)
     assert job.returncode != 0

@@ -5,6 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from shardopt import NAdam, ShardPolicy
 from shardopt.comm.node_memory import writes
@@ -14,9 +15,6 @@ SHAPES = [(3,), (5,), (), (0, 4), (33, 131), (9000,)]
 """Of parameters of which some share a page, and one is of several buckets."""
 
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
-SHARES = [True, 2, False]
-"""The ranks of a machine as one node, as nodes of two, and as one node each."""
-
 _MAKE = {
     "userfaultfd": writes.UserfaultfdTracking,
     "pagemap": writes.PagemapTracking,
@@ -26,26 +24,36 @@ _MAKE = {
 
 @functools.cache
 def tracking(way):
-    """One of each kind for the whole process; skips the test where it does not work."""
-    if reason := writes._OBSTACLES[way]():
-        pytest.skip(reason)
+    """One of each kind for the whole process."""
     return _MAKE[way]()
 
 
-@pytest.fixture(params=_MAKE)
+def if_it_works(way):
+    """The parameter of a test, which is skipped where this way does not work."""
+    reason = writes._OBSTACLES[way]()
+    return pytest.param(way, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+
+@pytest.fixture(params=map(if_it_works, _MAKE))
 def way(request, monkeypatch):
     """Have the optimizers of a test track writes in each of the ways."""
     monkeypatch.setattr("shardopt.store.memory.write_tracking", lambda: tracking(request.param))
     return request.param
 
 
-@pytest.fixture(params=SHARES)
-def share(request, comm):
+def ways_to_share(num_ranks):
+    """The ranks of a machine as one node, as nodes of two, and as one node each."""
+    if num_ranks == 1:
+        return [True]
+    if num_ranks % 2 or num_ranks == 2:
+        return [True, False]
+    # Three ranks share one node, or none, as four do.
+    return [2, *(pytest.param(share, marks=pytest.mark.thorough) for share in (True, False))]
+
+
+@pytest.fixture(params=ways_to_share(MPI.COMM_WORLD.size))
+def share(request):
     """Have ranks share a node in all ways that their number allows."""
-    if request.param == 2 and (comm.size % 2 or comm.size == 2):
-        pytest.skip("as many nodes of two ranks as there are ranks take four of them")
-    if request.param is False and comm.size == 1:
-        pytest.skip("one rank is one node anyway")
     return request.param
 
 

@@ -37,7 +37,8 @@ def run_tests(mpirun, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("num_ranks", [1, 4])
+@pytest.mark.any_mpi
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.thorough), 4])
 def test_only_rank_0_reports(run_tests, tmp_path, num_ranks):
     text = f"""
 def test_sum():
@@ -149,6 +150,7 @@ def test_ranks_draw_the_same_examples(comm, numbers):
     assert len(set(map(repr, comm.allgather(numbers)))) == 1
 
 
+@pytest.mark.any_mpi
 def test_a_job_tells_its_exit_code_and_both_streams(mpirun):
     source = """
         import os, sys

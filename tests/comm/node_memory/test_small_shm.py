@@ -1,5 +1,7 @@
 """Optimizers whose node has less /dev/shm than their parameters take: they use none of it."""
 
+import pytest
+
 from tests.support.shm import limit_shm
 
 TRAIN = """
@@ -44,6 +46,7 @@ def test_parameters_take_nothing_of_dev_shm(mpirun):
     assert job.stdout.count("taken 0") == num_ranks, job.output
 
 
+@pytest.mark.any_mpi
 def test_a_rank_whose_address_space_is_limited_raises_on_all(mpirun):
     source = """
     import resource

@@ -58,9 +58,10 @@ def leave_after_two(folder, name):
     return copy
 
 
+@pytest.mark.any_mpi
 @pytest.mark.parametrize(
     "framework",  # the others share memory with the optimizer as NumPy does
-    ["numpy", pytest.param("jax", marks=pytest.mark.any_mpi)],
+    ["numpy", pytest.param("jax", marks=pytest.mark.thorough)],
 )
 def test_on_as_many_ranks_it_is_the_same_run_bit_for_bit(run, tmp_path, framework):
     require(framework)
@@ -108,7 +109,7 @@ def test_more_ranks_than_sequences_are_one_sentence(run):
 
 @pytest.mark.any_mpi
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
-    run(2, "run", "--steps", "2", "--save-every", "1")
+    run(1, "run", "--steps", "2", "--save-every", "1")
     saved = tmp_path / "run" / "saved"
     for path in (saved / TWO).glob("*.safetensors"):
         path.write_bytes(b"")
@@ -139,7 +140,9 @@ def test_a_rank_that_is_killed_costs_the_steps_since_the_last_save(start, run, t
     assert hidden == []  # the save that the kill interrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
+)
 def test_a_signal_to_one_rank_saves_and_ends_all(start, run, tmp_path, number):
     out = tmp_path / "run"
     with start() as started:
@@ -154,6 +157,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(start, run, tmp_path, number):
     assert steps_in(out) == list(range(1, last + 3))
 
 
+@pytest.mark.any_mpi
 def test_sigusr1_to_one_rank_saves_and_the_run_goes_on(start, tmp_path):
     out = tmp_path / "run"
     with start() as started:
