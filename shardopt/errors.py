@@ -78,6 +78,10 @@ class EditedGradientsWarning(RuntimeWarning):
     """A rank's gradients were changed before they are averaged, which changes its part alone."""
 
 
+class StageWarning(RuntimeWarning):
+    """Gradients take more memory than the stage of a policy promises."""
+
+
 class DivergedWarning(RuntimeWarning):
     """Ranks have written different values into a parameter or its state."""
 

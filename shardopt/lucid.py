@@ -1,4 +1,4 @@
-"""NAdam for models written in lucid: ``from shardopt.lucid import NAdam``."""
+"""The optimizers for models written in lucid: ``from shardopt.lucid import AdamW``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from lucid.optim import Optimizer as LucidOptimizer
 
 from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
-from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
 from shardopt.params.adapter import ArrayAdapter, array_error, model_error
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.params.model import ModelContent, content_of
-from shardopt.policy import ShardPolicy
-from shardopt.rule.nadam import mu_product_at
+from shardopt.rule import adam, nadam, radam
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -26,13 +24,41 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from shardopt._typing import FloatArray
-    from shardopt.rule.nadam import Hyperparams
+    from shardopt.policy import ShardPolicy
+    from shardopt.rule.hyperparams import Hyperparams
 
-__all__ = ["NAdam"]
+__all__ = ["Adam", "AdamW", "NAdam", "RAdam"]
 
 
 @LucidOptimizer.register  # for isinstance() alone: it inherits none of lucid's methods
-class NAdam(InPlaceFrontEnd):
+class _LucidOptimizer(InPlaceFrontEnd):
+    """An optimizer of lucid's parameters; ``NAdam`` describes what all have in common.
+
+    Args:
+        arguments: Those of the constructor, by name.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        params, defaults = arguments["params"], defaults_of(self.rule, arguments)
+        if isinstance(params, Module):
+            params = _named_parameters(params)
+        names = _names_behind(params)
+        groups = attempt(make_groups, params, defaults)
+        self._start(groups, _LucidAdapter(names), defaults, arguments)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set gradients to None, as lucid does, or zero this rank's gradients in place.
+
+        Args:
+            set_to_none: Set them to None; ``step`` skips a parameter whose gradient is None on
+                every rank. With False, backward adds to shared memory in place: ``step`` then
+                copies nothing, and no two parameters hold the same array, to which lucid would add
+                twice.
+        """
+        super().zero_grad(set_to_none)
+
+
+class NAdam(_LucidOptimizer):
     """The NAdam of the paper and of torch, in place of lucid.optim.NAdam, sharded over MPI ranks.
 
     ``variant="lucid"`` computes the numbers of lucid.optim.NAdam instead. Those are not NAdam's:
@@ -71,6 +97,8 @@ class NAdam(InPlaceFrontEnd):
         ...         opt.step()
     """
 
+    rule = nadam.NAdam
+
     def __init__(
         self,
         params: Any,
@@ -87,29 +115,103 @@ class NAdam(InPlaceFrontEnd):
         comm: MPI.Intracomm | None = None,
         policy: ShardPolicy | None = None,
     ) -> None:
-        defaults = defaults_of(locals())
-        if isinstance(params, Module):
-            params = _named_parameters(params)
-        names = _names_behind(params)
-        self.core = Optimizer(
-            attempt(make_groups, params, defaults),
-            adapter=_LucidAdapter(names),
-            defaults=defaults,
-            max_grad_norm=max_grad_norm,
-            comm=comm,
-            policy=policy or ShardPolicy(),
-        )
+        super().__init__(locals())
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set gradients to None, as lucid does, or zero this rank's gradients in place.
 
-        Args:
-            set_to_none: Set them to None; ``step`` skips a parameter whose gradient is None on
-                every rank. With False, backward adds to shared memory in place: ``step`` then
-                copies nothing, and no two parameters hold the same array, to which lucid would add
-                twice.
-        """
-        super().zero_grad(set_to_none)
+class Adam(_LucidOptimizer):
+    """The Adam of the paper and of torch, in place of lucid.optim.Adam, sharded over MPI ranks.
+
+    ``variant="lucid"`` computes the numbers of lucid.optim.Adam instead, which adds ``eps`` before
+    the bias correction: a step is smaller where gradients are as small as ``eps``. All that
+    ``NAdam`` says of arguments, calls and state dicts holds here, too.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        amsgrad: Must be False: there is no third moment.
+        variant: The Adam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
+    """
+
+    rule = adam.Adam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class AdamW(_LucidOptimizer):
+    """The AdamW of the paper and of torch, in place of lucid.optim.AdamW, sharded over MPI ranks.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        weight_decay: Subtracted from the parameter, times ``lr``.
+        amsgrad: Must be False: there is no third moment.
+        variant: See ``Adam``.
+    """
+
+    rule = adam.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class RAdam(_LucidOptimizer):
+    """The RAdam of the paper and of torch, in place of lucid.optim.RAdam, sharded over MPI ranks.
+
+    ``variant="lucid"`` computes the numbers of lucid.optim.RAdam instead. Those are not RAdam's:
+    lucid leaves a divisor out of the rectification, so that steps become up to ``sqrt(rho)`` times
+    as long, 45 times with the default betas.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        variant: The RAdam to follow: ``torch``, ``optax`` or ``lucid``.
+    """
+
+    rule = radam.RAdam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = False,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
 
 
 class _LucidAdapter(ArrayAdapter[Parameter]):
@@ -142,9 +244,9 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
             return grad.astype(dtype, casting="same_kind", copy=False)
 
     def read_entry(self, entry: Mapping[str, Any], hyper: Hyperparams) -> Mapping[str, Any]:
-        if "mu_product" in entry:
+        if "mu_product" in entry or not isinstance(hyper, nadam.NAdam):
             return entry
-        return {**entry, "mu_product": mu_product_at(float(entry["step"]), hyper)}
+        return {**entry, "mu_product": nadam.mu_product_at(float(entry["step"]), hyper)}
 
     def read_model(
         self, model: Any, params: Sequence[Parameter], saved: Collection[str] | None

@@ -1,4 +1,4 @@
-"""NAdam for models written in NumPy: ``from shardopt.numpy import NAdam, Parameter``."""
+"""The optimizers for models written in NumPy: ``from shardopt.numpy import AdamW, Parameter``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import numpy as np
 from shardopt.backends.base import is_on_device
 from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
-from shardopt.core.optimizer import Optimizer
 from shardopt.errors import PartitionError
 from shardopt.layout.dtypes import is_floating
 from shardopt.params.adapter import ArrayAdapter, array_error
 from shardopt.params.groups import defaults_of, make_groups
-from shardopt.policy import ShardPolicy
+from shardopt.rule import adam, nadam, radam
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mpi4py import MPI
 
     from shardopt._typing import FloatArray
+    from shardopt.policy import ShardPolicy
 
-__all__ = ["NAdam", "Parameter"]
+__all__ = ["Adam", "AdamW", "NAdam", "Parameter", "RAdam"]
 
 
 class Parameter:
@@ -56,7 +58,20 @@ class Parameter:
         return f"Parameter({self.name!r}, shape={np.shape(self.data)})"
 
 
-class NAdam(InPlaceFrontEnd):
+class _ArrayOptimizer(InPlaceFrontEnd):
+    """An optimizer of ``Parameter``s.
+
+    Args:
+        arguments: Those of the constructor, by name.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        defaults = defaults_of(self.rule, arguments)
+        groups = attempt(make_groups, arguments["params"], defaults)
+        self._start(groups, _NumpyAdapter(), defaults, arguments)
+
+
+class NAdam(_ArrayOptimizer):
     """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks.
 
     Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
@@ -82,6 +97,8 @@ class NAdam(InPlaceFrontEnd):
         ...     opt.step()
     """
 
+    rule = nadam.NAdam
+
     def __init__(
         self,
         params: Any,
@@ -98,15 +115,104 @@ class NAdam(InPlaceFrontEnd):
         comm: MPI.Intracomm | None = None,
         policy: ShardPolicy | None = None,
     ) -> None:
-        defaults = defaults_of(locals())
-        self.core = Optimizer(
-            attempt(make_groups, params, defaults),
-            adapter=_NumpyAdapter(),
-            defaults=defaults,
-            max_grad_norm=max_grad_norm,
-            comm=comm,
-            policy=policy or ShardPolicy(),
-        )
+        super().__init__(locals())
+
+
+class Adam(_ArrayOptimizer):
+    """Adam as torch.optim.Adam computes it, sharded over MPI ranks.
+
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
+        amsgrad: Must be False: there is no third moment.
+        decoupled_weight_decay: Decay weights as AdamW does.
+        variant: The Adam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``, of which
+            ``keras`` and ``lucid`` add ``eps`` before the bias correction.
+    """
+
+    rule = adam.Adam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class AdamW(_ArrayOptimizer):
+    """AdamW as torch.optim.AdamW computes it, sharded over MPI ranks.
+
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        weight_decay: Subtracted from the parameter, times ``lr``.
+        amsgrad: Must be False: there is no third moment.
+        variant: See ``Adam``.
+    """
+
+    rule = adam.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class RAdam(_ArrayOptimizer):
+    """RAdam as torch.optim.RAdam computes it, sharded over MPI ranks.
+
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
+
+    Args:
+        params: See ``NAdam``, as for all that is not named here.
+        variant: The RAdam to follow: ``torch``, ``optax`` or ``lucid``.
+    """
+
+    rule = radam.RAdam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        variant: str = "torch",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        comm: MPI.Intracomm | None = None,
+        policy: ShardPolicy | None = None,
+    ) -> None:
+        super().__init__(locals())
 
 
 class _NumpyAdapter(ArrayAdapter[Parameter]):

@@ -35,6 +35,11 @@ class ShardPolicy:
         overlap: Send gradients to other nodes while backward still computes others, if the
             framework reports when one is ready (torch does) and computes on CPUs. The bits are the
             same. See [Note: gradients sent during backward].
+        prefetch_params: Have ``step`` return while updated parameters are on their way to other
+            nodes; each module waits for its own before it runs. For torch's ``NAdam(model)`` on
+            CPUs; not with ``overlap=False``, whose thread it needs. Whatever else reads parameters
+            after a step calls ``opt.wait_params()`` before. On one node nothing is on its way, and
+            it changes nothing. The bits are the same. See [Note: parameters on their way].
         share_node: Keep one copy of the parameters per node, in shared memory. A number limits how
             many ranks share one, for example to those of a NUMA domain. False makes every rank a
             node of its own.
@@ -57,12 +62,21 @@ class ShardPolicy:
             environment variable SHARDOPT_TRACE, and writes nothing if that is not set either. May
             differ between ranks.
         stage: The parts that are sharded, in the words of ZeRO. 1: the optimizer state; each rank
-            of a node has a row of gradients. 2: gradients as well: they are averaged, as backward
-            goes, into one row of the node; for torch on CPUs, on one node. See
-            [Note: gradients averaged in backward].
-        ring_nbytes: Memory of a node for gradients on their way into its row, in stage 2. None
+            of a node has a row of gradients. 2: gradients as well: they are averaged as backward
+            goes, on one node into its one row, on several into the shards of their owners; for
+            torch on CPUs. See [Note: gradients averaged in backward].
+        update_in_backward: Update parameters as backward goes, in stage 2 on one node: as soon as
+            all ranks have the gradients of a bucket, which are then let go. There is no row of
+            averages, and ``step()`` counts what is done. Gradients cannot be clipped, accumulated,
+            checked or looked at. See [Note: updated in backward].
+        ring_nbytes: Memory of a node for gradients that wait to be averaged, in stage 2. None
             takes ``layout.ring.default_ring_nbytes``; at least two buckets of each rank are taken.
             Must be None in stage 1.
+        accumulate: The order in which several backwards of a step are added up in stage 2 on
+            several nodes. ``exact``: each is averaged over all ranks, so that the bits do not
+            depend on how ranks are cut into nodes, and each is exchanged. ``node``: they are summed
+            on each node and exchanged once, in the step, which takes memory for a row of gradients
+            of each node, and rounds otherwise. Must be exact in stage 1 and on one node.
         timeout_s: Longest wait for another rank, in seconds; then the missing ranks are named and
             the job is ended. May differ between ranks.
 
@@ -76,12 +90,15 @@ class ShardPolicy:
     optim_bits: int = 32
     seed: int = 0
     overlap: bool = True
+    prefetch_params: bool = False
     share_node: bool | int = True
     threads: int | None = None
     check_finite: bool | None = None
     offload: str | None = None
     stage: int = 1
+    update_in_backward: bool = False
     ring_nbytes: int | None = None
+    accumulate: str = "exact"
     trace: str | os.PathLike[str] | None = None
     timeout_s: float = field(default=300.0, hash=False)
 
@@ -97,6 +114,10 @@ class ShardPolicy:
         seed = type(self.seed) is int and 0 <= self.seed < 1 << 64
         self._require(seed, "seed", "be a whole number in [0, 2**64)")
         self._require(type(self.overlap) is bool, "overlap", "be True or False")
+        self._require(type(self.prefetch_params) is bool, "prefetch_params", "be True or False")
+        has_thread = self.overlap or not self.prefetch_params
+        rule = "be False with overlap=False, whose thread sends parameters, too"
+        self._require(has_thread, "prefetch_params", rule)
         share = type(self.share_node) is bool or _is_count(self.share_node)
         self._require(share, "share_node", "be True, False or a whole number >= 1")
         threads = self.threads is None or _is_count(self.threads)
@@ -106,10 +127,15 @@ class ShardPolicy:
         offload = self.offload is None or self.offload in ("cpu", "host")
         self._require(offload, "offload", "be cpu or None (state on disk is not supported yet)")
         self._require_stage()
+        self._require_update_in_backward()
         ring = self.ring_nbytes is None or _is_count(self.ring_nbytes)
         self._require(ring, "ring_nbytes", "be a whole number >= 1 or None")
         has_ring = self.ring_nbytes is None or self.stage == 2
         self._require(has_ring, "ring_nbytes", "be None with stage=1, which has no ring")
+        accumulate = self.accumulate in ("exact", "node")
+        self._require(accumulate, "accumulate", "be exact or node")
+        sums = self.accumulate == "exact" or self.stage == 2
+        self._require(sums, "accumulate", "be exact with stage=1, which sends once in a step")
         if self.offload is not None:
             object.__setattr__(self, "offload", "cpu")  # one name, so that ranks may use either
         folder: object = self.trace
@@ -150,6 +176,16 @@ class ShardPolicy:
         is_known = type(self.stage) is int and self.stage in (1, 2)
         rule = "be 1 or 2 (0 shards nothing: use torch's own optimizer; 3 is not supported yet)"
         self._require(is_known, "stage", rule)
+
+    def _require_update_in_backward(self) -> None:
+        name, is_on = "update_in_backward", self.update_in_backward
+        self._require(type(is_on) is bool, name, "be True or False")
+        self._require(not is_on or self.stage == 2, name, "be False without stage=2")
+        remedies = "it needs all gradients before the first update"
+        self._require(
+            not (is_on and self.check_finite), name, f"be False with check_finite=True: {remedies}"
+        )
+        self._require(not (is_on and self.offload), name, "be False with offload: it is for CPUs")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

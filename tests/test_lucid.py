@@ -701,3 +701,31 @@ def test_edited_param_groups_hold_from_the_next_step_on(comm):
 def test_lucid_keeps_stage_one(comm):
     with pytest.raises(HyperparamsError, match="with a framework that does not report"):
         NAdam(Net().parameters(), comm=comm, policy=ShardPolicy(stage=2))
+
+
+OF_LUCID = [
+    ("Adam", {}),
+    ("Adam", {"weight_decay": 0.1, "eps": 1e-3}),
+    ("AdamW", {"weight_decay": 0.1, "eps": 1e-3}),
+    ("RAdam", {"betas": (0.9, 0.9)}),
+    ("RAdam", {"betas": (0.9, 0.9), "weight_decay": 0.1, "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OF_LUCID)
+def test_the_other_optimizers_give_lucids_numbers(name, settings):
+    models, opts = (Net(), Net()), []
+    opts.append(getattr(shardopt.lucid, name)(models[0].parameters(), variant="lucid", **settings))
+    opts.append(getattr(optim, name)(models[1].parameters(), **settings))
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, range(9))
+    assert_close(*map(values, models), 4)
+    for signature in (getattr(shardopt.lucid, name), getattr(optim, name)):
+        assert list(inspect.signature(signature).parameters)[:5] == [
+            *("params", "lr", "betas", "eps", "weight_decay")
+        ]
+    opts[0].load_state_dict(opts[1].state_dict())
+    for model, opt in zip(models, opts, strict=True):
+        train(model, opt, range(9, 12))
+    assert_close(*map(values, models), 8)
+    opts[0].close()

@@ -39,7 +39,8 @@ from shardopt.measure.cores import bound_to, cores_per_rank, count_cores
 from shardopt.numpy import NAdam
 from shardopt.planner.chart import Chart, Series, draw
 from shardopt.planner.work import plan_work
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule import nadam
+from shardopt.rule.coefficients import StepCount
 from shardopt.rule.rounding import Chance, make_salts
 from shardopt.transport.copies import CopiesAround
 
@@ -123,12 +124,12 @@ class BareKernel:
         self._targets = Rows.of(arrays.param)
         self._span = Span(0, arrays.param.size)
         self._segments = np.array([[0, arrays.param.size, 0]])
-        self._step_count, self._hyperparams = StepCount(), Hyperparams()
+        self._step_count, self._hyperparams = StepCount(), nadam.NAdam()
 
     def update(self) -> None:
         """Take one step."""
-        self._step_count = self._step_count.after_step(self._hyperparams)
-        row = step_coefficients(self._hyperparams, self._step_count, 1.0, 1 / self._num_ranks)
+        self._step_count = self._hyperparams.after_step(self._step_count)
+        row = self._hyperparams.coefficients(self._step_count, 1.0, 1 / self._num_ranks)
         coefficients, chance = np.array([row], self._full), None
         if self._rounds_by_chance:
             chance = Chance(make_salts([1], [self._step_count.step]), np.zeros(1, np.int64))
@@ -267,6 +268,15 @@ def scan_of(opt: Any) -> Callable[[], None]:
         params.refresh()
 
     return scan
+
+
+# -- gradients averaged in backward ----------------------------------------------------------------
+
+
+def hooks_of(opt: Any) -> tuple[Callable[[Any], None], Callable[[], None]]:
+    """Return what backward calls in stage 2: with each parameter, and once at the end."""
+    grads: Any = opt.core.parts.grads
+    return grads._on_grad, grads._on_end
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

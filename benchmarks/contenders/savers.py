@@ -232,7 +232,12 @@ def make_savers(folder: Path, opt: NAdam, has_torch: bool) -> dict[str, Saver]:
 
 
 def read_bare(path: Path, opt: NAdam) -> None:
-    """Read a checkpoint of shardopt into place, on as many threads, without verifying a byte."""
+    """Read a checkpoint of shardopt into place, on as many threads, without verifying a byte.
+
+    Into memory that has been written to before. A load into a new optimizer is the first to touch
+    its moments, at the cost of a page fault for each 4 KiB: half of its CPU time on a virtual
+    machine (4.4 us each), which the first step would pay otherwise.
+    """
     requests = [
         (place.path, place.offset + start, place.target[start : start + PIECE_NBYTES])
         for place in places_in_checkpoint(path, opt)

@@ -109,11 +109,17 @@ class Trainer:
         return self._torch.nn.functional.cross_entropy(logits, following.flatten())
 
 
-def shardopt_torch(gpt: Gpt) -> Trainer:
-    """Train with this project."""
+def shardopt_torch(gpt: Gpt, **settings: Any) -> Trainer:
+    """Train with this project.
+
+    Args:
+        gpt: The model.
+        **settings: Further arguments of ``NAdam``.
+    """
     face = importlib.import_module("shardopt.torch")
     model = gpt.make()
-    return Trainer(model, face.NAdam(model.parameters(), gpt.learning_rate, comm=gpt.comm))
+    optimizer = face.NAdam(model.parameters(), gpt.learning_rate, comm=gpt.comm, **settings)
+    return Trainer(model, optimizer)
 
 
 def ddp(gpt: Gpt) -> Trainer:

@@ -16,7 +16,7 @@ _NAP_S = 0.02
 """Between two looks for ranks that are at work: 64 that wait take under one percent of a core."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Tells machines apart: virtual hosts of one machine share it, as they share its cores."""
+"""Distinguishes machines: virtual hosts of one machine share it, as they share its cores."""
 
 
 def sample(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from train_lm.corpus import Corpus
     from train_lm.options import Options
 
-FIXED_OPTIONS = ("framework", "dtype", "layers", "width", "context", "seed")
+FIXED_OPTIONS = ("framework", "optimizer", "dtype", "layers", "width", "context", "seed")
 """The options that, with the text, identify a run. --steps and --lr only shape what is to come."""
+_USUAL = {"optimizer": "nadam"}
+"""The values of runs that were saved before there were such options."""
 NUM_SAVES = 10
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """On Ctrl-C MPICH's mpirun passes SIGINT on to the ranks, Open MPI's sends them SIGTERM."""
@@ -97,9 +99,9 @@ def require_same_run(
         ValueError: It asks for another run, or for no more steps.
     """
     for name, value in identify_run(options, corpus).items():
-        if value != saved.get(name):
+        if value != saved.get(name, _USUAL.get(name)):
             raise ValueError(
-                f"--{name} must be {saved.get(name)}, as in the run saved in "
+                f"--{name} must be {saved.get(name, _USUAL.get(name))}, as in the run saved in "
                 f"{options.checkpoint}; got {value}. Use the original value, or another folder "
                 "for --checkpoint."
             )

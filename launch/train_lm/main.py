@@ -15,7 +15,7 @@ from train_lm.checkpoints import Checkpoints, Origin, find_origin, require_same_
 from train_lm.corpus import load_corpus
 from train_lm.models import import_learner
 from train_lm.models.base import Shape, initial_weights
-from train_lm.options import HEAD_WIDTH, parse_options
+from train_lm.options import HEAD_WIDTH, OPTIMIZERS, parse_options
 from train_lm.report import MainReport, Report
 from train_lm.training import Training
 
@@ -122,6 +122,7 @@ def make_learner(
         initial_weights(shape, options.seed),
         options.dtype,
         device,
+        OPTIMIZERS[options.optimizer],
         betas=BETAS,
         max_grad_norm=MAX_GRAD_NORM,
         comm=comm,

@@ -18,6 +18,7 @@ HEAD_WIDTH = 32
 FRAMEWORKS = ("numpy", "torch", "jax", "lucid")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+OPTIMIZERS = {"nadam": "NAdam", "adamw": "AdamW", "adam": "Adam", "radam": "RAdam"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
     width: int
     context: int
     batch: int
+    optimizer: str
     lr: float
     seed: int
     framework: str
@@ -58,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the options; the defaults take about two minutes on two cores."""
     parser = argparse.ArgumentParser(
         prog="train_lm.py",
-        description="Train a byte-level transformer with sharded NAdam on all ranks of an mpirun.",
+        description="Train a byte-level transformer, sharded over all ranks of an mpirun.",
         epilog="quickstart.sh starts it; by hand: mpirun -n 2 python launch/train_lm.py",
         allow_abbrev=False,  # quickstart.sh looks for --out
     )
@@ -76,6 +78,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, default=128, help=width_help)
     add("--context", type=int, default=128, help="bytes the model sees at once (%(default)s)")
     add("--batch", type=int, default=8, help="sequences per rank and step (%(default)s)")
+    optimizer_help = "optimizer (%(default)s)"
+    add("--optimizer", choices=OPTIMIZERS, default="nadam", help=optimizer_help)
     add("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
     framework_help = "framework the model is written in (%(default)s)"

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train_lm import plot_loss, run_log
+from train_lm.options import OPTIMIZERS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,8 +91,11 @@ def draw_header(setting: Setting, corpus: Corpus, options: Options) -> Renderabl
     facts.add_row("text", corpus.name)
     train_mb, held_out_mb = len(corpus.train) / MB, len(corpus.held_out) / MB
     facts.add_row("", f"{train_mb:.2f} MB to learn from, {held_out_mb:.2f} MB held out")
-    title = Text("A language model, trained with sharded NAdam", style="bold")
-    return Padding(Group(title, Text(), facts, Text(), draw_memory(setting)), (1, 2), expand=False)
+    optimizer = OPTIMIZERS[options.optimizer]
+    title = Text(f"A language model, trained with sharded {optimizer}", style="bold")
+    return Padding(
+        Group(title, Text(), facts, Text(), draw_memory(setting, optimizer)), (1, 2), expand=False
+    )
 
 
 def draw_origin(origin: Origin) -> Text:
@@ -100,8 +104,8 @@ def draw_origin(origin: Origin) -> Text:
     return Text(f"  Resumed after step {origin.step:,} from {origin.path}, saved by {saved_by}.\n")
 
 
-def draw_memory(setting: Setting) -> Table:
-    """Compare the memory of sharded and replicated NAdam in a table."""
+def draw_memory(setting: Setting, optimizer: str) -> Table:
+    """Compare the memory of a sharded and a replicated optimizer in a table."""
     table = Table.grid(padding=(0, 3))
     table.add_column()
     table.add_column(justify="right")
@@ -110,7 +114,7 @@ def draw_memory(setting: Setting) -> Table:
     table.add_row(head, Text("a rank", style="dim"), Text("a node", style="dim"))
     for name, rank_nbytes, node_nbytes in (
         ("shardopt", setting.rank_nbytes, setting.node_nbytes),
-        ("replicated NAdam", setting.replicated_rank_nbytes, setting.replicated_node_nbytes),
+        (f"replicated {optimizer}", setting.replicated_rank_nbytes, setting.replicated_node_nbytes),
     ):
         table.add_row(name, f"{rank_nbytes / MB:.1f} MB", f"{node_nbytes / MB:.1f} MB")
     return table

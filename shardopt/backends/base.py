@@ -14,6 +14,8 @@ from shardopt.rule.rounding import Chance
 
 if TYPE_CHECKING:
     from shardopt.comm.node_memory.arena import Arena
+    from shardopt.layout.partition import Shard
+    from shardopt.rule.cohorts import Cohorts
 
 ALL_FINITE = -1
 
@@ -97,6 +99,19 @@ class UpdatePlan:
     origin: int = 0
     chance: Chance | None = None
 
+    @classmethod
+    def of(cls, rule: "Cohorts", shard: "Shard", span: Span, dtype: str) -> "UpdatePlan":
+        """Return what a step that is planned does to a shard.
+
+        Args:
+            rule: Has planned the step.
+            shard: The shard.
+            span: The part to update, from the start of the shard.
+            dtype: Of the coefficients.
+        """
+        segments, coefficients = rule.segments(shard), rule.coefficients(dtype)
+        return cls(span, segments, coefficients, shard.start, rule.chance(shard))
+
 
 class Kernel(Protocol):
     """The two passes over a shard; all arrays live where the kernel computes.
@@ -104,7 +119,7 @@ class Kernel(Protocol):
     [Note: the bits of a sum]
     Sources are summed as a pairwise tree in rank order, ((0+1)+(2+3))+(4+5), in the wider of the
     ``compute_dtype`` of the sources and that of the result; elements are widened before they are
-    added. Every product keeps the order written in [Note: one formula, four schedules], without
+    added. Every product keeps the order written in [Note: one formula], without
     fused multiply-adds. An element's result therefore depends on its own inputs alone: not on its
     place in a vector, a block, a shard or a bucket, and not on the MPI library in use.
 
@@ -146,7 +161,7 @@ class Kernel(Protocol):
     def update(
         self, sources: Rows, targets: Rows, state: Mapping[str, FloatArray], plan: UpdatePlan
     ) -> None:
-        """Sum the sources and apply NAdam to part of a shard, in one pass over memory.
+        """Sum the sources and apply an update to part of a shard, in one pass over memory.
 
         Args:
             sources: Gradients, which are only read: in the dtype of the parameters or in their

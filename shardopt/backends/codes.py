@@ -18,6 +18,10 @@ exp_avg is rounded to the nearest. exp_avg_sq is rounded by chance, as beta2 = 0
 thousandth in a step, far less than the distance of two levels, and it would never move: to the bits
 that are to go a random number of as many bits is added, so that it goes up as often as it is near
 the next level, and is right on average. [Note: random numbers of updates] is about those numbers.
+
+exp_avg would be right on average as well if it was rounded by chance, but with 1.3 times the error.
+Rounded to the nearest it is, too, if gradients scatter by 0.3 of their mean or more, as from batch
+to batch. If they scatter by a tenth it is 10 % small, and 29 % if they are all the same.
 """
 
 from collections.abc import Iterator
@@ -37,7 +41,7 @@ SHIFT = 20
 """The lower bits of a float32, which are rounded away."""
 
 NEAREST = 1 << SHIFT - 1
-"""What rounds to the nearest if it is added; a random number rounds by chance."""
+"""Rounds to the nearest if it is added; a random number rounds by chance."""
 
 _BATCH_BLOCKS = 256
 _INF_LEVEL = 0x7F800000 >> SHIFT

@@ -13,7 +13,7 @@ from shardopt.backends.codes import SHIFT, decode, encode, part_of
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import FULL, StateForm
-from shardopt.rule.nadam import StepCoefficients
+from shardopt.rule.coefficients import StepCoefficients
 from shardopt.rule.rounding import random_numbers
 
 
@@ -103,7 +103,7 @@ def _apply(
     state: Mapping[str, FloatArray],
     chance: NDArray[np.uint32],
 ) -> None:
-    """Update one segment by [Note: one formula, four schedules].
+    """Update one segment by [Note: one formula].
 
     Args:
         c: The coefficients.
@@ -122,7 +122,8 @@ def _apply(
     g = c.source_scale * (c.mean_scale * grad) + c.weight_decay * p
     m = c.m_decay * exp_avg + c.m_gain * g
     v = c.beta2 * exp_avg_sq + c.v_gain * g**2
-    p -= c.param_decay * p + (c.g_scale * g + c.m_scale * m) / (np.sqrt(v * c.v_scale) + c.eps)
+    v_hat = v * c.v_scale if c.v_scale else 0.0  # even if v has overflowed
+    p -= c.param_decay * p + (c.g_scale * g + c.m_scale * m) / (np.sqrt(v_hat) + c.eps)
     if is_coded:
         encode(m.astype(np.float32), kept[0], "signed")
         encode(v.astype(np.float32), kept[1], "unsigned", chance & np.uint32((1 << SHIFT) - 1))

@@ -71,7 +71,7 @@ class PendingSave:
 
 
 class SignalWatch:
-    """Tells all ranks, after the same step, of a signal that any of them has received.
+    """Informs all ranks after the same step of a signal that any of them has received.
 
     Args:
         signals: The signals, which are caught from now on.

@@ -101,7 +101,7 @@ class Checkpointer:
         Args:
             step: The step of the training run. If there is a checkpoint of the step already, it is
                 kept, and the new one is called ``step-000000001200.1``.
-            opt: A NAdam of any framework.
+            opt: An optimizer of any framework.
             extra: See ``shardopt.checkpoint.save``; may be changed once this returns.
             model: Likewise.
             per_rank_buffers: Likewise.
@@ -138,6 +138,7 @@ class Checkpointer:
         strict: bool = True,
         only: str | None = None,
         rename: Rename | None = None,
+        other_optimizer: bool = False,
     ) -> Restored | None:
         """Load the newest checkpoint that all ranks find undamaged.
 
@@ -146,19 +147,20 @@ class Checkpointer:
         Collective: every rank.
 
         Args:
-            opt: A NAdam of any framework.
+            opt: An optimizer of any framework.
             step: Load a checkpoint of this step, and no other.
             model: See ``shardopt.checkpoint.load``.
             strict: Likewise.
             only: Likewise.
             rename: Likewise.
+            other_optimizer: Likewise.
 
         Returns:
             Where to go on, or None if the directory has no checkpoint.
 
         Raises:
             CheckpointError: None of the checkpoints can be loaded, or the newest is of another
-                model; on every rank. Optimizer and model are as they were.
+                model or optimizer; on every rank. Optimizer and model are as they were.
         """
         self.wait()
         sharded, reasons = sharded_of(opt), dict[StepFolder, str]()
@@ -167,7 +169,13 @@ class Checkpointer:
         while folder := self._newest(sharded, step, reasons):
             try:
                 loaded = load(
-                    folder.path, opt, model=model, strict=strict, only=only, rename=rename
+                    folder.path,
+                    opt,
+                    model=model,
+                    strict=strict,
+                    only=only,
+                    rename=rename,
+                    other_optimizer=other_optimizer,
                 )
             except CheckpointError as error:
                 damaged = isinstance(error, DamagedCheckpointError)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from shardopt.checkpoint.conversion import Conversion, form_notes
-from shardopt.checkpoint.format.fields import damaged
 from shardopt.checkpoint.format.manifest import PARAM_KEY, Manifest, Slice
 from shardopt.checkpoint.format.parsing import from_text
 from shardopt.checkpoint.format.reader import Reader, read_manifest_text
@@ -32,18 +31,17 @@ from shardopt.checkpoint.matching import (
     Rename,
     Source,
     match,
-    other_model,
     read_saved,
 )
 from shardopt.checkpoint.model import NamedModel, name_params
 from shardopt.checkpoint.report import LoadReport, Restored
+from shardopt.checkpoint.scalars import require_rule, restored_scalars
 from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
 from shardopt.core.sharded import HasCore, Scalars, Sharded, TensorShard, sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 from shardopt.layout.state_spec import StateSpec
 from shardopt.report import tell
-from shardopt.rule.nadam import Hyperparams, StepCount
 
 _CALL = "load()"
 _MASTER_KEY = "master"
@@ -57,6 +55,7 @@ def load(
     strict: bool = True,
     only: str | None = None,
     rename: Rename | None = None,
+    other_optimizer: bool = False,
 ) -> Restored:
     """Load a checkpoint, saved on any number of ranks with any framework.
 
@@ -69,9 +68,9 @@ def load(
 
     Args:
         path: A checkpoint.
-        opt: A NAdam of any framework, with parameters of the same names, shapes and dtypes in the
-            same groups. If either side has positions instead of names, parameters are matched in
-            order.
+        opt: An optimizer of any framework, with parameters of the same names, shapes and dtypes in
+            the same groups. If either side has positions instead of names, parameters are matched
+            in order.
         model: The model: a module of torch or lucid, or a pytree of JAX. Its buffers and all else
             that was saved of the model are loaded, and names are those of the model.
         strict: Refuse a checkpoint that is not of this optimizer and model. With False, all that
@@ -80,6 +79,9 @@ def load(
             and hyperparameters: moments and step counts start anew.
         rename: Other names for what is in the checkpoint: ``{"old": "new"}``, or a function from a
             name to the new one.
+        other_optimizer: Take over the state of a checkpoint that another optimizer has saved, such
+            as NAdam's into AdamW: moments and step counts. Hyperparameters are not: those of
+            ``opt`` stay. NAdam's ``mu_product`` is computed from the step counts, or dropped.
 
     Returns:
         Where training goes on: the ``extra`` that was saved, the model, and a report.
@@ -88,15 +90,14 @@ def load(
         DamagedCheckpointError: The checkpoint is not what was saved; the message names file and
             chunk. Optimizer and model are as they were, unless the message says that the checkpoint
             changed while it was loaded; on every rank.
-        CheckpointError: The checkpoint is of another model; likewise.
+        CheckpointError: The checkpoint is of another model or optimizer; likewise.
         RankMismatchError: Ranks have different arguments; likewise.
     """
     sharded, path = sharded_of(opt), Path(path).absolute()
-    options = LoadOptions(strict, only, rename)
+    options = LoadOptions(strict, only, rename, other_optimizer)
     sharded.take_over_groups(_CALL)
     manifest = _share_manifest(sharded, path)
     is_untouched = all(sharded.allgather(sharded.is_state_untouched, _CALL))
-    num_threads = sharded.num_cores
     with Reader(path, manifest) as reader:
         content, error = attempt(
             lambda: _match(sharded, reader, model, options, is_untouched=is_untouched)
@@ -104,22 +105,30 @@ def load(
         sharded.agree(_CALL, content.description if content else {}, error)
         assert content is not None
         scalars = _settle(sharded, content)
-        first_pass = [*_headers(sharded, manifest), *content.first_pass()]
-        _, error = attempt(lambda: reader.read(first_pass, num_threads))
-        try:
-            sharded.agree(_CALL, {}, error)
-        except Exception:
-            content.undo_first_pass()
-            raise
-        _, error = attempt(lambda: content.second_pass(reader, num_threads))
-        sharded.agree(_CALL, {}, error and _changed_meanwhile(error))
+        _read(sharded, reader, content)
     for array in content.fresh:
         array[...] = 0
     sharded.restore(scalars)
+    if not any(content.stays):
+        sharded.mend()
     loaded, report = _load_model(sharded, model, content, strict=bool(strict))
     if not report.is_perfect:
         tell(CheckpointWarning(f"{path.name}: {report}"), aloud=sharded.rank == 0)
     return Restored(manifest.step, content.extra, path, loaded, report)
+
+
+def _read(sharded: Sharded, reader: Reader, content: "_Content") -> None:
+    """Read all tensors, and verify those first that could not be restored. Collective."""
+    num_threads = sharded.num_cores
+    first_pass = [*_headers(sharded, reader.manifest), *content.first_pass()]
+    _, error = attempt(lambda: reader.read(first_pass, num_threads))
+    try:
+        sharded.agree(_CALL, {}, error)
+    except Exception:
+        content.undo_first_pass()
+        raise
+    _, error = attempt(lambda: content.second_pass(reader, num_threads))
+    sharded.agree(_CALL, {}, error and _changed_meanwhile(error))
 
 
 def _settle(sharded: Sharded, content: "_Content") -> Scalars:
@@ -246,6 +255,7 @@ def _match(
     options.require_valid()
     reader.require_files()
     manifest, scalars = reader.manifest, sharded.scalars()
+    require_rule(scalars.rule, manifest, options)
     saved = read_saved(manifest, options.rename, sharded.rank)
     named = name_params(sharded, scalars.params, model, frozenset(saved.names))
     found = match(saved, named, scalars.params, options)
@@ -258,7 +268,7 @@ def _match(
     notes = [*found.report.notes, *_notes(sharded, manifest, model), *revive.notes]
     if (problem := named.problem) is not None:
         notes.append(problem)
-    restored, notes_of_scalars = _restored_scalars(scalars, reader, found, options)
+    restored, notes_of_scalars = restored_scalars(scalars, reader, found, options)
     if options.only is None:
         notes += form_notes(manifest, found, scalars)
     content = _Content(
@@ -270,6 +280,7 @@ def _match(
         description={
             "strict": bool(options.strict),
             "only": options.only,
+            "other_optimizer": bool(options.other_optimizer),
             "the names changed by rename": saved.renamed,
             **named.description(),
         },
@@ -353,58 +364,6 @@ def _notes(sharded: Sharded, manifest: Manifest, model: Any) -> list[str]:
     if here < saved:
         what = f"those of ranks from {here} on were not loaded"
     return [f"{saved} ranks have saved buffers of their own, and {here} ranks load them: {what}"]
-
-
-def _restored_scalars(
-    scalars: Scalars, reader: Reader, found: Match, options: LoadOptions
-) -> tuple[Scalars, list[str]]:
-    """Return what the optimizer goes on from besides tensors, and what there is to say of it."""
-    manifest = reader.manifest
-    fresh = StepCount()
-    counts = []
-    for source, count in zip(found.params, scalars.step_counts, strict=True):
-        if source is None:
-            counts.append(count)
-        elif source.param is None or options.only is not None:
-            counts.append(fresh)
-        else:
-            entry = manifest.params[source.param]
-            counts.append(StepCount(entry.step, entry.mu_product))
-    if options.only is not None:
-        return replace(scalars, step_counts=counts), []
-    groups, notes = scalars.groups, list[str]()
-    if options.strict or len(manifest.groups) == len(groups):
-        groups = _read_groups(scalars, reader)
-    else:
-        there = len(manifest.groups)
-        notes.append(f"{there} param groups there, {len(groups)} here: hyperparameters stay")
-    restored = Scalars(
-        params=scalars.params,
-        step_counts=counts,
-        groups=groups,
-        num_steps=manifest.num_steps,
-        loss_scale=manifest.loss_scale,
-    )
-    return restored, notes
-
-
-def _read_groups(scalars: Scalars, reader: Reader) -> list[dict[str, Any]]:
-    """Read the values of each param group; those that were not saved stay as they are."""
-    saved = reader.manifest.groups
-    if len(saved) != len(scalars.groups):
-        raise other_model("param_groups", f"be {len(saved)}", len(scalars.groups))
-    read: list[dict[str, Any]] = []
-    for index, (group, value) in enumerate(zip(scalars.groups, saved, strict=True)):
-        values = reader.decode(value)
-        if not isinstance(values, dict):
-            raise damaged(f"param_groups[{index}]", "be a dict", type(values).__name__)
-        values = {**group, **values}
-        try:
-            Hyperparams.from_group(values)
-        except (TypeError, ValueError) as error:  # HyperparamsError, or of arrays
-            raise damaged(f"param_groups[{index}]", "be valid", str(error)) from None
-        read.append(values)
-    return read
 
 
 def _changed_meanwhile(error: Exception) -> DamagedCheckpointError:

@@ -29,6 +29,7 @@ class LoadOptions:
     strict: bool = True
     only: str | None = None
     rename: Rename | None = None
+    other_optimizer: bool = False
 
     def require_valid(self) -> None:
         """Check the values.

@@ -115,8 +115,8 @@ def order_warning(names: Sequence[str]) -> CheckpointWarning | None:
 
 
 NAMES_REMEDY = (
-    "Pass model= to save and restore, or build the optimizer with names, as in "
-    "NAdam(model.named_parameters())"
+    "Pass model= to save and restore, or build the optimizer with names: its params may be "
+    "model.named_parameters()"
 )
 
 

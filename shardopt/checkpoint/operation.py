@@ -252,6 +252,7 @@ class SaveOperation:
         plan, sharded, step = self._plan, self._sharded, self._plan.step
         is_count = type(step) is int and step >= 0
         remedy = "Count the steps of the run"
+        sharded.require_whole(plan.call)
         require(is_count, "step", "be a whole number >= 0", repr(step), remedy)
         alone = per_rank_buffers and model is None
         require(not alone, "per_rank_buffers", "be False without model=", "True", "Pass model=")

@@ -33,7 +33,7 @@ def save(
     Args:
         path: The folder to make, on a file system that all ranks see. It must not exist: nothing is
             ever overwritten.
-        opt: A NAdam of any framework.
+        opt: An optimizer of any framework.
         model: The model: a module of torch or lucid, or a pytree of JAX. Buffers, parameters that
             the optimizer does not hold, and what torch's ``get_extra_state`` returns are saved as
             rank 0 has them.

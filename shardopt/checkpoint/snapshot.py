@@ -252,6 +252,7 @@ def take_snapshot(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         writer=_versions(),
         model=encoded.model,
+        optimizer=scalars.rule.name,
     )
     written = Written(file, layout.places, encoded.per_rank, encoded.own_values)
     return Snapshot(staged or image, written, draft)

@@ -67,7 +67,14 @@ class Collectives:
         self._pid = os.getpid()
         self._exit = ExitHook(self, failure.leave)
 
-    def allreduce(self, values: NDArray[_N], op: MPI.Op, step: int, phase: str) -> NDArray[_N]:
+    def allreduce(
+        self,
+        values: NDArray[_N],
+        op: MPI.Op,
+        step: int,
+        phase: str,
+        progress: Callable[[], object] | None = None,
+    ) -> NDArray[_N]:
         """Reduce a few numbers over all ranks; also a barrier, as each result needs every rank.
 
         Collective: every rank, with the same shape of ``values``.
@@ -77,13 +84,15 @@ class Collectives:
             op: For example ``MPI.MAX``.
             step: Number of the step that this belongs to, for messages.
             phase: What is being done, for messages.
+            progress: Called over and over while this rank waits, for what others need of it.
 
         Raises:
             RankFailureError: A rank has left the job, or did not respond within the time allowed.
                 The communicator cannot be used after that.
         """
         result = np.empty_like(values)
-        self._meet(Where(step, phase), self._comm.Iallreduce, values, result, op)
+        operation = self._comm.Iallreduce
+        self._meet(Where(step, phase), operation, values, result, op, progress=progress)
         return result
 
     def allgather(self, value: _T, step: int, phase: str) -> list[_T]:
@@ -192,10 +201,16 @@ class Collectives:
         """Note that this rank needs the others no more; what is shared belongs to the group."""
         self._exit.cancel()
 
-    def _meet(self, where: Where, operation: Callable[..., MPI.Request], *args: object) -> None:
+    def _meet(
+        self,
+        where: Where,
+        operation: Callable[..., MPI.Request],
+        *args: object,
+        progress: Callable[[], object] | None = None,
+    ) -> None:
         self._require_usable(where)
         self._detector.arrivals.arrive(where.step)
-        self._complete(where, [], operation, *args)
+        self._complete(where, [], operation, *args, progress=progress)
         self._detector.met(where.step)
 
     def _exchange(
@@ -210,11 +225,18 @@ class Collectives:
         awaited: Sequence[int],
         operation: Callable[..., MPI.Request],
         *args: object,
+        progress: Callable[[], object] | None = None,
     ) -> None:
         with self.translate_mpi_errors(*where, lambda: awaited):
             request = operation(*args)
         self._pending = request, args  # MPI may write to its arrays even if waiting is given up
-        self.wait(request.Test, *where, lambda: awaited)
+
+        def is_complete() -> bool:
+            if progress is not None:
+                progress()
+            return request.Test()
+
+        self.wait(is_complete, *where, lambda: awaited)
         self._pending = None
 
     def _require_usable(self, where: Where) -> None:

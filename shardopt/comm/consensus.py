@@ -20,6 +20,7 @@ from shardopt.comm.collectives import Collectives
 from shardopt.comm.failure import FailurePolicy
 from shardopt.comm.group import RankGroup, RankGroups, make_group
 from shardopt.comm.topology import node_limit
+from shardopt.comm.waiting import CONSTRUCTION
 from shardopt.errors import RankFailureError, RankMismatchError
 from shardopt.policy import ShardPolicy
 from shardopt.trace import OFF, Trace
@@ -53,6 +54,10 @@ class RemoteError:
 
     error: Exception
     traceback: str
+
+
+class OtherCallError(RankMismatchError):
+    """Ranks make different calls, which all of them know and raise."""
 
 
 class Consensus:
@@ -147,6 +152,38 @@ class Consensus:
         if not self.agree(digest_of(call, description), error, step=step, phase=call):
             self.require_same({_CALL: call, **description}, step=step, phase=call)
 
+    def highest(
+        self,
+        counts: tuple[int, int],
+        call: str,
+        *,
+        step: int,
+        phase: str,
+        progress: Callable[[], object] | None = None,
+    ) -> tuple[int, int]:
+        """Return the highest counts of all ranks; also a barrier.
+
+        Args:
+            counts: Two of them, each in [0, 2**60), that need not be equal.
+            call: The calls that begin with this, for a message.
+            step: Number of the step, for messages.
+            phase: What is being done, likewise.
+            progress: See ``Collectives.allreduce``.
+
+        Raises:
+            OtherCallError: Some ranks make another call.
+        """
+        # As many numbers as in ``agree``, which other calls begin with. The first makes the ranks
+        # in there find that theirs differ; the second is below all that they may have there.
+        mine = np.array([counts[0] - 2 * _ERROR, counts[1] - _MASK])
+        highest = self.collectives.allreduce(mine, MPI.MAX, step, phase, progress)
+        if highest[1] >= _ERROR:
+            try:
+                self.require_same({_CALL: call}, step=step, phase=phase)
+            except RankMismatchError as error:
+                raise OtherCallError(str(error)) from None
+        return int(highest[0] + 2 * _ERROR), int(highest[1] + _MASK)
+
     def barrier(self, step: int, phase: str) -> None:
         """Wait until every rank has come here."""
         self.collectives.allreduce(np.zeros(2, np.int64), MPI.MAX, step, phase)
@@ -158,7 +195,11 @@ class Consensus:
 
 
 def make_consensus(
-    comm: MPI.Intracomm, policy: ShardPolicy, failure: FailurePolicy, trace: Trace = OFF
+    comm: MPI.Intracomm,
+    policy: ShardPolicy,
+    failure: FailurePolicy,
+    trace: Trace = OFF,
+    call: str = CONSTRUCTION,
 ) -> Consensus:
     """Have the ranks of a new optimizer meet; see [Note: optimizers share communicators].
 
@@ -171,6 +212,7 @@ def make_consensus(
         policy: Whether they share a node's memory, and the longest wait for one of them.
         failure: What to do when ranks are missing or lost.
         trace: Shows waits.
+        call: The user's call, for messages.
 
     Raises:
         LauncherError: The ranks were started as several jobs.
@@ -181,9 +223,9 @@ def make_consensus(
     number, first = groups.num_optimizers + 1, groups.first
     group = first or make_group(comm, policy.share_node, policy.timeout_s, failure)
     consensus = Consensus(group, policy, failure, number, trace)
-    consensus.enter_call("NAdam()", {}, step=0)
+    consensus.enter_call(call, {}, step=0)
     limits = np.array([node_limit(policy.share_node)])
-    limit = int(consensus.collectives.allreduce(limits, MPI.MIN, 0, "NAdam()")[0])
+    limit = int(consensus.collectives.allreduce(limits, MPI.MIN, 0, call)[0])
     if first is None:
         groups.by_limit[limit] = group
     elif groups.by_limit.get(limit) is not first:
@@ -201,10 +243,11 @@ def attempt(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> 
 
     Raises:
         RankFailureError: At once, as ranks that are not all there cannot agree on anything.
+        OtherCallError: At once, as all ranks raise it.
     """
     try:
         return Outcome(function(*args, **kwargs), None)
-    except RankFailureError:
+    except (RankFailureError, OtherCallError):
         raise
     except Exception as error:
         return Outcome(None, error)

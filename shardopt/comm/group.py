@@ -24,7 +24,7 @@ from shardopt.comm.failure import FailurePolicy
 from shardopt.comm.liveness import FailureDetector
 from shardopt.comm.node_memory.arena import Arena, can_share
 from shardopt.comm.topology import Topology, make_topology
-from shardopt.comm.waiting import deadline
+from shardopt.comm.waiting import CONSTRUCTION, deadline
 
 
 class RankGroup:
@@ -131,7 +131,7 @@ def make_group(
         RankFailureError: Likewise.
     """
     topology = make_topology(comm, share_node, timeout_s, failure, can_share)
-    with deadline(timeout_s, "NAdam()", failure):
+    with deadline(timeout_s, CONSTRUCTION, failure):
         return RankGroup(topology)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 from mpi4py import MPI
 
 from shardopt.comm.failure import FailurePolicy
-from shardopt.comm.waiting import deadline, wait_until
+from shardopt.comm.waiting import CONSTRUCTION, deadline, wait_until
 from shardopt.errors import LauncherError, RankFailureError
 
 _LAUNCHERS = (
@@ -127,7 +127,7 @@ def make_topology(
     """
     require_one_job()
     _meet(comm, timeout_s)
-    with deadline(timeout_s, "NAdam()", failure):
+    with deadline(timeout_s, CONSTRUCTION, failure):
         comm = comm.Dup()
         limit = min(comm.allgather(node_limit(share_node)))
         node_comm = _split_machine(comm, limit, can_share)

@@ -13,6 +13,9 @@ from shardopt.comm.failure import FailurePolicy
 LOOKS = 8
 """Tests between two naps: in one, an MPI may move no more than 64 KiB of each connection."""
 
+CONSTRUCTION = "the construction of an optimizer"
+"""Stands for the user's call, in messages, where it is not known which optimizer is built."""
+
 _NUM_SPINS = 200  # some 50 us: long enough to meet a rank that has a core of its own
 _YIELD_FOR_S = 0.005
 _NAP_S = 0.0002

@@ -8,7 +8,7 @@ from shardopt.core.consensus import StepConsensus
 from shardopt.core.parts import Parts
 from shardopt.errors import CallOrderError, HyperparamsError
 from shardopt.params.inputs import LocalInputs
-from shardopt.rule.nadam import as_real
+from shardopt.rule.hyperparams import as_real
 
 _CALL = "average_grads()"
 _STATE = "whether gradients are averaged"
@@ -74,6 +74,8 @@ class Averaging:
         parts.memory.acquire()
         if parts.grads.are_averages:
             parts.grads.adopt_writes(agreed.present)
+            parts.meet(step, _CALL)  # owners have written their shards of the row
+            parts.grads.show(agreed.present, step)
         if self.is_done or parts.grads.are_averages:
             return
         parts.sync.copies.begin(agreed.present)
@@ -139,6 +141,11 @@ class Averaging:
             Exception: Something is wrong with them.
         """
         parts = self._parts
+        if parts.grads.are_updates:
+            raise HyperparamsError(
+                "policy.update_in_backward must be False for average_grads(); got True. Leave it "
+                "out: backward has used the gradients already."
+            )
         if parts.grads.are_averages:
             return self._inspect_averages(loss_scale, step)
         self.require_unmixed()

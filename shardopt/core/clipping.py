@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shardopt.errors import HyperparamsError
 from shardopt.policy import ShardPolicy
-from shardopt.rule.nadam import as_real
+from shardopt.rule.hyperparams import as_real
 from shardopt.store.memory import Memory
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_

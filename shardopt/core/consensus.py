@@ -54,7 +54,7 @@ class StepConsensus:
             everyone = consensus.collectives.allgather(shares, step, "agree")
         return AgreedInputs.merge(inputs.hypers, everyone)
 
-    def leave(self, poisoned: int, step: int) -> tuple[int, list[int]]:
+    def leave(self, poisoned: int, order: int, step: int) -> tuple[int, bool, list[int]]:
         """End a step on all ranks.
 
         Collective: every rank.
@@ -62,15 +62,19 @@ class StepConsensus:
         Args:
             poisoned: Index of a parameter that this rank left with inf or NaN; larger than all
                 indices if there is none.
+            order: A number that may be the same on all ranks.
             step: Number of the step.
 
         Returns:
-            The lowest index of all ranks, and for each background work the lowest vote.
+            The lowest index of all ranks, whether ``order`` was the same, and for each background
+            work the lowest vote.
         """
-        mine = np.array([poisoned, *(work.vote() for work in self.background)])
+        mine = np.array([poisoned, order, -order, *(work.vote() for work in self.background)])
         collectives = self._consensus.collectives
-        first, *votes = map(int, collectives.allreduce(mine, MPI.MIN, step, "finish"))
-        return first, votes
+        first, least, greatest, *votes = map(
+            int, collectives.allreduce(mine, MPI.MIN, step, "finish")
+        )
+        return first, least == -greatest, votes
 
     def notify(self, votes: Sequence[int]) -> None:
         """Pass the lowest votes on to the work, once the step is over: it may raise."""

@@ -13,21 +13,24 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from difflib import get_close_matches
 from functools import cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from shardopt._typing import FloatArray
+from shardopt.comm.consensus import Outcome
 from shardopt.core.listeners import StepListener
 from shardopt.core.optimizer import Optimizer
 from shardopt.errors import HyperparamsError
 from shardopt.layout.footprint import MemoryReport
 from shardopt.layout.partition import Partition
+from shardopt.params.adapter import Adapter
 from shardopt.params.groups import Group
 from shardopt.policy import ShardPolicy
 from shardopt.report import StepReport
-from shardopt.rule.nadam import HYPERPARAM_NAMES
+from shardopt.rule.hyperparams import Rule
 
 _REBUILD = "Build a new optimizer with it, and load the state of this one"
 _REMEDIES = {
@@ -41,16 +44,19 @@ _REMEDIES = {
     "count": "It counts steps: load_state_dict() or reset_state() change it",
 }
 _ARGUMENTS = frozenset({"params", "core"})  # the others are properties or stand in groups
-_GROUP_NAMES = frozenset({*HYPERPARAM_NAMES, "foreach", "capturable", "differentiable"})
+_OF_TORCH = ("foreach", "fused", "capturable", "differentiable")
 
 
 class FrontEnd:
     """A framework's optimizer: it makes param groups, and has the core that shards them.
 
+    Each optimizer of a framework is a subclass of its own: a rule, and a constructor's signature.
+
     Attributes:
         core: The optimizer behind it.
     """
 
+    rule: ClassVar[Rule]
     core: Optimizer[Any]
     _takes_any_name = False
 
@@ -71,7 +77,7 @@ class FrontEnd:
         own = getattr(type(self), name, None)
         if isinstance(own, property) and own.fset is not None:
             return None
-        if name in _GROUP_NAMES:
+        if name in self._group_names():
             return f"Write for group in opt.param_groups: group[{name!r}] = {value!r:.40}"
         if isinstance(own, property) or name in _ARGUMENTS:
             return _REMEDIES.get(name, "It can only be read")
@@ -79,6 +85,11 @@ class FrontEnd:
             return _REMEDIES["policy"]
         kind: Any = type(self)  # mypy takes no class of a subclass for hashable
         return None if name.startswith("_") or own is not None else _mistyped(kind, name)
+
+    @classmethod
+    def _group_names(cls) -> set[str]:
+        """Return the names of what param groups hold besides parameters."""
+        return {*cls.rule.names(), *_OF_TORCH}
 
     @property
     def policy(self) -> ShardPolicy:
@@ -202,7 +213,7 @@ def _mistyped(kind: type[FrontEnd], name: str) -> str | None:
     members = {each: getattr(kind, each) for each in dir(kind)}
     settable = [each for each, member in members.items() if getattr(member, "fset", None)]
     likeness = 0.85 if kind._takes_any_name else 0.6
-    close = get_close_matches(name, [*settable, *_GROUP_NAMES], 1, likeness)
+    close = get_close_matches(name, [*settable, *sorted(kind._group_names())], 1, likeness)
     if kind._takes_any_name and not close:
         return None
     meant = f"Did you mean {close[0]}? " if close else ""
@@ -211,6 +222,31 @@ def _mistyped(kind: type[FrontEnd], name: str) -> str | None:
 
 class ArrayFrontEnd(FrontEnd):
     """The front end of a framework whose parameters hold arrays."""
+
+    def _start(
+        self,
+        groups: Outcome[list[Group]],
+        adapter: Adapter[Any],
+        defaults: Group,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        """Make the core.
+
+        Args:
+            groups: See ``Optimizer``.
+            adapter: Likewise.
+            defaults: Likewise.
+            arguments: Those of the constructor, by name; the rest of them is taken from here.
+        """
+        self.core = Optimizer(
+            groups,
+            adapter=adapter,
+            rule=self.rule,
+            defaults=defaults,
+            max_grad_norm=arguments["max_grad_norm"],
+            comm=arguments["comm"],
+            policy=arguments["policy"] or ShardPolicy(),
+        )
 
     @property
     def param_groups(self) -> list[Group]:
@@ -237,6 +273,10 @@ class InPlaceFrontEnd(ArrayFrontEnd):
     @state.setter
     def state(self, entries: Mapping[Any, Any]) -> None:
         self.core.states.set_state(entries)
+
+    def grad(self, param: Any) -> FloatArray | None:
+        """See ``ParamCalls.grad``; not collective."""
+        return self.core.values.grad(param)
 
     def average_grads(self, loss_scale: float = 1.0) -> None:
         """See ``core.Optimizer.average_grads``. Collective: every rank."""

@@ -21,6 +21,7 @@ from shardopt.core.shared_params import SharedParams, UserChanges
 from shardopt.core.state_calls import StateCalls
 from shardopt.core.state_view import StateView
 from shardopt.core.step import Step, StepCall
+from shardopt.core.step_after_updates import StepAfterUpdates
 from shardopt.errors import (
     ClosedError,
     HyperparamsError,
@@ -31,6 +32,7 @@ from shardopt.errors import (
 from shardopt.layout.footprint import MemoryReport, plan_memory
 from shardopt.layout.partition import Partition
 from shardopt.layout.ring import plan_ring
+from shardopt.overlap.updated import OPTION, UpdatedGradients
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.group_values import update_groups
 from shardopt.params.groups import Group, complete_groups, make_group
@@ -44,11 +46,12 @@ from shardopt.report import (
     lost_state_warning,
     tell,
 )
-from shardopt.rule.nadam import StepCount
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.hyperparams import Rule
 
 
 class Optimizer(Generic[P]):
-    """NAdam whose moments and updates are sharded over MPI ranks.
+    """An optimizer whose moments and updates are sharded over MPI ranks.
 
     A node has one copy of the parameters, in memory of which each rank has a view; each rank writes
     gradients of its own and updates its shard of the parameters. Gradients are averaged over
@@ -60,6 +63,7 @@ class Optimizer(Generic[P]):
         groups: The param groups, complete with every hyperparameter, or the error met in making
             them, which all ranks will raise; see ``make_groups``.
         adapter: Reads and binds the framework's parameters.
+        rule: How a step computes.
         defaults: Hyperparameters of groups added later that do not set their own; read when one is
             added.
         max_grad_norm: Clip the global L2 norm of the averaged gradient to this, as
@@ -90,6 +94,7 @@ class Optimizer(Generic[P]):
         groups: Outcome[list[Group]],
         *,
         adapter: Adapter[P],
+        rule: Rule,
         defaults: Group,
         max_grad_norm: float | None,
         comm: MPI.Intracomm | None,
@@ -105,11 +110,12 @@ class Optimizer(Generic[P]):
         self.listeners: list[StepListener] = []
         self._closed = False
         self._is_advised = False  # that gradients should be averaged before they are changed
-        norm, error = attempt(as_max_grad_norm, max_grad_norm)
+        norm, error = attempt(_as_max_grad_norm, max_grad_norm, policy)
         if groups.error is None and error is not None:
             groups = Outcome(None, error)
+        call = f"{rule.name}()"
         device, _ = attempt(find_device, adapter, groups.value or ())  # extend meets errors again
-        self.parts = make_parts(self.comm, adapter, device, norm, policy, failure)
+        self.parts = make_parts(self.comm, adapter, rule, device, norm, policy, failure)
         if groups.error is None and self.parts.refused is not None:
             groups = Outcome(None, self.parts.refused)
         writes = UserWrites(self.parts.memory, self.topology.places[self.topology.rank])
@@ -117,14 +123,19 @@ class Optimizer(Generic[P]):
         self.params = SharedParams(self.parts, state_view, writes)
         self.states = StateCalls(self, state_view)
         self.values = ParamCalls(self)
-        self._step = Step(self.parts, self.params)
+        if isinstance(self.parts.grads, UpdatedGradients):
+            self._step: Step = StepAfterUpdates(
+                self.parts, self.params, self.parts.grads, self._is_edited
+            )
+        else:
+            self._step = Step(self.parts, self.params)
         self._regrouping = Regrouping(self.parts, self.params, state_view)
         try:
-            self.extend("NAdam()", groups)
+            self.extend(call, groups)
         except RankFailureError:
             raise  # releasing needs every rank
         except (ShardoptError, TypeError, ValueError):
-            self._release("NAdam()")
+            self._release(call)
             raise
         warn_of_cache_problems(aloud=self.topology.rank == 0)
 
@@ -161,7 +172,7 @@ class Optimizer(Generic[P]):
                 calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.take_over_groups("step()")
+        self.take_over_groups("step()", is_step=True)
         before = self.last_step
         call = StepCall(loss_scale, overflowed, error, num_writes)
         with self.parts.trace.span("step", step=before.step + 1):
@@ -188,7 +199,8 @@ class Optimizer(Generic[P]):
         A backward after it makes the step raise, if the framework reports it (torch does). A step
         and ``zero_grad`` end it.
 
-        Between nodes it sends the gradients once more, (M-1)/M of them with M nodes.
+        Between nodes it sends the gradients once more, (M-1)/M of them with M nodes. In stage 2 on
+        several nodes it makes ``p.grad`` usable, until the next backward or ``zero_grad``.
 
         Collective: every rank.
 
@@ -217,7 +229,7 @@ class Optimizer(Generic[P]):
         self._enter_queue()
         self._step.averaging.end()
         parts.overlap.grads_zeroed()
-        if parts.registry.is_edited(self.defaults):
+        if self._is_edited():
             parts.registry.zero_pending(set_to_none=set_to_none)
         parts.grads.zero(set_to_none=set_to_none)
 
@@ -270,29 +282,37 @@ class Optimizer(Generic[P]):
         Raises:
             PartitionError: One is not a group.
         """
-        if self.parts.registry.is_edited(self.defaults):
+        if self._is_edited():
             complete_groups(self.param_groups, self.defaults)
 
-    def take_over_groups(self, call: str) -> None:
+    def take_over_groups(self, call: str, *, is_step: bool = False) -> None:
         """Take over groups that users have edited; see [Note: edited param groups].
+
+        A step whose updates backward has made takes nothing over: an edit before its backward has
+        been refused there, and one after it waits for the next call.
 
         Collective: every rank, if groups were edited on any.
 
         Args:
             call: The user's call, for messages.
+            is_step: Whether it takes what backward has updated.
 
         Raises:
+            CallOrderError: Backward has updated parameters, and this is no step.
             PartitionError: A new parameter cannot be used.
             HyperparamsError: A hyperparameter is out of range.
             CheckpointError: State was assigned to a new parameter that does not fit it.
             RankMismatchError: Ranks have edited groups differently. The groups are then those from
-                before the edit; likewise with the other errors.
+                before the edit; likewise with the other errors but the first.
         """
         self.require_open()
-        _, error = attempt(self._enter_queue)
+        is_edited = self._is_edited()
+        _, error = attempt(self._arrive)
+        if error is None and not is_step:
+            error = attempt(self.require_settled, call).error
         if error is not None:
             self.enter_call(call, {}, error)  # the others meet it in whatever they agree on next
-        if not self.parts.registry.is_edited(self.defaults):
+        if not is_edited or (is_step and self.parts.grads.are_updates):
             return
         call = f"{call} with edited param_groups"
         lost = self._regrouping.take_over(RegroupCall(call, self.last_step.step, {}), self.defaults)
@@ -302,6 +322,34 @@ class Optimizer(Generic[P]):
             self.last_step = self.last_step.without_poison()
         if lost:
             tell(lost_state_warning(lost), aloud=self.topology.rank == 0)
+
+    def _is_edited(self) -> bool:
+        """Whether users have edited groups since all ranks have last taken them over."""
+        return self.parts.registry.is_edited(self.defaults)
+
+    def require_settled(self, call: str) -> None:
+        """Refuse a call while backward has updated some parameters; see ``Gradients``.
+
+        Args:
+            call: The user's, for messages.
+        """
+        self.require_open()
+        self.parts.grads.require_settled(call)
+
+    def wait_params(self) -> None:
+        """Wait until all parameters are here; see ``ShardPolicy.prefetch_params``.
+
+        Raises:
+            CallOrderError: This rank's user has written to a parameter on its way.
+            RankFailureError: A rank was lost, or did not respond for ``policy.timeout_s``.
+        """
+        self.require_open()
+        self.parts.prefetch.finish()
+
+    def _arrive(self) -> None:
+        """Do all work behind what the user has done so far, with all parameters here."""
+        self._enter_queue()
+        self.parts.prefetch.finish()
 
     def _enter_queue(self) -> None:
         """Do all work behind what the framework has handed to its device so far."""
@@ -339,7 +387,7 @@ class Optimizer(Generic[P]):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self.parts.clipping.max_grad_norm = as_max_grad_norm(value)
+        self.parts.clipping.max_grad_norm = _as_max_grad_norm(value, self.policy)
 
     # -- for checkpoints ---------------------------------------------------------------------------
 
@@ -401,8 +449,10 @@ class Optimizer(Generic[P]):
             needs_norm=parts.clipping.needs_norm,
             placement=parts.residence.placement,
             ring=plan_ring(self.partition, parts.policy.ring_nbytes)
-            if parts.grads.are_averages
+            if parts.grads.are_averages or parts.grads.are_updates
             else None,
+            sums_by_node=parts.policy.accumulate == "node",
+            has_row=parts.grads.are_averages,
         )
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:
@@ -440,7 +490,9 @@ class Optimizer(Generic[P]):
             work.close()
         outcomes = [attempt(listener.close) for listener in self.listeners]
         self.listeners.clear()
-        self.enter_call("close()", {})
+        _, late = attempt(self.parts.prefetch.finish)
+        unsettled = attempt(self.require_settled, "close()").error
+        self.enter_call("close()", {}, late or unsettled)
         self.parts.overlap.settle(self.last_step.step)
         self._release("close()")
         for _, error in outcomes:
@@ -468,6 +520,21 @@ class Optimizer(Generic[P]):
             self.states.release()
         finally:
             self.parts.free(call)
+
+
+def _as_max_grad_norm(value: object, policy: ShardPolicy) -> float | None:
+    """Return a norm to clip to, or None.
+
+    Raises:
+        HyperparamsError: It is neither a positive number nor None, or cannot be had.
+    """
+    norm = as_max_grad_norm(value)
+    if norm is not None and policy.update_in_backward:
+        raise HyperparamsError(
+            f"max_grad_norm must be None with {OPTION}; got {norm}. The norm is known only after "
+            "backward, which updates: leave the option out to clip."
+        )
+    return norm
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from shardopt.comm.consensus import attempt
 from shardopt.core.param_values import parse_values, share_values
 from shardopt.core.shared_params import UserChanges
-from shardopt.errors import HyperparamsError
+from shardopt.errors import HyperparamsError, PartitionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from shardopt._typing import FloatArray
     from shardopt.core.optimizer import Optimizer
 
 
 class ParamCalls:
-    """Gives all ranks other values of parameters than a step would.
+    """Calls that set parameters on all ranks to other values than a step would.
 
     Args:
         core: The optimizer.
@@ -53,6 +54,42 @@ class ParamCalls:
         self._core.params.load(loaded.arrays, step)
         self._core.last_step = self._core.last_step.without_poison()
         return loaded.others
+
+    def grad(self, param: Any) -> FloatArray | None:
+        """Return the gradient of a parameter as this rank sees it, to look at.
+
+        In stage 1 it is this rank's own, or the average over all ranks after ``average_grads()``.
+        In stage 2 on one node it is the average, of as many backwards as this rank has run, and the
+        call waits for ranks that are behind, as every use of ``p.grad`` does.
+
+        Not collective: each rank may call it by itself.
+
+        Args:
+            param: The parameter.
+
+        Returns:
+            An array of its shape and dtype that cannot be written to: a view, which shows what
+            becomes of the gradient, or a copy if it is on a device. None if there is none.
+
+        Raises:
+            CallOrderError: In stage 2 on several nodes no rank has it before ``average_grads()``.
+            PartitionError: ``param`` is none of the optimizer's parameters, or its gradient is not
+                dense.
+        """
+        self._core.require_open()
+        registry = self._core.parts.registry
+        if (index := registry.index_of(param)) is None:
+            raise PartitionError(
+                f"param must be a parameter of this optimizer; got {type(param).__name__}. Pass "
+                "one of those in opt.param_groups."
+            )
+        binding = registry.bindings[index]
+        array = registry.adapter.grad(param, binding.name) if binding.has_grad() else None
+        if array is None:
+            return None
+        shown = registry.host(array).view()
+        shown.flags.writeable = False
+        return shown
 
     def adopt(self, rank: int = 0) -> None:
         """Set the parameters of all ranks to those of one, with what was written to them there.

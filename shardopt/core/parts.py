@@ -24,6 +24,7 @@ from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
 from shardopt.overlap.averaged import make_gradients
 from shardopt.overlap.backward import Overlap, make_overlap
+from shardopt.overlap.prefetch import Prefetch, make_prefetch
 from shardopt.params.adapter import Adapter
 from shardopt.params.forms import FormRules
 from shardopt.params.gradients import Gradients
@@ -31,12 +32,14 @@ from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.policy import ShardPolicy
 from shardopt.rule.cohorts import Cohorts
+from shardopt.rule.hyperparams import Rule
 from shardopt.store.device import OnDevice
 from shardopt.store.memory import Memory
 from shardopt.store.residence import InNodeMemory, Residence
 from shardopt.trace import Trace
 from shardopt.transport.copies import make_copies
 from shardopt.transport.sync import BucketSync, make_sync
+from shardopt.transport.updating import UpdatingReduction
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Parts:
         sync: Gradients and parameters between nodes.
         grads: Gradients on their way to the kernel.
         overlap: Communication beside backward.
+        prefetch: Communication beside forward.
         clipping: Clips, and skips steps.
         tracing: The trace of this rank.
         refused: Why the policy cannot be had here, for all ranks to raise, or None.
@@ -73,6 +77,7 @@ class Parts:
     sync: BucketSync
     grads: Gradients
     overlap: Overlap
+    prefetch: Prefetch
     clipping: Clipping
     tracing: Tracing
     refused: Exception | None
@@ -142,6 +147,7 @@ class Parts:
         """
         self.registry.release()
         with deadline(self.policy.timeout_s, call, self.failure):
+            self.prefetch.free()
             self.overlap.free()
             self.tracing.align(self.consensus, self.sync.step, call)
             self.grads.free()
@@ -161,7 +167,7 @@ def kind_of(device: str) -> str:
 
 
 def _make_residence(
-    device: str | None, host: Backend, consensus: Consensus, *, offload: bool
+    device: str | None, host: Backend, consensus: Consensus, call: str, *, offload: bool
 ) -> tuple[Residence, str]:
     """Choose where parameters live, and where steps compute. Collective: every rank.
 
@@ -169,27 +175,28 @@ def _make_residence(
         device: See ``make_parts``.
         host: Computes on this rank's cores.
         consensus: The ranks.
+        call: The user's call, for messages.
         offload: Whether steps compute there although parameters are on a device.
 
     Returns:
         The residence, and the device that all parameters must be on.
     """
-    everyone = consensus.collectives.allgather(device, 0, "NAdam()")
+    everyone = consensus.collectives.allgather(device, 0, call)
     kinds = {kind_of(each) for each in everyone if each is not None}
     if device is None or len(kinds) > 1:
         return InNodeMemory(host), HOST
     if kinds == {HOST} or None in everyone:  # the error of a rank without is raised soon
         return InNodeMemory(host), device
     arena = consensus.group.arena
-    made = _make_device(device, arena, consensus)
+    made = _make_device(device, arena, consensus, call)
     return OnDevice(made, arena, host if offload else None), device
 
 
-def _make_device(name: str, arena: Arena, consensus: Consensus) -> Device:
+def _make_device(name: str, arena: Arena, consensus: Consensus, call: str) -> Device:
     """Return the device of this rank, or raise on all ranks if one cannot use its own."""
     made, error = attempt(make_device, name, arena)
     try:
-        consensus.enter_call("NAdam()", {}, error, step=0)
+        consensus.enter_call(call, {}, error, step=0)
     except RankFailureError:
         raise
     except Exception:
@@ -203,18 +210,29 @@ def _why_not(
     policy: ShardPolicy, adapter: Adapter[Any], topology: Topology, residence: Residence
 ) -> HyperparamsError | None:
     """Return why a policy's stage cannot be had, or None if it can."""
+    if policy.accumulate == "node" and topology.num_nodes == 1:
+        return HyperparamsError(
+            "policy.accumulate must be exact on one node, where nothing is exchanged; got node. "
+            "Leave it out."
+        )
     if policy.stage == 1:
         return None
+    if policy.update_in_backward and topology.num_nodes > 1:
+        return HyperparamsError(
+            f"policy.update_in_backward must be False with {topology.num_nodes} nodes; got True. "
+            "Leave it out: it is for PyTorch on CPUs, on one node."
+        )
+    sends_nothing = topology.num_nodes > 1 and not policy.overlap
     reasons = {
         "parameters on a device": not residence.is_home,
         "a framework that does not report its gradients": not adapter.shows_averages,
-        f"{topology.num_nodes} nodes": topology.num_nodes > 1,
+        "overlap=False on several nodes, which would have to wait for backward": sends_nothing,
     }
     for reason, holds in reasons.items():
         if holds:
             return HyperparamsError(
                 f"policy.stage must be 1 with {reason}; got 2. Leave it out: stage 1 works there. "
-                "Stage 2 is for PyTorch on CPUs, on one node."
+                "Stage 2 is for PyTorch on CPUs, and sends gradients as backward goes."
             )
     return None
 
@@ -223,7 +241,7 @@ def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: 
     """Lay out no parameters yet, in buckets of the policy's size or of a default one."""
     num_nodes, node_size = topology.num_nodes, topology.node_size
     if bucket_nbytes is None and has_one_row:
-        bucket_nbytes = ring_bucket_nbytes(node_size)
+        bucket_nbytes = ring_bucket_nbytes(num_nodes, node_size)
     elif bucket_nbytes is None:
         bucket_nbytes = default_bucket_nbytes(num_nodes, topology.world_size)
     return plan_partition((), num_nodes, node_size, bucket_nbytes)
@@ -232,6 +250,7 @@ def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: 
 def make_parts(
     comm: MPI.Intracomm,
     adapter: Adapter[Any],
+    rule: Rule,
     device: str | None,
     max_grad_norm: float | None,
     policy: ShardPolicy,
@@ -244,37 +263,55 @@ def make_parts(
     Args:
         comm: The ranks that train together.
         adapter: Reads and binds the framework's parameters.
+        rule: How a step computes.
         device: Where they are; None if this rank has none, or cannot tell. If ranks differ, the
             parameters will be refused on all of them.
         max_grad_norm: See ``Clipping``.
         policy: How to shard.
         failure: What to do about ranks that are lost.
     """
+    call = f"{rule.name}()"
     trace, error = start_trace(policy.trace, device, adapter.annotate)
-    consensus = make_consensus(comm, policy, failure, trace)
-    tracing = agree_on_trace(consensus, trace, error, "NAdam()")
+    consensus = make_consensus(comm, policy, failure, trace, call)
+    tracing = agree_on_trace(consensus, trace, error, call)
     topology, collectives = consensus.topology, consensus.collectives
-    with deadline(policy.timeout_s, "NAdam()", failure):
+    with deadline(policy.timeout_s, call, failure):
         num_cores = cores_per_rank(topology)
         place = topology.places[topology.rank]
         arena = consensus.group.arena
         arena.reclaim()  # what dropped optimizers have left
         host = CpuBackend(policy.threads or num_cores)
         offload = policy.offload is not None
-        residence, device = _make_residence(device, host, consensus, offload=offload)
+        residence, device = _make_residence(device, host, consensus, call, offload=offload)
         backend = residence.backend
         refused = _why_not(policy, adapter, topology, residence)
         has_one_row = policy.stage == 2 and refused is None
         layout = _plan_layout(topology, policy.bucket_nbytes, has_one_row=has_one_row)
-        memory = Memory(place, arena, residence, has_one_row=has_one_row)
-        rules = FormRules(policy.optim_bits, policy.master_weights)
-        registry = Registry(adapter, layout, residence.holder, device, rules)
-        copies, wire = make_copies(topology, memory), policy.wire_dtype
-        sync = make_sync(
-            topology, backend, copies, collectives, wire, trace, has_one_row=has_one_row
+        in_backward = has_one_row and policy.update_in_backward
+        memory = Memory(
+            place, arena, residence, has_one_row=has_one_row, keeps_views=not in_backward
         )
-        grads = make_gradients(registry, memory, sync.reduction, collectives, policy.ring_nbytes)
-        overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=policy.overlap)
+        rules = FormRules(policy.optim_bits, policy.master_weights)
+        registry = Registry(adapter, layout, residence.holder, device, rules, rule)
+        copies, wire = make_copies(topology, memory), policy.wire_dtype
+        cohorts, updating = Cohorts(layout, policy.seed), None
+        if in_backward:
+            updating = UpdatingReduction(backend, place[1], memory.state, cohorts, trace)
+        sync = make_sync(
+            topology,
+            backend,
+            copies,
+            collectives,
+            wire,
+            trace,
+            has_one_row=has_one_row,
+            sums_by_node=policy.accumulate == "node",
+            updating=updating,
+        )
+        grads = make_gradients(registry, memory, sync, consensus, policy.ring_nbytes)
+        wanted = policy.overlap and not has_one_row  # which sends in backward by itself
+        overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=wanted)
+        prefetch, error = make_prefetch(collectives, registry, memory, sync, overlap, policy)
     sends_float16 = topology.num_nodes > 1 and policy.wire_dtype == "float16"
     return Parts(
         policy=policy,
@@ -285,11 +322,12 @@ def make_parts(
         backend=backend,
         memory=memory,
         registry=registry,
-        rule=Cohorts(layout, policy.seed),
+        rule=cohorts,
         sync=sync,
         grads=grads,
         overlap=overlap,
-        refused=refused,
+        prefetch=prefetch,
+        refused=refused or error,
         clipping=Clipping(max_grad_norm, policy, memory, sends_float16),
         tracing=tracing,
     )

@@ -82,7 +82,7 @@ class Regrouping:
             assert groups.value is not None
             return plan_added(groups.value, self._parts.registry)
 
-        self._parts.grads.leave(call.step)
+        self._parts.grads.leave(call.name, call.step)
         planned, error = attempt(self._plan, plan)
         regions = self._prepare(call, planned, error)
         assert planned is not None
@@ -101,9 +101,9 @@ class Regrouping:
             The names of parameters that have come back without the state that they once had.
         """
         registry = self._parts.registry
-        self._parts.grads.leave(call.step)
-        planned, error = attempt(self._plan, lambda: plan_edited(registry, defaults))
         try:
+            self._parts.grads.leave(call.name, call.step)
+            planned, error = attempt(self._plan, lambda: plan_edited(registry, defaults))
             regions = self._prepare(call, planned, error)
         except Exception:
             stay = {id(param) for param in params_in(registry.param_groups)}
@@ -136,7 +136,7 @@ class Regrouping:
         """Have all ranks agree, and allocate the regions of new parameters. Collective."""
         parts, step = self._parts, call.step
         enter = parts.consensus.enter_call
-        description = {**call.settings, **describe_groups(planned)}
+        description = {**call.settings, **describe_groups(planned, self._parts.registry.rule)}
         enter(call.name, description, error, step=step)
         assert planned is not None
         enter(call.name, {}, self._shortage(planned), step=step)
@@ -159,7 +159,10 @@ class Regrouping:
         topology, adapter = self._parts.topology, self._parts.registry.adapter
         trained = {index: adapter.requires_grad(p) for index, p in planned.added.items()}
         regions = _new_regions(planned)
-        need = plan_node_need(planned.partition, topology.node, regions, trained)
+        num_rows, grads = topology.node_size, self._parts.grads
+        if grads.are_averages or grads.are_updates:  # one, if any
+            num_rows = int(grads.are_averages and topology.num_nodes == 1)
+        need = plan_node_need(planned.partition, topology.node, regions, trained, num_rows)
         if need.least_nbytes < _SMALL_NBYTES:  # thousands of small optimizers are made quickly
             return None
         return memory_shortage(Demand(topology.node_size, need.least_nbytes, need.view_nbytes))

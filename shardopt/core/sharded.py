@@ -20,7 +20,9 @@ from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group, group_values
 from shardopt.params.model import ModelContent
 from shardopt.report import StepReport, tell
-from shardopt.rule.nadam import StepCount
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.hyperparams import Rule
+from shardopt.rule.nadam import NAdam
 from shardopt.store.buffers import ShardBuffers
 from shardopt.trace import Trace
 
@@ -68,6 +70,7 @@ class Scalars:
         num_steps: Calls of ``step()`` so far.
         loss_scale: The loss scale of the last of them.
         seed: Of rounding by chance.
+        rule: The update rule.
     """
 
     params: Sequence[ParamSpec]
@@ -76,6 +79,7 @@ class Scalars:
     num_steps: int
     loss_scale: float
     seed: int = 0
+    rule: Rule = NAdam
 
     def saved_groups(self) -> tuple[list[Group], dict[str, str]]:
         """Return the groups as files can hold them.
@@ -166,6 +170,21 @@ class Sharded(Protocol):
         Args:
             call: The name of the call, as users know it.
         """
+        ...
+
+    def require_whole(self, call: str) -> None:
+        """Refuse a state of which a step that raised has updated a part.
+
+        Args:
+            call: The name of the call, as users know it.
+
+        Raises:
+            CheckpointError: It has.
+        """
+        ...
+
+    def mend(self) -> None:
+        """Note that all of the state has been loaded."""
         ...
 
     def find_changes(self) -> Any:
@@ -327,6 +346,7 @@ class ShardedOptimizer:
             num_steps=core.last_step.step,
             loss_scale=core.last_step.loss_scale,
             seed=core.policy.seed,
+            rule=core.parts.registry.rule,
         )
 
     def restore(self, scalars: Scalars) -> None:
@@ -340,6 +360,14 @@ class ShardedOptimizer:
     def take_over_groups(self, call: str) -> None:
         """See ``Sharded``."""
         self._core.take_over_groups(call)
+
+    def require_whole(self, call: str) -> None:
+        """See ``Sharded``."""
+        self._core.parts.grads.require_whole(call)
+
+    def mend(self) -> None:
+        """See ``Sharded``."""
+        self._core.parts.grads.mend()
 
     def find_changes(self) -> UserChanges:
         """See ``Sharded``."""

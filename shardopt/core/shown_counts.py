@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from shardopt._typing import FloatArray
-from shardopt.core.state_edits import COUNT_KEYS
 from shardopt.params.writes import Written
-from shardopt.rule.nadam import StepCount
+from shardopt.rule.coefficients import StepCount
 
 _GONE = -1
 
@@ -35,7 +34,7 @@ class _Chunk:
 
     def show(self, counts: Sequence[StepCount]) -> None:
         """Show other values where users have not changed them."""
-        for key in COUNT_KEYS:
+        for key in self.values:
             pairs = zip(self.params, self.shown[key].tolist(), strict=True)
             new = [old if param == _GONE else getattr(counts[param], key) for param, old in pairs]
             is_shown = self.values[key] == self.shown[key]
@@ -48,10 +47,11 @@ class ShownCounts:
 
     Args:
         step_dtype: Of the number of steps.
+        keys: The keys of a count: see ``Hyperparams.count_keys``.
     """
 
-    def __init__(self, step_dtype: str) -> None:
-        self._dtypes = {"step": step_dtype, "mu_product": "float64"}
+    def __init__(self, step_dtype: str, keys: Sequence[str]) -> None:
+        self._dtypes = {key: step_dtype if key == "step" else "float64" for key in keys}
         self._chunks: list[_Chunk] = []
         self._places: dict[int, tuple[_Chunk, int]] = {}  # by number of the parameter
 
@@ -66,14 +66,14 @@ class ShownCounts:
     def values(self, index: int) -> dict[str, FloatArray]:
         """Return the count of a parameter by key, [] each, to read and to write."""
         chunk, offset = self._places[index]
-        return {key: chunk.values[key][offset, ...] for key in COUNT_KEYS}
+        return {key: chunk.values[key][offset, ...] for key in self._dtypes}
 
     def edited(self) -> Iterator[Written]:
         """Yield what users have changed, parameter by parameter."""
         found = [
             Written(chunk.params[offset], key)
             for chunk in self._chunks
-            for key in COUNT_KEYS
+            for key in self._dtypes
             for offset in np.flatnonzero(chunk.values[key] != chunk.shown[key]).tolist()
         ]
         yield from sorted(edit for edit in found if edit.param != _GONE)
@@ -81,7 +81,7 @@ class ShownCounts:
     def forget(self, index: int) -> None:
         """Drop what users have changed of a parameter."""
         chunk, offset = self._places[index]
-        for key in COUNT_KEYS:
+        for key in self._dtypes:
             chunk.values[key][offset] = chunk.shown[key][offset]
 
     def rearrange(self, moves: Mapping[int, int]) -> None:

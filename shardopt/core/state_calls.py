@@ -39,7 +39,7 @@ class StateCalls:
 
     @property
     def state(self) -> State:
-        """The state of each parameter: ``step``, ``mu_product``, ``exp_avg`` and ``exp_avg_sq``.
+        """The state of each parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` and so on, as torch's.
 
         Parameters of 16 bits have a ``master``, too. Parameters that are frozen and have never
         stepped have no entry. The arrays are views; step counts are brought up to date whenever an
@@ -53,12 +53,14 @@ class StateCalls:
         one that shows the state before the last step raises a ``CheckpointError`` as soon as it is
         met, on all ranks if it is in a collective call, and is dropped.
         """
-        self._core.require_open()
+        self._core.require_settled("opt.state")
+        self._core.wait_params()
         return self._view.mapping
 
     def set_state(self, entries: Mapping[Any, Any]) -> None:
         """Replace all entries of ``state``; parameters that have none there start anew."""
-        self._core.require_open()
+        self._core.require_settled("opt.state")
+        self._core.wait_params()
         self._view.assign(entries)
 
     def reset_state(self, params: Iterable[Any] | None = None) -> None:
@@ -70,11 +72,12 @@ class StateCalls:
         Raises:
             PartitionError: One is not the optimizer's.
         """
-        self._core.require_open()
+        self._core.require_settled("reset_state()")
+        self._core.wait_params()
         self._view.reset(params)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in the format of torch.optim.NAdam; no communication, and no copies.
+        """Return the state, in the format of torch's optimizer; no communication, and no copies.
 
         On one node, any rank's is the whole state. On several it is the part of this rank's node,
         and a warning says so after the first step. Where ranks cannot address each other's devices
@@ -84,23 +87,25 @@ class StateCalls:
         for a copy of this one, take ``copy.deepcopy(opt.state_dict())``, or save it to a file.
 
         Returns:
-            ``state``: for each parameter's index ``step``, ``mu_product``, ``exp_avg`` and
-            ``exp_avg_sq``, in the parameter's shape. ``param_groups``: as torch has it. On several
-            nodes ``exp_avg`` and ``exp_avg_sq`` are the node's elements, [node_numel], with
+            ``state``: for each parameter's index ``step``, ``exp_avg`` and ``exp_avg_sq``, in the
+            parameter's shape, and NAdam's ``mu_product``. ``param_groups``: as torch has it. On
+            several nodes ``exp_avg`` and ``exp_avg_sq`` are the node's elements, [node_numel], with
             ``slices``, their runs of the flattened parameter, and ``shardopt`` has the number of
             the ``node`` and ``num_nodes``.
 
         Raises:
             CheckpointError: Something was put into ``state`` that does not belong there.
         """
-        self._core.require_open()
+        self._core.require_settled("state_dict()")
+        self._core.parts.grads.require_whole("state_dict()")
+        self._core.wait_params()
         self._core.complete_groups()
         if not self.is_whole and any(count.step for count in self._core.step_counts):
             tell(part_warning(*self._view.home.part), aloud=True)
         return self._view.state_dict(self._state)
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """Copy the whole state to one rank, in the format of torch.optim.NAdam.
+        """Copy the whole state to one rank, in the format of torch's optimizer.
 
         Collective: every rank.
 
@@ -117,7 +122,8 @@ class StateCalls:
                 f"root must be a rank, 0 to {ranks[-1]}; got {root!r}. Leave it out for rank 0."
             )
         changes, found_error = attempt(self._core.params.find_changes)
-        self._core.enter_call("gather_state_dict()", {"root": root}, error or found_error)
+        torn = attempt(self._core.parts.grads.require_whole, "gather_state_dict()").error
+        self._core.enter_call("gather_state_dict()", {"root": root}, error or torn or found_error)
         assert changes is not None
         self._core.settle(changes)
         self._core.parts.residence.bring_home(params=False, state=True)
@@ -133,9 +139,10 @@ class StateCalls:
 
         Args:
             state_dict: A whole one, as ``state_dict`` on one node, ``gather_state_dict`` or
-                torch.optim.NAdam returned it; or a part, as ``state_dict`` returned it on several
-                nodes. Ranks may pass different parts, or None, if all of them together have the
-                whole. The names of parameters in it do not matter, only their order.
+                torch's optimizer of the same name returned it; or a part, as ``state_dict``
+                returned it on several nodes. Ranks may pass different parts, or None, if all of
+                them together have the whole. The names of parameters in it do not matter, only
+                their order.
 
         Raises:
             CheckpointError: It is of another model, or shows this optimizer at another step, or
@@ -181,6 +188,7 @@ class StateCalls:
             core.param_groups,
             core.parts.registry.adapter,
             core.parts.residence.holder,
+            core.parts.registry.rule,
         )
 
 

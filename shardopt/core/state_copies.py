@@ -1,5 +1,6 @@
 """Copies of values that the optimizer state holds as codes, as users get them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -7,6 +8,7 @@ import numpy as np
 import xxhash
 
 from shardopt._typing import FloatArray
+from shardopt.core.array_memory import is_same_memory
 from shardopt.core.state_parsing import require
 from shardopt.layout.partition import ParamSpec
 
@@ -16,13 +18,32 @@ class _Copy(NamedTuple):
 
     Attributes:
         array: The memory, as long as anything of the user's shows it.
+        value: The copy as the framework has it, likewise; it may have been given other memory.
         what: What it shows.
+        numel: Number of values.
         digest: Of the values.
     """
 
     array: "ref[FloatArray]"
+    value: Callable[[], Any]
     what: str
+    numel: int
     digest: int
+
+    def shown(self) -> list[FloatArray]:
+        """Return the values that the user still has, flat; twice if the copy got other memory.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: NumPy cannot read what it shows by now.
+        """
+        memory, value = self.array(), self.value()
+        found = [] if memory is None else [memory.reshape(-1)[: self.numel]]
+        if value is not None:
+            array = np.asarray(value.detach() if hasattr(value, "detach") else value)
+            flat = np.ascontiguousarray(array).reshape(-1)
+            if not found or not is_same_memory(flat, found[0]):
+                found.append(flat)
+        return found
 
 
 class DecodedCopies:
@@ -68,7 +89,8 @@ class DecodedCopies:
             value.flags.writeable = memory.flags.writeable = False  # for good
             return
         what = f"{key} of {spec.name!r} in opt.state"
-        self._handed_out.append(_Copy(ref(memory), what, _digest(memory)))
+        copy = _Copy(ref(memory), _weak(value), what, array.size, _digest(array))
+        self._handed_out.append(copy)
         self._kept.append(memory)
 
     def forget(self) -> None:
@@ -83,9 +105,15 @@ class DecodedCopies:
         """
         unwritten, written = list[_Copy](), list[_Copy]()
         for copy in self._handed_out:
-            array = copy.array()
-            if array is not None:
-                (unwritten if _digest(array) == copy.digest else written).append(copy)
+            try:
+                shown = copy.shown()
+                is_written = any(_digest(array) != copy.digest for array in shown)
+            except (TypeError, ValueError, RuntimeError):  # it is bfloat16 now, say
+                shown, is_written = [], True
+            if is_written:
+                written.append(copy)
+            elif shown:
+                unwritten.append(copy)
         self._handed_out = unwritten
         self._now.clear()
         self._kept.clear()
@@ -95,6 +123,13 @@ class DecodedCopies:
 
 
 _REMEDY = "Write opt.state[param][key] = new values"
+
+
+def _weak(value: Any) -> Callable[[], Any]:
+    try:
+        return ref(value)
+    except TypeError:  # its class allows no reference: only the memory is looked at
+        return lambda: None
 
 
 def _digest(array: FloatArray) -> int:

@@ -25,7 +25,8 @@ from shardopt.layout.partition import Partition, Shard
 from shardopt.layout.span import Span
 from shardopt.params.adapter import Adapter
 from shardopt.params.groups import Group
-from shardopt.rule.nadam import Hyperparams, StepCount
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.hyperparams import Hyperparams, Rule
 from shardopt.store.memory import Memory
 
 StateDict = dict[str, Any]
@@ -61,6 +62,7 @@ class OptimizerState:
         groups: The param groups.
         adapter: Knows the framework's arrays.
         holder: Holds what the framework holds.
+        rule: The update rule.
     """
 
     partition: Partition
@@ -69,6 +71,7 @@ class OptimizerState:
     groups: list[Group]
     adapter: Adapter[Any]
     holder: Backend
+    rule: Rule
 
     @property
     def params(self) -> list[Any]:
@@ -99,7 +102,7 @@ class OptimizerState:
         step = np.array(count.step, self.adapter.step_dtype)
         mu_product = np.array(count.mu_product, np.float64)
         numbers = {"step": step, "mu_product": mu_product}
-        return {key: self.adapter.from_number(number) for key, number in numbers.items()}
+        return {key: self.adapter.from_number(numbers[key]) for key in self.rule.count_keys}
 
 
 def state_parts(

@@ -137,4 +137,6 @@ class StateAtHome:
         """The state without what users know of it."""
         parts, registry = self._parts, self._parts.registry
         adapter, holder = registry.adapter, parts.residence.holder
-        return OptimizerState(registry.partition, parts.memory, (), [], adapter, holder)
+        return OptimizerState(
+            registry.partition, parts.memory, (), [], adapter, holder, registry.rule
+        )

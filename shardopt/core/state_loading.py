@@ -18,7 +18,7 @@ from shardopt.layout.span import Span
 from shardopt.layout.state_spec import FULL
 from shardopt.params.group_values import saved_values
 from shardopt.params.groups import Group
-from shardopt.rule.nadam import StepCount
+from shardopt.rule.coefficients import StepCount
 
 _CALL = "load_state_dict()"
 

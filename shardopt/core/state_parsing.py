@@ -9,6 +9,7 @@ import numpy as np
 
 from shardopt._typing import FloatArray
 from shardopt.core.state_dict import PART_KEY, OptimizerState
+from shardopt.core.state_edits import COUNT_KEYS
 from shardopt.errors import CheckpointError, HyperparamsError
 from shardopt.layout.dtypes import is_floating
 from shardopt.layout.partition import ParamSpec
@@ -16,9 +17,9 @@ from shardopt.layout.span import Span
 from shardopt.layout.state_spec import StateSpec
 from shardopt.params.groups import Group, group_values
 from shardopt.params.writes import Written
-from shardopt.rule.nadam import Hyperparams, StepCount
-
-_SCALARS = ("step", "mu_product")
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.hyperparams import Rule
+from shardopt.rule.rules import names_of_others
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,14 @@ def _parse_state(state_dict: Mapping[str, Any], state: OptimizerState, views: Vi
     for key in ("state", "param_groups"):
         rule = f"have the key {key!r}"
         require(key in state_dict, "state_dict", rule, sorted(state_dict), _OWN_FORMAT)
-    new_groups = _parse_groups(state_dict["param_groups"], state.groups)
-    hypers = [Hyperparams.from_group(group) for group in new_groups]
-    entries, ids = state_dict["state"], _parse_ids(state_dict["param_groups"])
+    entries = state_dict["state"]
+    others = {key for entry in entries.values() for key in COUNT_KEYS if key in entry}
+    others -= set(state.rule.count_keys)
+    rule = f"be {state.rule.name}'s, which has no {', '.join(others)}"
+    require(not others, "the state", rule, "another optimizer's", _OTHER_RULE)
+    new_groups = _parse_groups(state_dict["param_groups"], state)
+    hypers = [state.rule.from_group(group) for group in new_groups]
+    ids = _parse_ids(state_dict["param_groups"])
     surplus = sorted(set(entries) - set(ids), key=str)
     rule = "have entries for the params of its param_groups only"
     require(not surplus, "state", rule, surplus, _OTHER_MODEL)
@@ -144,7 +150,7 @@ def _parse_state(state_dict: Mapping[str, Any], state: OptimizerState, views: Vi
             continue
         given = entries[own_id]
         entry = state.read_entry(given, hypers[param.spec.group])
-        piece = _parse_piece(entry, param.spec, is_whole=is_whole)
+        piece = _parse_piece(entry, param.spec, state.rule, is_whole=is_whole)
         count = parse_step_count(entry, param.spec.name)
         admitted = {
             key: views.admit(given.get(key), array, Written(index, key), count.step)
@@ -164,15 +170,16 @@ def _parse_ids(groups: Sequence[Mapping[str, Any]]) -> list[Hashable]:
     return ids
 
 
-def _parse_piece(entry: Mapping[str, Any], spec: ParamSpec, *, is_whole: bool) -> Piece:
+def _parse_piece(entry: Mapping[str, Any], spec: ParamSpec, rule: Rule, *, is_whole: bool) -> Piece:
     """Check one parameter's entry."""
     specs = spec.state
     present = [array for array in specs if not array.is_optional or array.key in entry]
-    keys = {*_SCALARS, *(array.key for array in present)}
+    keys = {*rule.count_keys, *(array.key for array in present)}
     keys |= set() if is_whole else {"slices"}
-    rule = f"have the keys {', '.join(sorted(keys))}"
+    must = f"have the keys {', '.join(sorted(keys))}"
     got = set(entry) - {"master"} | (keys & {"master"})  # not all parameters use masters
-    require(got == keys, f"state of {spec.name!r}", rule, sorted(entry), _OTHER_MODEL)
+    remedy = _OTHER_RULE if got ^ keys == {"mu_product"} else _OTHER_MODEL
+    require(got == keys, f"{rule.name}'s state of {spec.name!r}", must, sorted(entry), remedy)
     runs: tuple[Span, ...] = (Span(0, spec.numel),)
     shape = spec.shape
     if not is_whole:
@@ -208,7 +215,8 @@ def parse_array(value: Any, spec: StateSpec, name: str, shape: tuple[int, ...]) 
     return flat
 
 
-def _parse_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[Group]:
+def _parse_groups(saved: Sequence[Mapping[str, Any]], state: OptimizerState) -> list[Group]:
+    groups = state.groups
     require(
         len(saved) == len(groups), "param_groups", f"be {len(groups)}", len(saved), _OTHER_MODEL
     )
@@ -216,9 +224,12 @@ def _parse_groups(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -
     for index, (old, new) in enumerate(zip(groups, saved, strict=True)):
         name, size, got = f"params of param_groups[{index}]", len(old["params"]), new["params"]
         require(len(got) == size, name, f"be {size}", len(got), _OTHER_MODEL)
+        others = [key for key in names_of_others(state.rule) if key in new and key not in old]
+        rule = f"be {state.rule.name}'s, which has no {', '.join(others)}"
+        require(not others, f"param_groups[{index}]", rule, "another optimizer's", _OTHER_RULE)
         values = group_values({**old, **copy.deepcopy(dict(new))})  # it may hold tensors
         try:
-            Hyperparams.from_group(values)
+            state.rule.from_group(values)
         except HyperparamsError as error:
             raise CheckpointError(f"in param_groups[{index}] of the state dict, {error}") from None
         parsed.append(values)
@@ -231,7 +242,7 @@ def parse_step_count(entry: Mapping[str, Any], name: str) -> StepCount:
     Raises:
         CheckpointError: It is none.
     """
-    step, mu_product = float(entry["step"]), float(entry["mu_product"])
+    step, mu_product = float(entry["step"]), float(entry.get("mu_product", 1.0))
     whole = step >= 0 and step.is_integer()
     require(whole, f"step of {name!r}", "be a whole number >= 0", step, _OTHER_MODEL)
     in_range = 0.0 <= mu_product <= 1.0
@@ -241,6 +252,10 @@ def parse_step_count(entry: Mapping[str, Any], name: str) -> StepCount:
 
 _OWN_FORMAT = "Pass what state_dict() or gather_state_dict() gave"
 _OTHER_MODEL = "Load it into the optimizer of the model it was saved from"
+_OTHER_RULE = (
+    "It is another optimizer's: load it into that, and go on from a checkpoint of it with "
+    "shardopt.checkpoint.load(..., other_optimizer=True)"
+)
 
 
 def require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:

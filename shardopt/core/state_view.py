@@ -33,7 +33,7 @@ from shardopt.errors import CheckpointError, PartitionError
 from shardopt.layout.partition import ParamSpec
 from shardopt.params.groups import Group
 from shardopt.params.writes import UserWrites, Written
-from shardopt.rule.nadam import Hyperparams, StepCount
+from shardopt.rule.coefficients import StepCount
 
 _AS_STATE = "Put in what opt.state has there, or call opt.reset_state()"
 
@@ -56,7 +56,7 @@ class StateView:
         self._parts = parts
         self.home = StateAtHome(parts, writes)
         self.stored: State | None = None
-        self.counts = ShownCounts(parts.registry.adapter.step_dtype)
+        self.counts = ShownCounts(parts.registry.adapter.step_dtype, parts.registry.rule.count_keys)
         self._shown: tuple[int, int] | None = None  # the version and number of shown step counts
         self.notes = StateNotes()
         self._step_counts: tuple[int, list[StepCount]] = -1, []
@@ -387,15 +387,16 @@ class StateView:
         """Return the step count of an entry that a user has put together, and its arrays, flat."""
         state = self.home.state
         specs = spec.state if self.home.is_whole else ()
-        name, keys = f"opt.state of {spec.name!r}", [*COUNT_KEYS, *(each.key for each in specs)]
+        name, count_keys = f"opt.state of {spec.name!r}", state.rule.count_keys
+        keys = [*count_keys, *(each.key for each in specs)]
         rule = f"be a dict with the keys {', '.join(keys)}"
         is_dict = isinstance(entry, Mapping)
         require(is_dict, name, rule, f"a {type(entry).__name__}", _AS_STATE)
-        hyper = Hyperparams.from_group(group)
+        hyper = state.rule.from_group(group)
         try:
             values = state.read_entry(entry, hyper)
             require(set(values) == set(keys), name, rule, sorted(values), _AS_STATE)
-            numbers = {key: float(values[key]) for key in COUNT_KEYS}
+            numbers = {key: float(values[key]) for key in count_keys}
             arrays = {
                 each.key: parse_array(values[each.key], each, spec.name, spec.shape)
                 for each in specs

@@ -19,6 +19,7 @@ from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.params.inputs import AgreedInputs, LocalInputs
 from shardopt.report import StepReport, Stopwatch
+from shardopt.rule.hyperparams import Hyperparams
 from shardopt.transport.sync import ReducedShard
 
 _NO_PARAM = 1 << 62
@@ -88,9 +89,8 @@ class Step:
         Returns:
             The report of this step, and the lowest vote for each background work.
         """
-        parts, kernel = self._parts, self._parts.backend.kernel
+        parts = self._parts
         number, trace, watch = before.step + 1, parts.trace, Stopwatch(parts.trace)
-        reduction = parts.sync.reduction
         found = attempt(self._inspect, call, number)
         parts.memory.publish()
         with trace.span("consensus", step=number):
@@ -106,16 +106,7 @@ class Step:
         updated = None if factor is None else agreed.present
         parts.sync.copies.begin_update(updated or 0, changes.mask)
         if factor is not None:
-            averaged = self.averaging.is_done
-            scales = factor / agreed.loss_scale, 1.0 if averaged else reduction.mean_scale
-            parts.rule.plan(agreed.present, agreed.hypers, *scales)
-            shards = parts.sync.averaged() if averaged else parts.sync.reduced()
-            for shard in shards:  # reduce-scatter; on one node: where they lie
-                plan = self._plan(shard)
-                with trace.span("update", shard), parts.memory.state.open(shard.shard) as state:
-                    kernel.update(shard.sources, shard.targets, state, plan)
-                parts.sync.publish(shard)  # all-gather, while the next shard is updated
-            parts.sync.complete()
+            self._update(agreed, factor, changes)
             parts.rule.commit()  # the commit point: step counts advance here
             parts.registry.bump_version(agreed.present)
             parts.note_update(agreed.present)
@@ -124,13 +115,17 @@ class Step:
         watch.lap("update")
         parts.memory.publish()
         with trace.span("consensus", step=number):
-            poisoned, votes = self.consensus.leave(self._first_poisoned(), number)
+            ends = self._first_poisoned(), parts.prefetch.order_digest()
+            poisoned, is_same_order, votes = self.consensus.leave(*ends, number)
         parts.memory.acquire()
         self._show(changes, updated or 0)
         watch.lap("finish")
         result = _Result(norm, factor, copied_nbytes, changes.diverged)
         report = self._report(number, agreed, result, watch.seconds)
+        parts.prefetch.start_step(is_same_order=is_same_order)
         parts.start_step(number + 1, was_changed=agreed.changed != 0)
+        parts.prefetch.finish_copies()  # all ranks have started the next step, or will
+        self._params.refresh()
         self.averaging.end()
         known = before.without_poison() if changes.params else before
         return report.with_poison(self._name_of(poisoned), known), votes
@@ -144,6 +139,7 @@ class Step:
             Exception: Something is wrong with them.
         """
         averaging, registry = self.averaging, self._parts.registry
+        unseen = attempt(self._parts.prefetch.require_read)
         held = attempt(self._parts.overlap.hold)  # before other gradients are copied in
         seen = attempt(registry.adapter.were_grads_written, call.num_writes)
         taken = attempt(self._parts.grads.take, step)  # with all ranks, whatever else is wrong
@@ -151,11 +147,15 @@ class Step:
             raise call.error
         averaging.require_unmixed()
         loss_scale = require_loss_scale(call.loss_scale)
-        changes = self._params.find_changes()
-        hypers = registry.read_hypers()
-        for error in (held.error, seen.error, taken.error):
+        changed = attempt(self._find_changes)
+        found = [unseen.error, held.error, seen.error, taken.error]
+        # A value that cannot be used is named before its gradient; after updates it may follow
+        # from what went wrong before.
+        found.insert(len(found) if self._parts.grads.are_updates else 0, changed.error)
+        for error in found:
             if error is not None:
                 raise error
+        changes, hypers = changed.value or UserChanges(), self._read_hypers()
         present, copied_nbytes = taken.value or (0, 0)
         self._parts.send_grads(present)
         return LocalInputs(
@@ -174,6 +174,14 @@ class Step:
                 **self._parts.grads.describe(loss_scale),
             },
         )
+
+    def _find_changes(self) -> UserChanges:
+        """Find what this rank's user has done since the last step."""
+        return self._params.find_changes()
+
+    def _read_hypers(self) -> Sequence[Hyperparams]:
+        """Return the hyperparameters of each param group for this step."""
+        return self._parts.registry.read_hypers()
 
     def _adopt(
         self, inputs: LocalInputs, agreed: AgreedInputs, changes: AgreedChanges, step: int
@@ -230,16 +238,37 @@ class Step:
         parts.sync.copies.show_params()
         if changes:
             self._params.show({index for index in changes.params if not updated >> index & 1})
-        self._params.refresh()
 
     # -- the update and after ----------------------------------------------------------------------
 
+    def _update(self, agreed: AgreedInputs, factor: float, changes: AgreedChanges) -> None:
+        """Update all parameters that have a gradient. Collective: every rank.
+
+        Args:
+            agreed: The inputs.
+            factor: On the gradients.
+            changes: What users have written.
+        """
+        parts, kernel, averaged = self._parts, self._parts.backend.kernel, self.averaging.is_done
+        mean_scale = 1.0 if averaged else parts.sync.reduction.mean_scale
+        parts.rule.plan(agreed.present, agreed.hypers, factor / agreed.loss_scale, mean_scale)
+        shards = parts.sync.averaged() if averaged else parts.sync.reduced()
+        later = None if changes else parts.prefetch.order()
+        for shard in shards:  # reduce-scatter; on one node: where they lie
+            plan = self._plan(shard)
+            with parts.trace.span("update", shard), parts.memory.state.open(shard.shard) as state:
+                kernel.update(shard.sources, shard.targets, state, plan)
+            if later is None:
+                parts.sync.publish(shard)  # all-gather, while the next shard is updated
+        if later is None:
+            parts.sync.complete()
+        else:
+            parts.prefetch.send(later)  # all-gather, while forward computes
+
     def _plan(self, shard: ReducedShard) -> UpdatePlan:
         """Return the segments and coefficients of a shard in this step."""
-        rule, dtype = self._parts.rule, compute_dtype(shard.plan.buffers.region.dtype)
-        segments, coefficients = rule.segments(shard.shard), rule.coefficients(dtype)
-        chance = rule.chance(shard.shard)
-        return UpdatePlan(shard.span, segments, coefficients, shard.shard.start, chance)
+        dtype = compute_dtype(shard.plan.buffers.region.dtype)
+        return UpdatePlan.of(self._parts.rule, shard.shard, shard.span, dtype)
 
     def _first_poisoned(self) -> int:
         """Return the first parameter that updates are known to have made inf or NaN."""

@@ -1,7 +1,7 @@
-"""NAdam for JAX: ``from shardopt.jax import NAdam, nadam``."""
+"""The optimizers for JAX: ``from shardopt.jax import AdamW, adamw``."""
 
-from shardopt.jax.optimizer import NAdam
+from shardopt.jax.optimizers import Adam, AdamW, NAdam, RAdam
 from shardopt.jax.state import NAdamState
-from shardopt.jax.transformation import nadam
+from shardopt.jax.transformations import adam, adamw, nadam, radam
 
-__all__ = ["NAdam", "NAdamState", "nadam"]
+__all__ = ["Adam", "AdamW", "NAdam", "NAdamState", "RAdam", "adam", "adamw", "nadam", "radam"]

@@ -1,4 +1,4 @@
-"""The optimizer for JAX: pytrees in, new arrays out."""
+"""The optimizers for JAX: pytrees in, new arrays out."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mpi4py import MPI
 
     from shardopt._typing import FloatArray
     from shardopt.jax.adapter import Leaf
     from shardopt.params.groups import Group
+    from shardopt.rule.hyperparams import Rule
 
-__all__ = ["Inputs", "NAdam", "raise_on_all"]
+__all__ = ["Inputs", "ShardedOptimizer", "raise_on_all"]
 
 
 class Inputs(NamedTuple):
@@ -39,71 +40,21 @@ class Inputs(NamedTuple):
     data: list[FloatArray | None]
 
 
-class NAdam(ArrayFrontEnd):
-    """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks; pytrees in and out.
-
-    Arrays that are handed out never change: every step makes new ones, which is a copy on each rank
-    besides the node's own in shared memory. They are put on the devices where the initial ones
-    were. Parameters are named by their paths in the tree and form one param group, from which they
-    may be moved to others.
-
-    Steps run on the host, outside of ``jax.jit``: compile what computes the gradients. Gradients on
-    a GPU are copied to the host for that, and the new parameters back.
-
-    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
+class ShardedOptimizer(ArrayFrontEnd):
+    """An optimizer of pytrees; ``NAdam`` describes what all have in common.
 
     Args:
-        params: Pytree of arrays, [any shape] each, in float16, bfloat16, float32 or, with
-            ``jax_enable_x64``, float64; rank 0's values win. It is left unchanged.
-        lr: Learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
-        momentum_decay: psi of the momentum schedule.
-        decoupled_weight_decay: Decay weights as AdamW does.
-        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        maximize: Follow the gradient instead of descending it.
-        max_grad_norm: Clip the global norm of the averaged gradient to this.
-        comm: The ranks that train together; None is COMM_WORLD.
-        policy: How to shard.
-
-    Example:
-        >>> with NAdam(params, lr=0.1) as opt:
-        ...     params = opt.params
-        ...     for batch in batches:
-        ...         params = opt.step(grad_of_loss(params, batch))
+        arguments: Those of the constructor, by name.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        defaults = defaults_of(locals())
-        tree, error = attempt(make_leaves, params)
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        defaults = defaults_of(self.rule, arguments)
+        tree, error = attempt(make_leaves, arguments["params"])
         groups: Outcome[list[Group]] = Outcome(None, error)
         if tree is not None:
             self._leaves, self._structure = tree
             groups = attempt(make_groups, self._leaves, defaults)
-        self.core = Optimizer(
-            groups,
-            adapter=JaxAdapter(),
-            defaults=defaults,
-            max_grad_norm=max_grad_norm,
-            comm=comm,
-            policy=policy or ShardPolicy(),
-        )
+        self._start(groups, JaxAdapter(), defaults, arguments)
 
     @property
     def params(self) -> Any:
@@ -206,11 +157,14 @@ class NAdam(ArrayFrontEnd):
                 leaf.data, leaf.grad = view, None
 
 
-def raise_on_all(error: Exception, comm: MPI.Intracomm | None, policy: ShardPolicy | None) -> None:
+def raise_on_all(
+    error: Exception, rule: Rule, comm: MPI.Intracomm | None, policy: ShardPolicy | None
+) -> None:
     """Raise an error of this rank on all ranks, which build an optimizer. Collective."""
     Optimizer(
         Outcome(None, error),
         adapter=JaxAdapter(),
+        rule=rule,
         defaults={},
         max_grad_norm=None,
         comm=comm,

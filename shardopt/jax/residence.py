@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from shardopt._typing import FloatArray
-    from shardopt.jax.optimizer import NAdam
+    from shardopt.jax.optimizer import ShardedOptimizer
     from shardopt.jax.state import NAdamState
 
 __all__ = ["KEEP", "Fields", "Residence"]
@@ -39,7 +39,8 @@ class Fields(NamedTuple):
 
     Attributes:
         step: [num_params] int32, the steps that each parameter has taken.
-        mu_product: [num_params, 2] uint32, the bits of float64 numbers, which JAX may lack.
+        mu_product: [num_params, 2] uint32, the bits of float64 numbers, which JAX may lack; None
+            except with NAdam.
         exp_avg: A tree like the parameters; None on several nodes.
         exp_avg_sq: Likewise.
         master: Likewise, with None for parameters that are not of 16 bits.
@@ -66,7 +67,7 @@ class Residence:
     """
 
     def __init__(self) -> None:
-        self.optimizer: NAdam | None = None
+        self.optimizer: ShardedOptimizer | None = None
         self.settings: dict[str, Any] = {}
         self.origin: tuple[Any, Any] = None, None
         self._id = next(_IDS)
@@ -85,7 +86,7 @@ class Residence:
         self._live.add(state)
 
     @property
-    def opt(self) -> NAdam:
+    def opt(self) -> ShardedOptimizer:
         """The optimizer, which is there."""
         assert self.optimizer is not None
         return self.optimizer
@@ -111,7 +112,7 @@ class Residence:
         return self.is_open and shapes == [leaf.data.shape for leaf in self.opt.leaves]
 
     def read(self, structure: Any, grads: Any, params: Any) -> Inputs:
-        """See ``NAdam.read``; the structure may be that of no parameters."""
+        """See ``ShardedOptimizer.read``; the structure may be that of no parameters."""
         num_params, num_leaves = structure.num_leaves, len(self.opt.leaves)
         if num_params == 0 and all(leaf.data.size == 0 for leaf in self.opt.leaves):
             require_untraced()
@@ -137,8 +138,8 @@ class Residence:
                 if step.any():
                     tell(PartialStateWarning(_PARTIAL), aloud=True)
             exp_avg, exp_avg_sq, master = trees
-            numbers = jnp.asarray(step), jnp.asarray(mu_product)
-            fields = Fields(numbers[0], numbers[1], exp_avg, exp_avg_sq, master, token)
+            products = None if mu_product is None else jnp.asarray(mu_product)
+            fields = Fields(jnp.asarray(step), products, exp_avg, exp_avg_sq, master, token)
         self._shown = self.version, jax.tree_util.tree_leaves(fields)
         return fields
 
@@ -155,19 +156,21 @@ class Residence:
         if version == self.version and _are_all(leaves, shown, lambda leaf, other: leaf is other):
             return None
         if not self.is_whole:
-            counts = self._counts(num_params)
+            counts = [each for each in self._counts(num_params) if each is not None]
             if not _are_all(leaves, [*counts, self._token()], _is_same):
                 raise CheckpointError(_NOT_PRESENT)
             return None
         kept = _kept_entries(fields, self._specs(self.opt.leaves[:num_params]))
         entries = self._entries()
         views = self._views(entries, num_params)
-        pairs = [*zip(fields[:2], self._counts(num_params, entries), strict=True)]
+        numbers = _kept_counts(fields, num_params, has_products=self._has_products)
+        both = zip(fields[:2], self._counts(num_params, entries), strict=True)
+        pairs = [(given, present) for given, present in both if present is not None]
         for entry, view in zip(kept, views, strict=True):
             pairs += [(entry[key], array) for key, array in view.items()]
         if all(_is_same(given, present) for given, present in pairs):
             return None
-        for entry, number in zip(kept, _kept_counts(fields, num_params), strict=True):
+        for entry, number in zip(kept, numbers, strict=True):
             entry.update(number)
         places = self._places()
         return {
@@ -202,6 +205,10 @@ class Residence:
         entries, places = self.opt.state_dict()["state"], self._places()
         return [entries.get(places.get(id(leaf))) for leaf in self.opt.leaves]
 
+    @property
+    def _has_products(self) -> bool:
+        return "mu_product" in self.opt.rule.count_keys
+
     def _counts(self, num_params: int, entries: Sequence[Any] | None = None) -> tuple[Any, Any]:
         """Return ``step`` and ``mu_product`` of ``Fields``, on several nodes without entries."""
         leaves = self.opt.leaves[:num_params]
@@ -212,11 +219,12 @@ class Residence:
             pairs = [(0, 1.0) if each is None else (each.step, each.mu_product) for each in found]
         else:
             pairs = [
-                (0, 1.0) if entry is None else (entry["step"], entry["mu_product"])
+                (0, 1.0) if entry is None else (entry["step"], entry.get("mu_product", 1.0))
                 for entry in entries[:num_params]
             ]
         steps, products = (np.array([pair[i] for pair in pairs]) for i in range(2))
-        return steps.astype(np.int32), products.astype(np.float64).view(np.uint32).reshape(-1, 2)
+        bits = products.astype(np.float64).view(np.uint32).reshape(-1, 2)
+        return steps.astype(np.int32), bits if self._has_products else None
 
     def _views(self, entries: Sequence[Any], num_params: int) -> list[dict[str, FloatArray]]:
         """Return views of the arrays of each parameter's state, in its shape; on one node."""
@@ -278,14 +286,19 @@ def _kept_entries(fields: Fields, specs: Sequence[tuple[StateSpec, ...]]) -> lis
     return entries
 
 
-def _kept_counts(fields: Fields, num_params: int) -> list[dict[str, float]]:
+def _kept_counts(fields: Fields, num_params: int, *, has_products: bool) -> list[dict[str, float]]:
     """Return the step count of each parameter, as it is in a kept state.
 
     Raises:
         CheckpointError: They do not fit.
     """
-    step, bits = _read("step", fields.step), _read("mu_product", fields.mu_product)
+    step = _read("step", fields.step)
     _require(step.shape == (num_params,), "step", f"shape {(num_params,)}", step.shape)
+    if not has_products:
+        got = "one, as NAdam's have"
+        _require(fields.mu_product is None, "mu_product", "no value with this optimizer", got)
+        return [{"step": float(number)} for number in step]
+    bits = _read("mu_product", fields.mu_product)
     _require(bits.shape == (num_params, 2), "mu_product", f"shape {(num_params, 2)}", bits.shape)
     _require(bits.dtype.kind in "iu", "mu_product", "integers", bits.dtype)
     # A state of zeros is a new one, as it is in optax.

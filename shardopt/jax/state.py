@@ -25,13 +25,13 @@ from shardopt.errors import CheckpointError
 from shardopt.jax.residence import KEEP, Fields, Residence
 
 if TYPE_CHECKING:
-    from shardopt.jax.optimizer import NAdam
+    from shardopt.jax.optimizer import ShardedOptimizer
 
 __all__ = ["NAdamState"]
 
 
 class NAdamState:
-    """The state of the optax transformation ``nadam``; see [Note: a state that is data].
+    """The state of an optax transformation, such as ``nadam``; see [Note: a state that is data].
 
     A pytree with the leaves of ``Fields``, which are attributes of the state, too.
 
@@ -61,7 +61,7 @@ class NAdamState:
             residence.add(self)
 
     @property
-    def optimizer(self) -> NAdam:
+    def optimizer(self) -> ShardedOptimizer:
         """The optimizer that has the moments: for its reports, settings and checkpoints.
 
         Raises:

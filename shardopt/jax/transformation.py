@@ -1,4 +1,4 @@
-"""The sharded NAdam behind optax's interface."""
+"""A sharded optimizer behind optax's interface."""
 
 from __future__ import annotations
 
@@ -14,110 +14,44 @@ from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.state_dict import packed_groups
 from shardopt.errors import CheckpointError, HyperparamsError, PartitionError
 from shardopt.jax.adapter import require_untraced
-from shardopt.jax.optimizer import Inputs, NAdam, raise_on_all
+from shardopt.jax.optimizer import Inputs, ShardedOptimizer, raise_on_all
 from shardopt.jax.residence import Fields, Residence
 from shardopt.jax.state import NAdamState
 from shardopt.layout.dtypes import compute_dtype
-from shardopt.rule.nadam import Hyperparams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from mpi4py import MPI
 
     from shardopt.policy import ShardPolicy
+    from shardopt.rule.hyperparams import Rule
 
-__all__ = ["nadam"]
-
-_SETTINGS = (
-    "eps",
-    "weight_decay",
-    "momentum_decay",
-    "decoupled_weight_decay",
-    "variant",
-    "maximize",
-    "max_grad_norm",
-)
+__all__ = ["make_transformation"]
 
 
-def nadam(
-    lr: float | Callable[[int], Any] | None = None,
-    b1: float | None = None,
-    b2: float | None = None,
-    eps: float = 1e-8,
-    eps_root: float = 0.0,
-    mu_dtype: Any = None,
-    *,
-    learning_rate: float | Callable[[int], Any] | None = None,
-    betas: tuple[float, float] | None = None,
-    weight_decay: float = 0.0,
-    momentum_decay: float = 4e-3,
-    decoupled_weight_decay: bool = False,
-    variant: str = "torch",
-    maximize: bool = False,
-    max_grad_norm: float | None = None,
-    keep_states: bool = False,
-    comm: MPI.Intracomm | None = None,
-    policy: ShardPolicy | None = None,
-) -> Any:
-    """Return ``NAdam`` as an ``optax.GradientTransformationExtraArgs``.
-
-    ``init(params)`` builds the optimizer, and ``update(grads, state, params)`` takes a step with it
-    and returns the new parameters minus the old ones. ``optax.apply_updates`` turns that into the
-    new parameters, up to one rounding of the difference and one of the sum. For 16-bit parameters
-    the differences are float32, so that nothing is rounded. Passed parameters that differ from the
-    optimizer's, if only by such a rounding, replace them, which costs a copy: ``NAdam`` itself is
-    faster. ``update`` takes ``loss_scale`` and ``overflowed`` as ``NAdam.step`` does; other extra
-    arguments are for other transformations.
-
-    The state, a ``NAdamState``, is a pytree with the leaves ``step``, ``mu_product``, ``exp_avg``,
-    ``exp_avg_sq`` and ``master``, copied when they are asked for. What was made of its leaves, by
-    ``jax.tree.map`` or from a checkpoint, may be passed to ``update`` at any time and is loaded. A
-    state itself, however, must not be used again after the update that follows it, which
-    overwrites its moments: it raises. On several nodes leaves have no moments, and only the present
-    state is accepted. ``state.optimizer`` is the ``NAdam``; call ``state.close()`` at the end.
-
-    Limits: ``init`` and ``update`` are collective and run outside of ``jax.jit`` and ``lax.cond``,
-    which ``optax.apply_if_finite`` and ``optax.MultiSteps`` use: traced calls raise on all ranks.
-    Transformations chained before this one see the gradients of this rank, which are not averaged
-    yet: ``clip_by_global_norm`` there would clip each rank's own; use ``max_grad_norm``.
+def make_transformation(optimizer: type[ShardedOptimizer], arguments: Mapping[str, Any]) -> Any:
+    """Return an ``optax.GradientTransformationExtraArgs`` that runs an optimizer.
 
     Args:
-        lr: Learning rate, or an optax schedule: a function of the number of steps taken. None is
-            2e-3.
-        b1: Decay of the first moment; None is 0.9.
-        b2: Decay of the second moment; None is 0.999.
-        eps: Added to the square root of the second moment.
-        eps_root: Must be 0; see ``eps``.
-        mu_dtype: Must be None: moments are float32, or float64 for such parameters.
-        learning_rate: Another name of ``lr``.
-        betas: ``b1`` and ``b2``.
-        weight_decay: See ``NAdam``, as for the arguments after it.
-        momentum_decay: Likewise.
-        decoupled_weight_decay: Likewise.
-        variant: Likewise; ``optax`` is optax's.
-        maximize: Likewise.
-        max_grad_norm: Likewise.
-        keep_states: Copy the moments in every update, on every rank, so that any state may be used
-            again; on one node only.
-        comm: See ``NAdam``.
-        policy: Likewise.
+        optimizer: The class.
+        arguments: Those of a function like ``nadam``, by name.
 
     Raises:
         ImportError: optax is not installed.
-        HyperparamsError: ``init`` and ``update`` raise it on all ranks if arguments contradict one
-            another, are out of range or are not supported.
     """
-    arguments = locals()
+    name = optimizer.rule.name
     try:
         import optax  # here, because only this function needs it
     except ImportError as error:
         raise ImportError(
-            "optax must be installed for shardopt.jax.nadam; got none. Run pip install optax, or "
-            "use shardopt.jax.NAdam."
+            f"optax must be installed for shardopt.jax.{name.lower()}; got none. Run pip install "
+            f"optax, or use shardopt.jax.{name}."
         ) from error
-    settings = attempt(_settings_of, arguments)  # init and update raise, on all ranks
-    transformation = _Transformation(settings, comm, policy, keep_states=bool(keep_states))
+    settings = attempt(_settings_of, optimizer.rule, arguments)  # init and update raise, on all
+    origin = arguments["comm"], arguments["policy"]
+    keep_states = bool(arguments["keep_states"])
+    transformation = _Transformation(optimizer, settings, *origin, keep_states=keep_states)
     return optax.GradientTransformationExtraArgs(transformation.init, transformation.update)
 
 
@@ -138,9 +72,10 @@ class _Plan(NamedTuple):
 
 
 class _Transformation:
-    """The two functions of ``nadam``.
+    """The two functions of ``nadam`` and its like.
 
     Args:
+        optimizer: The class of the optimizer.
         settings: Hyperparameters, maybe in arrays, and the learning rate maybe as a schedule; or
             an error that all ranks will raise.
         comm: See ``NAdam``.
@@ -150,12 +85,14 @@ class _Transformation:
 
     def __init__(
         self,
+        optimizer: type[ShardedOptimizer],
         settings: Outcome[dict[str, Any]],
         comm: MPI.Intracomm | None,
         policy: ShardPolicy | None,
         *,
         keep_states: bool,
     ) -> None:
+        self._optimizer = optimizer
         self._settings = settings
         self._origin = comm, policy
         self._keep_states = keep_states
@@ -209,11 +146,12 @@ class _Transformation:
         """Build an optimizer, or raise an error of this rank on all. Collective: every rank."""
         first, failed = attempt(self._first, params)
         if (wrong := error or failed) is not None:
-            raise_on_all(wrong, *self._origin)
+            raise_on_all(wrong, self._optimizer.rule, *self._origin)
         assert first is not None
         (some, settings), (comm, policy) = first, self._origin
         residence = Residence()
-        residence.optimizer = NAdam(some, **settings, comm=comm, policy=policy)
+        make: Any = self._optimizer  # each has a signature of its own
+        residence.optimizer = make(some, **settings, comm=comm, policy=policy)
         residence.settings, residence.origin = settings, self._origin
         self._newest = ref(residence)
         return residence
@@ -291,11 +229,12 @@ class _Transformation:
         values = {key: _plain(value) for key, value in settings.items() if key != "lr"}
         lr = settings["lr"]
         values["lr"] = _plain(lr(count) if callable(lr) else lr)
-        Hyperparams.from_group(values)
+        rule = self._optimizer.rule
+        rule(**{name: value for name, value in values.items() if name in rule.names()})
         return values
 
 
-def _values_before(structure: Any, params: Any, opt: NAdam) -> list[Any]:
+def _values_before(structure: Any, params: Any, opt: ShardedOptimizer) -> list[Any]:
     """Return the value of each parameter before the step: as passed, else the optimizer's."""
     given = [None] * structure.num_leaves if params is None else structure.flatten_up_to(params)
     if all(each is not None for each in given):
@@ -333,28 +272,45 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "dtype") and np.ndim(value) == 0 else value
 
 
-def _settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters among the arguments of ``nadam``.
+def _settings_of(rule: Rule, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters among the arguments of ``nadam`` or its like.
 
     Raises:
         HyperparamsError: They contradict one another, or are not supported.
     """
-    _refuse("eps_root", arguments["eps_root"], 0.0, "Use eps, which is added to the root itself")
-    _refuse(
-        "mu_dtype", arguments["mu_dtype"], None, "Leave it out: moments are float32, or float64"
-    )
-    settings = {key: arguments[key] for key in _SETTINGS}
+    for name, (only, remedy) in _REFUSED.items():
+        if name in arguments:
+            _refuse(name, arguments[name], only, remedy)
     for name, other in (("lr", "learning_rate"), ("betas", "b1"), ("betas", "b2")):
         if arguments[name] is not None and arguments[other] is not None:
             raise HyperparamsError(
                 f"{name} must be given once; got {other} as well. Leave one of them out."
             )
+    usual = rule()
     lr, b1, b2 = (
         next((arguments[name] for name in names if arguments[name] is not None), default)
-        for *names, default in (("lr", "learning_rate", 2e-3), ("b1", 0.9), ("b2", 0.999))
+        for *names, default in (
+            ("lr", "learning_rate", usual.lr),
+            ("b1", usual.betas[0]),
+            ("b2", usual.betas[1]),
+        )
     )
     betas = (b1, b2) if arguments["betas"] is None else arguments["betas"]
-    return {"lr": lr, "betas": betas, **settings}
+    others = {name: arguments[name] for name in rule.names() if name in arguments}
+    return {**others, "lr": lr, "betas": betas, "max_grad_norm": arguments["max_grad_norm"]}
+
+
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "eps_root": (0.0, "Use eps, which is added to the root itself"),
+    "mu_dtype": (None, "Leave it out: moments are float32, or float64"),
+    "mask": (
+        None,
+        "Move the leaves without decay to a param group of state.optimizer that has weight_decay=0",
+    ),
+    "nesterov": (False, "Use shardopt.jax.nadam with variant='optax'"),
+    "threshold": (5.0, "Leave it out"),
+}
+"""The arguments of optax that a step lacks: the only value, and what to do instead."""
 
 
 def _refuse(name: str, value: Any, only: Any, remedy: str) -> None:
@@ -371,7 +327,7 @@ def _no_params(reason: str) -> PartitionError:
 
 def _not_a_state(state: Any) -> CheckpointError:
     return CheckpointError(
-        f"state must be one of shardopt.jax.nadam; got {type(state).__name__}. Pass what init or "
+        f"state must be one of shardopt.jax; got {type(state).__name__}. Pass what init or "
         "update returned."
     )
 
@@ -389,7 +345,7 @@ def _register_with_flax() -> None:
         if saved.keys() != set(Fields._fields):
             raise CheckpointError(
                 f"a saved state must have the fields {', '.join(Fields._fields)}; got "
-                f"{', '.join(saved)}. Restore what shardopt.jax.nadam has saved."
+                f"{', '.join(saved)}. Restore what shardopt.jax has saved."
             )
         own = state.fields._asdict()
         fields = {k: flax.from_state_dict(own[k], saved[k], name=k) for k in Fields._fields}

@@ -9,8 +9,8 @@ import numpy as np
 from shardopt.layout.dtypes import compute_dtype
 from shardopt.layout.node_arrays import keeps_sums_apart, plan_param_arrays, plan_state_arrays
 from shardopt.layout.partition import Partition
-from shardopt.layout.ring import RingPlan
-from shardopt.layout.traffic import NUM_STAGING_BUFFERS, plan_staging_buffer
+from shardopt.layout.ring import RingPlan, most_waiting_nbytes, num_ring_staging_buffers
+from shardopt.layout.traffic import NUM_STAGING_BUFFERS, staging_node_nbytes
 
 Placement = Literal["cpu", "cuda", "offload"]
 """Where arrays are: in the memory of a node, on the GPUs of its ranks, or moments in the memory of
@@ -29,11 +29,18 @@ class MemoryReport:
     Attributes:
         placement: Where arrays are.
         params_node_nbytes: One copy of the parameters, or one on each GPU.
-        grads_node_nbytes: Every rank's gradients, or one row of averages.
+        grads_node_nbytes: Every rank's gradients, or one row of averages; in stage 2 on several
+            nodes 0, as only averages of the node's shards are kept, which ``travel_node_nbytes``
+            counts. There ``average_grads()`` and ``accumulate="node"`` add a row: another
+            ``params_node_nbytes``, which is counted for the latter. Nothing where backward updates
+            parameters.
         moments_node_nbytes: exp_avg and exp_avg_sq of all shards of the node.
         masters_node_nbytes: The float32 copies of 16-bit parameters, likewise.
         ring_node_nbytes: The ring through which gradients pass into the one row of averages that a
             node has in stage 2; 0 in stage 1.
+        late_node_nbytes: Gradients that all ranks together keep in private memory in stage 2 while
+            the ring is full, at most; they wait for others for 50 ms at a time rather than keep
+            more. 0 in stage 1.
         travel_node_nbytes: Sums of gradients, as far as they take memory of their own (see
             [Note: where sums of gradients are kept]), and staging buffers between nodes.
         written_node_nbytes: What is added, until the next step or save, if every rank writes to all
@@ -50,6 +57,7 @@ class MemoryReport:
     params_node_nbytes: int
     grads_node_nbytes: int
     ring_node_nbytes: int
+    late_node_nbytes: int
     moments_node_nbytes: int
     masters_node_nbytes: int
     travel_node_nbytes: int
@@ -65,6 +73,7 @@ class MemoryReport:
             self.params_node_nbytes
             + self.grads_node_nbytes
             + self.ring_node_nbytes
+            + self.late_node_nbytes
             + self.moments_node_nbytes
             + self.masters_node_nbytes
             + self.travel_node_nbytes
@@ -89,6 +98,8 @@ def plan_memory(
     needs_norm: bool = False,
     placement: Placement = "cpu",
     ring: RingPlan | None = None,
+    sums_by_node: bool = False,
+    has_row: bool = True,
 ) -> MemoryReport:
     """Compute the memory that ``partition`` takes on each node, padding included.
 
@@ -101,9 +112,12 @@ def plan_memory(
             with ``max_grad_norm``.
         placement: Where arrays are.
         ring: That of stage 2; None in stage 1.
+        sums_by_node: Whether a node sums several backwards before it exchanges them; see
+            ``ShardPolicy.accumulate``.
+        has_row: Whether stage 2 has a row of averages, as it has unless backward updates.
     """
     regions, num_nodes = partition.regions, partition.num_nodes
-    params_nbytes = grads_nbytes = sums_nbytes = 0
+    params_nbytes = grads_nbytes = averages_nbytes = sums_nbytes = 0
     state_nbytes = {"exp_avg": 0, "exp_avg_sq": 0, "master": 0}
     for number, region in enumerate(regions):
         itemsize = np.dtype(region.dtype).itemsize
@@ -112,9 +126,10 @@ def plan_memory(
         trained_numel -= sum(partition.params[index].numel for index in frozen)
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
-        needs_sums = ring is None and keeps_sums_apart(partition, number)
+        averages_nbytes += trained_numel * np.dtype(compute_dtype(region.dtype)).itemsize
+        needs_sums = keeps_sums_apart(partition, number) and (ring is None or num_nodes > 1)
         if needs_sums and (num_nodes > 1 or needs_norm):
-            summed_numel = region.numel if num_nodes > 1 else trained_numel
+            summed_numel = region.numel if num_nodes > 1 and not ring else trained_numel
             sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize
         for spec in region.state:
             state_nbytes[spec.key] += spec.nbytes(trained_numel)
@@ -125,15 +140,19 @@ def plan_memory(
     on_devices = {"cuda": each_nbytes + sharded_nbytes // partition.world_size}
     on_devices |= {"cpu": 0, "offload": each_nbytes}
     num_copies = partition.node_size if placement == "cuda" else 1
+    num_rows = partition.node_size
+    if ring is not None:
+        num_rows = int(has_row and (num_nodes == 1 or sums_by_node))
     return MemoryReport(
         placement=placement,
         params_node_nbytes=params_nbytes * num_copies,
-        grads_node_nbytes=grads_nbytes * (1 if ring else partition.node_size),
+        grads_node_nbytes=(averages_nbytes if ring else grads_nbytes) * num_rows,
         ring_node_nbytes=ring.nbytes if ring else 0,
+        late_node_nbytes=_late_rank_nbytes(partition, trained) * ring.node_size if ring else 0,
         moments_node_nbytes=moments_nbytes // num_nodes,
         masters_node_nbytes=masters_nbytes // num_nodes,
         travel_node_nbytes=sums_nbytes // num_nodes
-        + _staging_node_nbytes(partition, wire_dtype, from_device=placement == "cuda"),
+        + _staging_node_nbytes(partition, wire_dtype, placement, ring),
         written_node_nbytes=params_nbytes * partition.node_size if placement == "cpu" else 0,
         node_size=partition.node_size,
         replicated_rank_nbytes=each_nbytes + moments_nbytes + masters_nbytes,
@@ -141,16 +160,19 @@ def plan_memory(
     )
 
 
-def _staging_node_nbytes(partition: Partition, wire_dtype: str | None, *, from_device: bool) -> int:
+def _late_rank_nbytes(partition: Partition, trained: Sequence[bool] | None) -> int:
+    indices = range(len(partition.params))
+    return most_waiting_nbytes(partition, [i for i in indices if trained is None or trained[i]])
+
+
+def _staging_node_nbytes(
+    partition: Partition, wire_dtype: str | None, placement: Placement, ring: RingPlan | None
+) -> int:
     if partition.num_nodes == 1:
         return 0
-    last = partition.num_nodes - 1  # it gets the largest shards
-    lanes = range(partition.node_size)
-    staging = [
-        plan_staging_buffer(partition, last, lane, wire_dtype, from_device=from_device)
-        for lane in lanes
-    ]
-    return NUM_STAGING_BUFFERS * sum(map(sum, staging))
+    count = NUM_STAGING_BUFFERS if ring is None else num_ring_staging_buffers(partition, wire_dtype)
+    from_device = placement == "cuda" or ring is not None
+    return count * staging_node_nbytes(partition, wire_dtype, from_device=from_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +190,11 @@ class NodeNeed:
 
 
 def plan_node_need(
-    partition: Partition, node: int, regions: range, trained: Mapping[int, bool]
+    partition: Partition,
+    node: int,
+    regions: range,
+    trained: Mapping[int, bool],
+    num_rows: int,
 ) -> NodeNeed:
     """Compute the memory that the parameters of some regions take on a node.
 
@@ -178,6 +204,7 @@ def plan_node_need(
         regions: The new regions.
         trained: For the number of each parameter in them whether it requires a gradient; others
             have neither gradients nor state.
+        num_rows: Rows of gradients on the node: one for each rank in stage 1.
     """
     params = plan_param_arrays(partition, regions)
     state = plan_state_arrays(partition, node, regions)
@@ -187,7 +214,7 @@ def plan_node_need(
         itemsize = np.dtype(param.spec.dtype).itemsize
         params_nbytes += param.numel * itemsize
         state_nbytes = sum(spec.nbytes(param.numel) for spec in param.spec.state)
-        grads_nbytes = partition.node_size * param.numel * itemsize
+        grads_nbytes = num_rows * param.numel * itemsize
         trained_nbytes += is_trained * (grads_nbytes + state_nbytes // partition.num_nodes)
     given_back_nbytes = partition.node_size * params_nbytes
     total_nbytes = params_nbytes + trained_nbytes

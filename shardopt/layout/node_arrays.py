@@ -111,11 +111,24 @@ def plan_grad_arrays(partition: Partition, node: int, regions: Iterable[int]) ->
 
 
 def plan_average_arrays(partition: Partition, regions: Iterable[int]) -> NodeArrays:
-    """Lay out the one row of averages that a node has in the place of its ranks' gradients."""
+    """Lay out the one row of averages that a node has in the place of its ranks' gradients.
+
+    It is in the ``compute_dtype`` of the parameters: 16 bits cannot hold an average.
+    """
     arrays = []
     for index in regions:
         region = partition.regions[index]
-        arrays.append(NodeArray(index, 1, StateSpec(GRAD_KEY, region.dtype), region.numel))
+        spec = StateSpec(GRAD_KEY, compute_dtype(region.dtype))
+        arrays.append(NodeArray(index, 1, spec, region.numel))
+    return _placed(arrays)
+
+
+def plan_sum_arrays(partition: Partition, node: int, regions: Iterable[int]) -> NodeArrays:
+    """Lay out the averages of a node's shards; see [Note: averages between nodes]."""
+    arrays = []
+    for index in regions:
+        spec = StateSpec("sum", compute_dtype(partition.regions[index].dtype))
+        arrays.append(NodeArray(index, 2, spec, partition.node_numel(node, index)))
     return _placed(arrays)
 
 

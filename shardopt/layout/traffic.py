@@ -155,7 +155,7 @@ def plan_staging_buffer(
         node: The rank's node.
         node_rank: The rank's lane.
         wire_dtype: As in ``ShardPolicy``.
-        from_device: Whether gradients are on a device, which nothing is sent from.
+        from_device: Whether gradients are on a device or in a ring, which nothing is sent from.
     """
     send = receive = 0
     for bucket, _ in _kinds_of_buckets(partition, partition.buckets):
@@ -166,6 +166,25 @@ def plan_staging_buffer(
         row = partial_row_numel(part.shard(node).numel, itemsize)
         receive = max(receive, partition.num_nodes * row * itemsize)
     return send, receive
+
+
+def staging_node_nbytes(
+    partition: Partition, wire_dtype: str | None, *, from_device: bool = False
+) -> int:
+    """Compute the bytes of one staging buffer of each rank, on the node with the largest shards.
+
+    Args:
+        partition: The layout, of several nodes.
+        wire_dtype: As in ``ShardPolicy``.
+        from_device: As for ``plan_staging_buffer``.
+    """
+    last = partition.num_nodes - 1
+    lanes = range(partition.node_size)
+    staging = [
+        plan_staging_buffer(partition, last, lane, wire_dtype, from_device=from_device)
+        for lane in lanes
+    ]
+    return sum(map(sum, staging))
 
 
 def sends_grads(dtype: str, node_size: int, wire_dtype: str) -> bool:

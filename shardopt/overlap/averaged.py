@@ -1,34 +1,44 @@
 """Gradients that the ranks of a node average as backward goes: stage 2."""
 
+import functools
+import operator
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from shardopt._typing import FloatArray, IntArray
-from shardopt.comm.collectives import Collectives
-from shardopt.comm.consensus import attempt
-from shardopt.comm.exit_hook import mpi_is_usable
+from shardopt.comm.consensus import Consensus, attempt
+from shardopt.comm.exit_hook import ExitHook, mpi_is_usable
 from shardopt.comm.node_memory.comparing import changed
-from shardopt.errors import CallOrderError, HyperparamsError
+from shardopt.errors import CallOrderError, HyperparamsError, StageWarning
 from shardopt.layout.dtypes import has_master
 from shardopt.layout.ring import plan_ring
 from shardopt.layout.span import Span
-from shardopt.overlap.ring import GradRing
-from shardopt.params.gradients import Gradients, RowGradients
+from shardopt.overlap.progress import drain
+from shardopt.overlap.ring import GradRing, advance_all
+from shardopt.overlap.updated import UpdatedGradients
+from shardopt.params.gradients import Gradients, RowGradients, UpdatedBySteps
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
+from shardopt.report import tell
 from shardopt.store.memory import Memory
-from shardopt.transport.reduction import Reduction
 from shardopt.transport.ring import RingReduction
+from shardopt.transport.sync import BucketSync
+from shardopt.transport.updating import UpdatingReduction
 
+_MUCH_NBYTES = 1 << 20
+_PIECE_NUMEL = 1 << 16  # of averages that are compared, which stay in cache
+_PHASE = "gradients"
+_CALLS = "step(), average_grads() or another call that needs all gradients"
 _READ = "p.grad, which needs as many backwards on all ranks"
 _REMEDY = "Call zero_grad() on all ranks and repeat the backward passes"
 
 
-class AveragedGradients:
+class AveragedGradients(UpdatedBySteps):
     """Hands gradients to a ring as backward computes them; see ``Gradients``.
 
     [Note: what p.grad is in stage 2]
@@ -40,11 +50,15 @@ class AveragedGradients:
     ``p.grad`` to None. What cannot be followed raises in the step, on all ranks: views written, and
     some gradients replaced or removed, before another backward.
 
+    On several nodes a rank has no more than the averages of its own shards. ``p.grad`` then raises
+    when its elements are used, until ``show`` has filled the row of each node, which takes memory
+    from then on. Another backward, or ``zero_grad``, hides averages again.
+
     Args:
         registry: The parameters of this rank.
         memory: Their memory.
-        reduction: Sums.
-        collectives: For waits.
+        sync: Sums, and shows averages on all nodes.
+        consensus: The ranks.
         ring_nbytes: As in ``ShardPolicy``.
     """
 
@@ -54,13 +68,19 @@ class AveragedGradients:
         self,
         registry: Registry[Any],
         memory: Memory,
-        reduction: RingReduction,
-        collectives: Collectives,
+        sync: BucketSync,
+        consensus: Consensus,
         ring_nbytes: int | None,
     ) -> None:
         self.late_nbytes, self.waited_s = 0, 0.0
-        self._registry, self._memory, self._reduction = registry, memory, reduction
-        self._collectives, self._ring_nbytes = collectives, ring_nbytes
+        assert isinstance(sync.reduction, RingReduction)
+        self._registry, self._memory, self._sync = registry, memory, sync
+        self._reduction = sync.reduction
+        self._has_others = consensus.topology.num_nodes > 1
+        self._guard = sync.translate_mpi_errors if self._has_others else nullcontext[None]
+        self._exit = ExitHook(self, drain, sync.reduction)
+        self._consensus, self._collectives = consensus, consensus.collectives
+        self._ring_nbytes = ring_nbytes
         self._pid = os.getpid()
         self._ring: GradRing | None = None
         self._step = 0
@@ -68,36 +88,48 @@ class AveragedGradients:
         self._zeroed: list[int] = []  # the round after which averages were forgotten last
         self._changed: list[str] = []  # parameters whose gradients were replaced or removed
         self._written: list[tuple[int, Span, int]] = []
+        self._factors: dict[int, Sequence[float]] = {}  # on averages; they are still to be written
         self._error: Exception | None = None
-        self._is_read = False
+        self._is_read = self._has_warned = False
+        self._sent = 0  # the position up to which sums of nodes have been exchanged
         self._has_met = False  # other ranks, who may have averages, since all were forgotten
         adapter = registry.adapter
         adapter.on_grad_ready(self._on_grad)
         adapter.on_backward_ends(self._on_start, self._on_end)
         adapter.on_grad_read(self._on_read)
+        self._show(are_shown=False)
 
     # -- the layout --------------------------------------------------------------------------------
 
     def check(self, dtype: str) -> None:
         """See ``Gradients.check``: 16 bits do not hold an average."""
-        if has_master(dtype):
+        if has_master(dtype) and self._has_others:
+            raise HyperparamsError(
+                f"policy.stage must be 1 for parameters of 16 bits on several nodes; got 2 with "
+                f"{dtype}. Leave it out: stage 1 works."
+            )
+        if has_master(dtype) and not self._registry.adapter.widens_grads:
             raise HyperparamsError(
                 f"policy.stage must be 1 for parameters of 16 bits; got 2 with {dtype}. Leave it "
-                "out: stage 1 works."
+                "out: stage 1 works. Stage 2 takes a torch that has Tensor.grad_dtype, as 2.13."
             )
 
-    def leave(self, step: int) -> None:
+    def leave(self, call: str, step: int) -> None:
         """See ``Gradients.leave``."""
         if self._ring is None:
             return
         self._meet(step, has_more=False)
+        self._consensus.enter_call(call, {}, None, step=step)  # others may have met in a step
         bindings = self._registry.bindings
         mine = mask_of(index for index in self._averaged if bindings[index].holds_grad())
         self._memory.publish()
         masks = self._collectives.allgather(mine, step, "gradients")  # each has all of its sums now
         self._memory.acquire()
+        present = functools.reduce(operator.or_, masks)
+        if present:
+            self.show(present, step)
         for index, binding in enumerate(bindings):
-            if any(mask >> index & 1 for mask in masks) and not binding.has_own_grad():
+            if present >> index & 1 and not binding.has_own_grad():
                 binding.own_grad()
         self._restart()
 
@@ -109,6 +141,7 @@ class AveragedGradients:
         expected = [i for i in range(len(partition.params)) if trained >> i & 1]
         plan = plan_ring(partition, self._ring_nbytes)
         self._ring = GradRing(self._memory, partition, self._reduction, plan, expected)
+        self._sent = 0
 
     # -- while backward runs -----------------------------------------------------------------------
 
@@ -127,9 +160,12 @@ class AveragedGradients:
                 self._note(f"those of {names} were replaced by views of them")
         elif gone:
             self._note(f"those of {names} were replaced or removed and others were not")
-        elif self._averaged and (found := self._find_writes()):
-            name = bindings[found[0][0]].name
+        elif self._averaged and self._are_shown and (found := self._find_changed()):
+            name = bindings[min(found)].name
             self._note(f"that of {name!r} was written to before another backward")
+        elif self._averaged and self._are_shown and self._reduction.holds_sums:
+            self._note('average_grads(), whose averages take the place of sums (accumulate="node")')
+        self._show(are_shown=False)
 
     def _on_grad(self, param: Any) -> None:
         """Hand over a gradient that backward has computed, and show the average in its place."""
@@ -138,21 +174,23 @@ class AveragedGradients:
             return
         binding = self._registry.bindings[index]
         grad = self._registry.adapter.grad(param, binding.name)
-        if grad is None or grad.dtype != binding.grad.dtype or grad.shape != binding.grad.shape:
+        if grad is None or grad.dtype != binding.data.dtype or grad.shape != binding.data.shape:
             return  # the step reports it
-        self._ring.put(index, grad)
+        with self._guard():
+            self._ring.put(index, grad)
         self._averaged.add(index)
         binding.bind_grad()
 
     def _on_end(self) -> None:
         """Complete a round."""
         if self._ring is not None and mpi_is_usable(self._pid):
-            self._ring.end_backward()
+            with self._guard():
+                self._ring.end_backward()
 
     def _on_read(self) -> None:
         """Wait until the averages that a user looks at are complete."""
         ring = self._ring
-        if self._is_read or ring is None or not mpi_is_usable(self._pid):
+        if self._is_read or self._has_others or ring is None or not mpi_is_usable(self._pid):
             return
         if not ring.is_averaged():
             behind = ring.ranks_behind
@@ -186,20 +224,25 @@ class AveragedGradients:
         self._changed = [registry.bindings[index].name for index in gone]
         self._reduction.replace([(self._span(index), None) for index in gone])
         self._averaged.difference_update(gone)
+        self._forget_factors((*gone, *own))
         if has_more:
+            if self._are_shown and self._reduction.holds_sums and self._averaged:
+                self._note('average_grads() and other gradients behind it (accumulate="node")')
+            self._show(are_shown=False)
             for index, grad in own.items():
                 self._ring.put(index, grad)
                 self._averaged.add(index)
             self._meet(step, has_more=False)
             for index in own:
                 registry.bindings[index].bind_grad()
-        written, more = attempt(self._find_writes, {*gone, *own})
-        self._written = written or []
+        edits, more = attempt(self._find_edits, {*gone, *own})
+        self._written, self._factors = edits or ([], {})
         self.late_nbytes, self._ring.late_nbytes = self._ring.late_nbytes, 0
         self.waited_s, self._ring.waited_s = self._ring.waited_s, 0.0
         for found in (self._error, error, more):
             if found is not None:
                 raise found
+        self._warn_of_copies()
         copied_nbytes = sum(grad.nbytes for grad in own.values())
         return mask_of(self._averaged), copied_nbytes
 
@@ -208,32 +251,48 @@ class AveragedGradients:
         digests: dict[int, list[int]] = {}
         for index, span, digest in self._written:
             digests.setdefault(index, []).extend((span.start, span.stop, digest))
-        names = {index: self._registry.bindings[index].name for index in digests}
-        written = {
-            f"what was written to the gradient of {names[i]!r}": d for i, d in digests.items()
-        }
+        bindings = self._registry.bindings
+        names = {index: bindings[index].name for index in digests}
+        multiplied: dict[str, list[int]] = {}
+        for index, factors in sorted(self._factors.items()):
+            multiplied.setdefault(repr(factors), []).append(index)
         return {
             "loss_scale": loss_scale,
             "the number of backward passes before zero_grad()": self._zeroed,
             "the parameters whose averaged gradients were replaced or removed": self._changed,
             "the parameters whose averaged gradients were written to": list(names.values()),
-            **written,
+            "the factors by which averaged gradients were multiplied": [
+                (factors, bindings[of[0]].name, mask_of(of)) for factors, of in multiplied.items()
+            ],
+            **{f"what was written to the gradient of {names[i]!r}": d for i, d in digests.items()},
         }
 
     def adopt_writes(self, present: int) -> None:
         """See ``Gradients.adopt_writes``."""
         views: list[tuple[Span, FloatArray | None]] = []
         for index, span, _ in self._written:
-            own = self._registry.bindings[index].grad.reshape(-1)
-            views.append((span, own[span.shift(-self._span(index).start).slice]))
+            views.append((span, self._own_average(index, span)))
         self._reduction.replace(views)
+        self._reduction.multiply(self._factors)
         for _, view in self._memory.averages:
             view.refresh()
+        self._forget_factors(self._averaged)
         self._written, self._zeroed = [], []
         for index, binding in enumerate(self._registry.bindings):
             if present >> index & 1 and index not in self._averaged:  # other ranks had one
                 self._averaged.add(index)
                 binding.bind_grad()
+
+    def show(self, present: int, step: int) -> None:
+        """See ``Gradients.show``; on one node averages are where every rank sees them."""
+        if not self._has_others:
+            return
+        self._sync.reduction.activate(present)
+        self._sync.average(present, 1.0)
+        self._memory.publish()
+        self._consensus.barrier(step, "average_grads()")
+        self._memory.acquire()
+        self._show(are_shown=True)
 
     def zero(self, *, set_to_none: bool) -> None:
         """See ``Gradients.zero``; zeros are this rank's own until a backward adds to them."""
@@ -249,7 +308,10 @@ class AveragedGradients:
 
     def free(self) -> None:
         """See ``Gradients.free``."""
+        self._exit.cancel()
         if self._ring is not None:
+            if self._has_others:  # who may wait for what this node sends
+                self._meet(self._step + 1, has_more=False)
             self._ring.free()
             self._ring = None
 
@@ -264,14 +326,44 @@ class AveragedGradients:
         ring = self._ring
         assert ring is not None
         ring.end_segment(has_more=has_more)
-        self._collectives.wait(ring.is_over, step, "gradients", lambda: ring.late_ranks)
+        collectives = self._collectives
+        total = 0
+        if self._has_others:
+            total, more = self._consensus.highest(
+                ring.end(), _CALLS, step=step, phase=_PHASE, progress=advance_all
+            )
+            ring.extend_to(total, has_more=bool(more))
+        collectives.wait(ring.is_over, step, _PHASE, self._behind)
+        if self._reduction.holds_sums and not ring.has_more() and total > self._sent:
+            self._sent = total
+            self._reduction.send_sums()
+            collectives.wait(self._is_sent, step, _PHASE, self._behind)
         return ring.has_more()
+
+    def _is_sent(self) -> bool:
+        """Whether this rank has all averages; makes progress."""
+        advance_all()
+        return self._reduction.is_idle
+
+    def _behind(self) -> Sequence[int]:
+        """Return the ranks that a segment's end waits for."""
+        topology, ring = self._collectives.topology, self._ring
+        if ring is not None and (late := ring.late_ranks):
+            return [topology.node_ranks[number] for number in late]
+        return [topology.lane_ranks[node] for node in self._reduction.awaited[1]]
+
+    def _show(self, *, are_shown: bool) -> None:
+        """Note whether the node's row has averages; on one node it always has."""
+        self._are_shown = are_shown or not self._has_others
+        self._registry.adapter.note_averages(are_shown=self._are_shown)
 
     def _restart(self) -> None:
         """Forget all averages, and what was written into them."""
         ring, adapter = self._ring, self._registry.adapter
         adapter.end_backward()
+        self._show(are_shown=False)
         self._error = None
+        self._forget_factors(self._averaged)
         if ring is not None and (self._averaged or self._zeroed or self._has_met):
             ring.restart()
             self._has_met = False
@@ -285,6 +377,7 @@ class AveragedGradients:
         """Return the gradients that are not views of averages.
 
         Raises:
+            CallOrderError: One was an average that is no more.
             PartitionError: One does not fit.
         """
         self._registry.adapter.end_backward()
@@ -292,7 +385,14 @@ class AveragedGradients:
         for index, binding in enumerate(self._registry.bindings):
             _, array = binding.find_new_grad()
             if array is None and index not in self._averaged and binding.holds_grad():
-                array = binding.grad  # an average of an earlier step that the user has put back
+                if not self._are_shown:
+                    raise CallOrderError(
+                        "gradients must be averages of the present step, or tensors of your own; "
+                        f"got an earlier p.grad for {binding.name!r}, of which nothing is left on "
+                        f"several nodes with policy.stage=2. {_REMEDY}."
+                    )
+                binding.own_grad()  # an average of an earlier step that the user has put back
+                array = self._registry.adapter.grad(binding.param, binding.name)
             if array is not None:
                 own[index] = array.copy() if self._registry.may_be_shared(array) else array
         return own
@@ -303,35 +403,108 @@ class AveragedGradients:
         array, _ = attempt(self._registry.adapter.grad, binding.param, binding.name)
         return array is not None and self._registry.may_be_shared(array)
 
-    def _find_writes(self, replaced: Collection[int] = ()) -> list[tuple[int, Span, int]]:
-        """Return what this rank has written into averages.
+    def _warn_of_copies(self) -> None:
+        """Warn once, alike on all ranks, if each rank has copies of much that users wrote to."""
+        bindings = self._registry.bindings
+        nbytes = sum(span.numel * bindings[i].grad.itemsize for i, span, _ in self._written)
+        if nbytes >= _MUCH_NBYTES and not self._has_warned:
+            self._has_warned = True
+            text = (
+                f"p.grad was written to: each rank keeps {nbytes >> 20} MiB of its own until the "
+                "step. To clip, pass max_grad_norm; to scale, multiply in place by numbers without "
+                "another name for the elements: both take no memory. This is said once."
+            )
+            tell(StageWarning(text), aloud=self._memory.arena.comm.rank == 0)
+
+    def _forget_factors(self, params: Iterable[int]) -> None:
+        for index in params:
+            self._registry.adapter.forget_factors(self._registry.bindings[index].param)
+
+    def _find_changed(self) -> set[int]:
+        """Return the parameters whose averages this rank has multiplied or written to."""
+        writes, factors = self._find_edits()
+        return {*factors, *(index for index, _, _ in writes)}
+
+    def _find_edits(
+        self, replaced: Collection[int] = ()
+    ) -> tuple[list[tuple[int, Span, int]], dict[int, Sequence[float]]]:
+        """Return what this rank has done to averages.
 
         Args:
             replaced: Parameters with other gradients, or none: what written pages have of theirs
                 is old.
 
         Returns:
-            The parameter, which part of the flat index space, and a hash of the values there.
+            What it has written: the parameter, which part of the flat index space, and a hash of
+            the values there. And by which factors it has multiplied others, or those, in order.
         """
+        factors, products = self._find_factors()
         found: list[tuple[int, Span, int]] = []
         partition = self._registry.partition
         for region, (layout, view) in enumerate(self._memory.averages):
-            pages = view.find_writes()
-            if not pages:
-                continue
             (array,) = layout.arrays
-            spans: IntArray = np.array([(p.start, p.stop) for p in pages], np.int64)
             start = partition.regions[region].start
-            for page in spans[changed(view.view, view.shared, spans)].tolist():
-                first, stop = ((byte - array.start) // array.itemsize for byte in page)
+            parts: list[tuple[int, Span]] = []
+            for page in view.find_writes():
+                first, stop = (
+                    (at - array.start) // array.itemsize for at in (page.start, page.stop)
+                )
                 within = Span(max(0, first), min(array.numel, stop)).shift(start)
-                for index, span in partition.params_in(region, within):
-                    if index in replaced:
-                        continue
-                    own = self._registry.bindings[index].grad.reshape(-1)
-                    values = own[span.shift(-partition.params[index].start).slice]
-                    found.append((index, span, xxhash.xxh3_64_intdigest(values.data)))
-        return found
+                parts += partition.params_in(region, within)
+            parts = [each for each in parts if each[0] not in replaced and each[0] not in products]
+            if not parts:
+                continue
+            nbytes = [array.bytes_of(span.shift(-start)) for _, span in parts]
+            spans: IntArray = np.array([(each.start, each.stop) for each in nbytes], np.int64)
+            for number in np.flatnonzero(changed(view.view, view.shared, spans)).tolist():
+                index, span = parts[number]
+                values = self._own_average(index, span)
+                found.append((index, span, xxhash.xxh3_64_intdigest(values.data)))
+        return found, factors
+
+    def _find_factors(self) -> tuple[dict[int, Sequence[float]], set[int]]:
+        """Return the factors on averages that are to be written, by parameter.
+
+        Returns:
+            The factors; and those parameters whose elements on this rank have some already, which
+            is all that has been written to them.
+        """
+        factors: dict[int, Sequence[float]] = {}
+        products: set[int] = set()
+        bindings, known = self._registry.bindings, self._registry.adapter.grad_factors()
+        for index in sorted(self._averaged) if known else ():
+            written, pending = known.get(id(bindings[index].param), ((), ()))
+            if written and self._is_product(index, written):
+                products.add(index)
+                pending = (*written, *pending)
+            if pending:
+                factors[index] = tuple(pending)
+        return factors, products
+
+    def _is_product(self, index: int, factors: Sequence[float]) -> bool:
+        """Whether a parameter has on this rank its average, multiplied by factors, and no more."""
+        for piece in self._span(index).chunks(_PIECE_NUMEL):
+            product = self._average(index, piece).copy()
+            with np.errstate(all="ignore"):
+                for factor in factors:
+                    product *= product.dtype.type(factor)
+            if product.tobytes() != self._own_average(index, piece).tobytes():
+                return False
+        return True
+
+    def _own_average(self, index: int, span: Span) -> FloatArray:
+        """Return the elements of an average in a span of the flat index space, as this rank's."""
+        own: FloatArray = self._registry.bindings[index].grad.reshape(-1)
+        return own[span.shift(-self._span(index).start).slice]
+
+    def _average(self, index: int, span: Span) -> FloatArray:
+        """Return the same in the row of the node."""
+        partition = self._registry.partition
+        region = partition.params[index].region
+        layout, view = self._memory.averages[region]
+        (array,) = layout.arrays
+        row = view.shared[array.slice].view(array.spec.dtype)
+        return row[span.shift(-partition.regions[region].start).slice]
 
     def _span(self, index: int) -> Span:
         """Return where a parameter is in the flat index space."""
@@ -341,19 +514,22 @@ class AveragedGradients:
 def make_gradients(
     registry: Registry[Any],
     memory: Memory,
-    reduction: Reduction,
-    collectives: Collectives,
+    sync: BucketSync,
+    consensus: Consensus,
     ring_nbytes: int | None,
 ) -> Gradients:
-    """Return the way that gradients take to the kernel: by rows, or averaged in backward.
+    """Return the way that gradients take to the kernel: by rows, or averaged or used in backward.
 
     Args:
         registry: The parameters of this rank.
         memory: Their memory.
-        reduction: Sums.
-        collectives: For waits.
+        sync: Sums them.
+        consensus: The ranks.
         ring_nbytes: As in ``ShardPolicy``.
     """
+    reduction, collectives = sync.reduction, consensus.collectives
+    if isinstance(reduction, UpdatingReduction):
+        return UpdatedGradients(registry, memory, reduction, collectives, ring_nbytes)
     if isinstance(reduction, RingReduction):
-        return AveragedGradients(registry, memory, reduction, collectives, ring_nbytes)
+        return AveragedGradients(registry, memory, sync, consensus, ring_nbytes)
     return RowGradients(registry)

@@ -9,6 +9,7 @@ from mpi4py import MPI
 from shardopt.comm.collectives import Collectives
 from shardopt.comm.exit_hook import mpi_is_usable
 from shardopt.comm.topology import Topology
+from shardopt.comm.waiting import CONSTRUCTION
 from shardopt.layout.partition import Partition
 from shardopt.overlap.progress import ProgressThread
 from shardopt.overlap.readiness import Readiness
@@ -109,6 +110,10 @@ class BackwardOverlap:
         registry: This rank's parameters.
         memory: Their memory.
         sync: Sends gradients.
+
+    Attributes:
+        thread: Sends them.
+        reached: The parameters that backward has reached, by id, for others to clear.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class BackwardOverlap:
         sync: BucketSync,
     ) -> None:
         self.thread = ProgressThread(memory, sync)
+        self.reached: set[int] = set()
         self._pid = os.getpid()
         self._collectives = collectives
         self._registry = registry
@@ -143,7 +149,10 @@ class BackwardOverlap:
         if not mpi_is_usable(self._pid):
             return
         index = self._registry.index_of(param)
-        if index is None or not self._readiness.knows(index):
+        if index is None:
+            return
+        self.reached.add(id(param))
+        if not self._readiness.knows(index):
             return
         num_expected = self._readiness.count(index)
         if num_expected < 0:
@@ -161,6 +170,7 @@ class BackwardOverlap:
 
     def grads_zeroed(self) -> None:
         """See ``Overlap.grads_zeroed``."""
+        self.reached.clear()
         if self._readiness.is_counting:
             self._halted = True
             self._changed |= (1 << self.thread.num_announced) - 1
@@ -270,7 +280,7 @@ def make_overlap(
     is_possible = wanted and memory.residence.is_home and adapter.reports_grads
     is_possible = is_possible and MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     mine = np.array([int(is_possible)])
-    if not collectives.allreduce(mine, MPI.MIN, 0, "NAdam()")[0]:
+    if not collectives.allreduce(mine, MPI.MIN, 0, CONSTRUCTION)[0]:
         return NoOverlap()
     overlap = BackwardOverlap(topology, collectives, registry, memory, sync)
     adapter.on_grad_ready(overlap.on_grad_ready)

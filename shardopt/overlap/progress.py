@@ -1,21 +1,25 @@
-"""The thread that sends gradients while backward computes."""
+"""The thread that sends gradients while backward computes, and parameters in forward."""
 
 import enum
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from shardopt.comm.exit_hook import ExitHook
 from shardopt.comm.flags import NodeFlags
 from shardopt.comm.waiting import LOOKS
 from shardopt.store.memory import Memory
+from shardopt.transport.buckets import BucketPlan
 from shardopt.transport.reduction import Reduction
 from shardopt.transport.sync import BucketSync
 
+_GRADS, _PARAMS = 0, 1  # the fields of flags
 _NAP_S = 0.0003
 _LOCK_TIMEOUT_S = 0.1
 _MAX_DRAIN_S = 5.0
@@ -32,6 +36,8 @@ class State(enum.Enum):
 
 class ProgressThread:
     """Starts the buckets that all ranks of the node have announced, and keeps them moving.
+
+    It keeps parameters moving as well that ``BucketSync.publish_later`` has left to it.
 
     Collective over the node: construction and ``free``.
 
@@ -51,7 +57,8 @@ class ProgressThread:
         self.error: Exception | None = None
         self._memory = memory
         self._sync = sync
-        self._flags = NodeFlags(memory.arena, 1)
+        self._flags = NodeFlags(memory.arena, 2)
+        self._num_sent = 0  # how often parameters have been sent; step numbers may come again
         self._step = 0
         self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._lock.acquire()
@@ -60,7 +67,8 @@ class ProgressThread:
             target=_run, args=arguments, name="shardopt exchange", daemon=True
         )
         self._thread.start()
-        self._exit = ExitHook(self, _end, self._ended, self._wake, self._thread, sync.reduction)
+        ending = self._ended, self._wake, self._thread
+        self._exit = ExitHook(self, _end, *ending, sync, self._flags)
 
     def announce(self, num_buckets: int) -> None:
         """Announce to the node that the first ``num_buckets`` buckets are ready on this rank.
@@ -68,8 +76,7 @@ class ProgressThread:
         Publish the gradients in them first; see [Note: when stores become visible].
         """
         self.num_announced = num_buckets
-        self._flags.mine[0] = self._step << 32 | num_buckets
-        self._flags.publish()
+        self._show(_GRADS, self._step, num_buckets)
         self._wake.set()
 
     def hold(self) -> None:
@@ -88,8 +95,7 @@ class ProgressThread:
         That must not happen before all ranks have retracted. An error of the thread is left for
         ``hold``, whose callers can agree on it.
         """
-        self._flags.mine[0] = 0
-        self._flags.publish()
+        self._show(_GRADS, 0, 0)
         self._take_over()
 
     def collect(self, step: int) -> None:
@@ -98,14 +104,54 @@ class ProgressThread:
         if self.state is State.HELD:
             self.state = State.COLLECTING
             self._lock.release()
+            self._wake.set()  # there may be parameters to send
 
     def num_ready(self) -> int:
         """Return how many buckets all ranks of the node have announced for this step."""
+        return int(self._shown(_GRADS, self._step).min())
+
+    # -- parameters --------------------------------------------------------------------------------
+
+    def send_params(self, plans: Sequence[BucketPlan]) -> None:
+        """Send the parameters that a step has updated from now on; see ``publish_later``."""
+        self._num_sent += 1
+        self._sync.publish_later(plans)
+        self._show(_PARAMS, self._num_sent, self._sync.num_published)
+
+    def num_landed(self) -> list[int]:
+        """Return how many buckets of parameters are complete, for each rank of the node.
+
+        What they hold can be read afterwards.
+        """
+        landed: list[int] = self._shown(_PARAMS, self._num_sent).tolist()
+        return landed
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Do the thread's work in its place for a while, by calling ``work``."""
+        is_collecting = self.state is State.COLLECTING
+        if is_collecting:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            if is_collecting:
+                self._lock.release()
+                self._wake.set()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _show(self, field: int, number: int, count: int) -> None:
+        self._flags.mine[field] = number << 32 | count
+        self._flags.publish()
+
+    def _shown(self, field: int, number: int) -> NDArray[np.int64]:
+        """Return the counts that the ranks of the node have shown with a number, else 0."""
         self._flags.acquire()
-        announced = self._flags.all[:, 0]
-        current = np.where(announced >> 32 == self._step, announced & 0xFFFFFFFF, 0)
-        self._memory.acquire()  # the gradients in them can be read from here on
-        return int(current.min())
+        shown = self._flags.all[:, field]
+        current = np.where(shown >> 32 == number, shown & 0xFFFFFFFF, 0)
+        self._memory.acquire()  # what it speaks of can be read from here on
+        return current
 
     def free(self) -> None:
         """End the thread and release what is shared. Collective over the node."""
@@ -118,14 +164,18 @@ class ProgressThread:
 
     def work(self) -> bool:
         """Make progress without waiting; return whether there will be more to do."""
-        reduction = self._sync.reduction
+        reduction, num_left = self._sync.reduction, 0
         try:
             with self._sync.translate_mpi_errors():
+                num_published = self._sync.num_published
+                num_left = self._sync.advance_params()
+                if self._sync.num_published != num_published:
+                    self._show(_PARAMS, self._num_sent, self._sync.num_published)
                 reduction.advance(self.num_ready())
         except Exception as error:  # for the next step to raise
             self.error = error
         more = reduction.num_started < self.num_announced or not reduction.is_idle
-        return more and self.error is None
+        return (more or num_left > 0) and self.error is None
 
 
 def _run(
@@ -151,13 +201,35 @@ def _run(
 
 
 def _end(
-    ended: threading.Event, wake: threading.Event, thread: threading.Thread, reduction: Reduction
+    ended: threading.Event,
+    wake: threading.Event,
+    thread: threading.Thread,
+    sync: BucketSync,
+    flags: NodeFlags,
 ) -> None:
     """End the thread before MPI ends; others may still wait for messages in transit."""
     ended.set()
     wake.set()
     if thread is not threading.current_thread():  # which may find its owner to be garbage
         thread.join()
+    stop = time.monotonic() + _MAX_DRAIN_S
+    with suppress(MPI.Exception):  # of ranks that are gone
+        while True:
+            num_before, num_left = sync.num_published, sync.advance_params()
+            if num_new := sync.num_published - num_before:  # others of the node wait for them
+                stop = time.monotonic() + _MAX_DRAIN_S
+                flags.mine[_PARAMS] += num_new
+                flags.publish()
+            flags.acquire()
+            is_quiet = sync.reduction.is_quiet() and not num_left
+            all_are_here = bool((flags.all[:, _PARAMS] >= flags.mine[_PARAMS]).all())
+            if (is_quiet and all_are_here) or time.monotonic() > stop:
+                return
+            time.sleep(_NAP_S)
+
+
+def drain(reduction: Reduction) -> None:
+    """Wait until messages have arrived, before MPI ends or their memory is released."""
     stop = time.monotonic() + _MAX_DRAIN_S
     with suppress(MPI.Exception):  # of ranks that are gone
         while not reduction.is_quiet() and time.monotonic() < stop:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
 from shardopt.comm.flags import NodeFlags
+from shardopt.comm.node_memory.polling import announced_by_all, least
 from shardopt.comm.waiting import wait_briefly
+from shardopt.errors import CallOrderError
 from shardopt.layout.partition import Partition
-from shardopt.layout.ring import RingPlan
+from shardopt.layout.ring import RingPlan, most_waiting_nbytes
 from shardopt.overlap.passes import Passes
 from shardopt.overlap.slots import Slots
 from shardopt.store.memory import Memory
@@ -23,7 +25,7 @@ MAX_WAIT_S = 0.05
 """The longest that backward waits for other ranks before it keeps a gradient to itself."""
 
 # Fields of the flags. The ends of two segments in a row are kept apart, by the segment's parity.
-_ANNOUNCED, _SUMMED, _ENDED, _TOTAL, _HAS_MORE, _CONTENTS = 0, 1, 2, 4, 6, 8
+_ANNOUNCED, _SUMMED, _CLOSED, _ENDED, _TOTAL, _HAS_MORE, _CONTENTS = 0, 1, 2, 4, 6, 8, 10
 
 _rings: WeakSet["GradRing"] = WeakSet()
 """All of this process: who waits in one sums for the others, too, whatever their order."""
@@ -34,15 +36,17 @@ class _Piece(NamedTuple):
 
     Attributes:
         place: The bucket's place in the order of travel.
-        start: The first element within the bucket.
-        first: The first element within the flattened parameter.
+        target: Its elements within the bucket.
+        source: Its elements within the flattened parameter.
         numel: Elements.
+        is_whole: Whether the bucket has all of the parameter.
     """
 
     place: int
-    start: int
-    first: int
+    target: slice
+    source: slice
     numel: int
+    is_whole: bool
 
 
 @dataclass(slots=True)
@@ -71,18 +75,23 @@ class GradRing:
     rounds second. When all have summed it, its buffer is free for the bucket ``depth`` positions
     later. All that happens in this rank's own hooks: there is no thread.
 
-    Nobody waits long. A gradient that finds no room stays in private memory until there is some; a
-    hook waits for room only if this rank is ahead of others, and ``MAX_WAIT_S`` at most. A rank
-    whose backward takes another order announces nothing before the buckets in front are complete.
-    The end of backward completes its round, with zeros for parameters that it has not reached. A
-    bucket is *closed* once it has all parameters of the round before. One more that comes then
-    begins another round, which depends on this rank's backwards alone and never on time. Ranks may
-    thus need different numbers of rounds for as many backwards, and those that look at averages
-    first add empty rounds until they have equally many.
+    Nobody waits long. A gradient that finds no room stays in private memory until there is some. A
+    hook waits for room only if this rank is ahead of others, with more in private memory than the
+    largest gradient, and ``MAX_WAIT_S`` at most. A rank whose backward takes another order
+    announces nothing before the buckets in front are complete. The end of backward completes its
+    round, with zeros for parameters that it has not reached. A bucket is *closed* once it has all
+    parameters of the round before. One more that comes then begins another round, which depends on
+    this rank's backwards alone and never on time. Ranks may thus need different numbers of rounds
+    for as many backwards, and those that look at averages first add empty rounds until they have
+    equally many.
 
     A *segment* ends where all ranks meet, which is in a step. A rank that has ended it has
     announced zeros for all rounds that it has not run. Nobody begins the next segment before all
     ranks have seen the end of this one, as they agree on something in between.
+
+    On several nodes a segment ends at one position on all of them. Each rank *closes* it, when it
+    knows where it ends there, and all ranks agree on the last of these positions before anybody
+    waits for it: a node with more positions than others gets on only if they send their zeros.
 
     A buffer that a rank has nothing for is marked as empty and taken for zeros, which keeps the
     tree of [Note: the bits of a sum].
@@ -123,20 +132,27 @@ class GradRing:
             bucket = partition.buckets[number]
             self._params_in.append([])
             for index, span in partition.params_in(bucket.region, bucket):
-                first = span.start - partition.params[index].start
-                piece = _Piece(place, span.start - bucket.start, first, span.numel)
+                param = partition.params[index]
+                target, source = span.shift(-bucket.start).slice, span.shift(-param.start).slice
+                is_whole = span.numel == param.numel
+                piece = _Piece(place, target, source, span.numel, is_whole)
                 self._pieces[index].append(piece)
                 self._params_in[-1].append((index, piece))
         self._fillings: dict[int, _Filling] = {}  # by position
-        self._num_waiting = 0
+        self._num_waiting = 0  # pieces
+        self._waiting_nbytes = 0  # whose gradients are in private memory
+        expected = frozenset(expected)
+        self._most_waiting_nbytes = most_waiting_nbytes(partition, expected)
+        self._room = plan.depth  # buffers of positions below are free; there may be more
+        self._ends = np.zeros(plan.node_size, np.int64)
         self._base = 0  # position at which the present round begins
         self._announced = self._summed = 0
-        self._segment, self._is_ended = 1, False
+        self._segment, self._is_ended, self._is_over = 1, False, False
+        self._agreed: tuple[int, bool] | None = None  # between nodes; see ``extend_to``
         self._passes.begin(self._segment)
         self._restarts: list[int] = []  # positions at which older averages are forgotten
         self._arrived: set[int] = set()  # in the present round
         self._num_closed = 0  # buckets of the present round, from the first
-        self._has_more = False
         self._gave_up_at = -1
         self._expect(expected)
         _rings.add(self)
@@ -145,20 +161,31 @@ class GradRing:
 
     def put(self, param: int, grad: FloatArray) -> None:
         """Hand over this rank's gradient of a parameter, which must not change afterwards."""
-        self._reopen()
+        if self._is_ended:
+            self._reopen()
         pieces = self._pieces[param]
-        if param in self._arrived or any(piece.place < self._num_closed for piece in pieces):
+        if param in self._arrived or (pieces and pieces[0].place < self._num_closed):
             self.end_round()
         self._arrived.add(param)
-        flat, is_expected = grad.reshape(-1), param in self._expected
+        base, flat, num_closed = self._base, grad.reshape(-1), self._num_closed
+        is_expected = param in self._expected
         for piece in pieces:
-            filling = self._fillings.setdefault(self._base + piece.place, _Filling())
+            place = piece.place
+            filling = self._fillings.get(base + place)
+            if filling is None:
+                filling = self._fillings[base + place] = _Filling()
             filling.params.add(param)
-            filling.waiting.append((piece, flat))
-            self._num_waiting += 1
-            self._missing[piece.place] -= is_expected
-        while self._num_closed < len(self._buckets) and self._missing[self._num_closed] <= 0:
+            if base + place < self._room:
+                self._copy(base + place, piece, flat)
+            else:
+                filling.waiting.append((piece, flat))
+                self._num_waiting += 1
+                self._waiting_nbytes += piece.numel * flat.itemsize
+            self._missing[place] -= is_expected
+        while self._num_closed < len(self._missing) and self._missing[self._num_closed] <= 0:
             self._num_closed += 1
+        if self._num_closed == num_closed and not self._num_waiting:
+            return  # nothing that other ranks wait for
         self._make_room()
         if self._num_waiting:
             mine = [self._fillings.get(self._base + piece.place) for piece in pieces]
@@ -192,10 +219,12 @@ class GradRing:
     def advance(self) -> bool:
         """Make progress without waiting; return whether there was any."""
         before = self._announced, self._summed, self._num_waiting
+        self._reduction.progress()
         if self._fillings or self._announced < self._base:
-            room = self._least_summed() + self._depth
-            self._place(room)
-            self._announce(room)
+            self._room = self._least_summed() + self._depth
+            if self._num_waiting:
+                self._place(self._room)
+            self._announce(self._room)
         if self._is_ended or self._summed < self._announced:
             self._sum()
         return before != (self._announced, self._summed, self._num_waiting)
@@ -219,12 +248,10 @@ class GradRing:
 
     @property
     def late_ranks(self) -> list[int]:
-        """The ranks of the node that have not ended the segment."""
-        total = self._total()
-        if total is not None:
-            return []
-        ended = self._flags.all[:, _ENDED + self._segment % 2] == self._segment
-        return np.flatnonzero(~ended).tolist()
+        """The ranks of the node that have not begun to end the segment."""
+        self._flags.acquire()
+        are_closed = self._flags.all[:, _CLOSED + self._segment % 2] == self._segment
+        return np.flatnonzero(~are_closed).tolist()
 
     # -- segments ----------------------------------------------------------------------------------
 
@@ -234,26 +261,49 @@ class GradRing:
         Args:
             has_more: Whether this rank has gradients that it hands over in a segment of their own.
         """
-        self._reopen()
-        self.end_round()
-        self._has_more = has_more
+        if self._is_over or not self._is_ended:
+            self._reopen()
+            self.end_round()
+        parity, flags = self._segment % 2, self._flags
+        flags.mine[_TOTAL + parity] = self._base
+        flags.mine[_HAS_MORE + parity] = self._end_contents(has_more=has_more)
+        flags.publish()
+        flags.mine[_CLOSED + parity] = self._segment
+        flags.publish()
         self._is_ended = True
+
+    def end(self) -> tuple[int, bool]:
+        """Return where the segment ends on this rank, and whether it has more for another."""
+        mine, parity = self._flags.mine, self._segment % 2
+        return int(mine[_TOTAL + parity]), bool(mine[_HAS_MORE + parity])
+
+    def extend_to(self, total: int, *, has_more: bool) -> None:
+        """Have the segment, which all ranks have closed, end at one position on all nodes.
+
+        Nodes may depend on it: one that has more positions waits for zeros of the others.
+
+        Args:
+            total: The last position of all nodes; what this one does not have is zeros.
+            has_more: Whether some rank of all has gradients for another segment.
+        """
+        self._agreed = total, has_more
 
     def is_over(self) -> bool:
         """Whether all ranks have ended the segment, and this one has its sums; makes progress."""
         advance_all()
         parity, flags = self._segment % 2, self._flags
         if self._announced == self._base and flags.mine[_ENDED + parity] != self._segment:
-            flags.mine[_TOTAL + parity] = self._base
-            flags.mine[_HAS_MORE + parity] = self._has_more
-            flags.publish()
             flags.mine[_ENDED + parity] = self._segment
             flags.publish()
         total = self._total()
-        return total is not None and self._summed == total
+        is_summed = total is not None and self._summed == total
+        self._is_over = is_summed and self._reduction.is_idle
+        return self._is_over
 
     def has_more(self) -> bool:
         """Whether some rank has gradients that it hands over in another segment."""
+        if self._agreed is not None:
+            return self._agreed[1]
         return bool(self._flags.all[:, _HAS_MORE + self._segment % 2].any())
 
     def free(self) -> None:
@@ -264,6 +314,11 @@ class GradRing:
         """Begin another segment at the position where the last one has ended on all ranks."""
         if not self._is_ended:
             return
+        if not self._is_over:
+            raise CallOrderError(
+                "step() or average_grads() must come next, on all ranks, as one of them was broken "
+                "off by ranks that made other calls; got more gradients or zero_grad()."
+            )
         total = self._total()
         assert total is not None
         self._base = self._announced = total
@@ -273,7 +328,8 @@ class GradRing:
             self._reduction.forget()
             self._restarts.pop()
         self._segment += 1
-        self._is_ended, self.num_rounds = False, 0
+        self._agreed = None
+        self._is_ended, self._is_over, self.num_rounds = False, False, 0
         self._passes.begin(self._segment)
 
     def _total(self) -> int | None:
@@ -283,6 +339,8 @@ class GradRing:
         if not (self._flags.all[:, _ENDED + parity] == self._segment).all():
             return None
         self._flags.acquire()
+        if self._agreed is not None:
+            return self._agreed[0]
         return int(self._flags.all[:, _TOTAL + parity].max())
 
     # -- inside ------------------------------------------------------------------------------------
@@ -308,8 +366,7 @@ class GradRing:
         self._missing = list(self._counts)
 
     def _least_summed(self) -> int:
-        self._flags.acquire()
-        return int(self._flags.all[:, _SUMMED].min())
+        return least(self._flags.all, _SUMMED)
 
     def _make_room(self) -> None:
         """Place what waits, and wait for other ranks if they are behind this one."""
@@ -334,22 +391,29 @@ class GradRing:
         return not self._is_stuck()
 
     def _is_stuck(self) -> bool:
-        """Whether gradients wait for other ranks, which are behind this one, to make room."""
-        least = self._least_summed()
-        is_full = self._announced >= least + self._depth
-        return self._num_waiting > 0 and is_full and least > self._gave_up_at
+        """Whether too many gradients wait for other ranks, which are behind, to make room."""
+        if self._waiting_nbytes <= self._most_waiting_nbytes:
+            return False
+        least_summed = self._least_summed()
+        is_full = self._announced >= least_summed + self._depth
+        return is_full and least_summed > self._gave_up_at
 
     def _place(self, room: int) -> None:
         """Copy what waits into the buffers of positions below ``room``, which are free."""
         for position, filling in self._fillings.items():
             if position >= room or not filling.waiting:
                 continue
-            slot = self._slots.mine(position, position % len(self._buckets))
             for piece, flat in filling.waiting:
-                source = flat[piece.first : piece.first + piece.numel]
-                np.copyto(slot[piece.start : piece.start + piece.numel], source)
+                self._copy(position, piece, flat)
+                self._waiting_nbytes -= piece.numel * flat.itemsize
             self._num_waiting -= len(filling.waiting)
             filling.waiting.clear()
+
+    def _copy(self, position: int, piece: _Piece, flat: FloatArray) -> None:
+        """Copy a piece of a gradient into this rank's buffer of a position."""
+        slot = self._slots.mine(position, piece.place)
+        source = flat if piece.is_whole else flat[piece.source]
+        np.copyto(slot[piece.target], source)
 
     def _announce(self, room: int) -> None:
         """Announce positions below ``room`` that are complete, without a gap."""
@@ -360,11 +424,13 @@ class GradRing:
             if filling is not None:
                 place = position % len(self._buckets)
                 slot = self._slots.mine(position, place)
-                slot[self._slots.gaps[place]] = 0
-                for index, piece in self._params_in[place]:
-                    if index not in filling.params:
-                        slot[piece.start : piece.start + piece.numel] = 0
-            contents[position % self._depth] = filling is not None
+                if len(gaps := self._slots.gaps[place]):
+                    slot[gaps] = 0
+                if len(filling.params) < len(self._params_in[place]):
+                    for index, piece in self._params_in[place]:
+                        if index not in filling.params:
+                            slot[piece.target] = 0
+            contents[position % self._depth] = self._contents(position, filling)
             position += 1
         if position > self._announced:
             self._announced = position
@@ -382,34 +448,46 @@ class GradRing:
     def _sum(self) -> None:
         """Sum this rank's part of the positions that all ranks have announced."""
         flags, parity = self._flags, self._segment % 2
-        ended = flags.all[:, _ENDED + parity] == self._segment
-        while True:  # until what a rank has announced is known to be of this segment
-            flags.acquire()
-            announced, before = flags.all[:, _ANNOUNCED].copy(), ended
-            flags.acquire()
-            ended = flags.all[:, _ENDED + parity] == self._segment
-            if (ended == before).all():
-                break
-        announced[ended] = flags.all[ended, _TOTAL + parity]
-        ready = int(announced.max() if ended.all() else announced[~ended].min())
+        fields = _ANNOUNCED, _ENDED + parity, _TOTAL + parity
+        announced, total = self._ends, self._total()
+        ready = announced_by_all(flags.all, *fields, self._segment, announced)
+        if self._agreed is not None and total is not None:  # all had ended before the look
+            ready = total
         if self._summed >= ready:
             return
         self._memory.acquire()
-        while self._summed < ready:
+        while self._summed < ready and self._reduction.has_room():
             position = self._summed
             while self._restarts and self._restarts[0] <= position:
                 self._reduction.forget()
                 self._restarts.pop(0)
-            contents = flags.all[:, _CONTENTS + position % self._depth]
-            filled = (position < announced) & (contents != 0)
-            if filled.any():
-                place = position % len(self._buckets)
-                rows = self._slots.rows(position, place, filled)
-                self._reduction.average(self._buckets[place], rows)
+            self._take(position, [position < end for end in announced.tolist()])
             self._summed = position + 1
             self._memory.publish()
             flags.mine[_SUMMED] = self._summed
             flags.publish()
+
+    def _contents(self, position: int, filling: _Filling | None) -> int:
+        """Return what the others must know of a position that is about to be announced."""
+        return int(filling is not None)
+
+    def _end_contents(self, *, has_more: bool) -> int:
+        """Return what the others must know of the end of this rank's segment."""
+        return int(has_more)
+
+    def _take(self, position: int, are_announced: list[bool]) -> None:
+        """Sum this rank's part of a position.
+
+        Args:
+            position: The position.
+            are_announced: For each rank whether it has announced it; else it has nothing there.
+        """
+        contents = self._flags.all[:, _CONTENTS + position % self._depth].tolist()
+        pairs = zip(are_announced, contents, strict=True)
+        filled = [is_announced and content != 0 for is_announced, content in pairs]
+        place = position % len(self._buckets)
+        rows = self._slots.rows(position, place, filled) if any(filled) else None
+        self._reduction.average(self._buckets[place], rows)
 
 
 def advance_all() -> None:

@@ -35,10 +35,12 @@ class Slots:
         ]
         self._node_rank, self._depth = memory.arena.comm.rank, plan.depth
         regions = [partition.regions[partition.buckets[number].region] for number in buckets]
-        self._kinds = [
+        sizes = [
             (partition.buckets[number].numel, np.dtype(region.dtype))
             for number, region in zip(buckets, regions, strict=True)
         ]
+        self._kinds = list(dict.fromkeys(sizes))  # most buckets are alike
+        self._kind_of = [self._kinds.index(size) for size in sizes]  # by place
         self._zeros = np.zeros(
             plan.slot_nbytes, np.uint8
         )  # never touched, so that it takes no memory
@@ -54,11 +56,11 @@ class Slots:
 
     def mine(self, position: int, place: int) -> FloatArray:
         """Return this rank's buffer for a position, as the bucket at a place has it."""
-        return self._arrays(position % self._depth, place)[self._node_rank]
+        return self._arrays(position % self._depth, self._kind_of[place])[self._node_rank]
 
     def rows(self, position: int, place: int, filled: Iterable[bool]) -> Rows:
         """Return the buffers of all ranks, and zeros for those that are not filled."""
-        key = position % self._depth, place
+        key = position % self._depth, self._kind_of[place]
         arrays, is_filled = self._arrays(*key), list(filled)
         if not all(is_filled):
             zeros = self._zeros[: arrays[0].nbytes].view(arrays[0].dtype)
@@ -68,10 +70,10 @@ class Slots:
             self._full_rows[key] = Rows.of(*arrays)
         return self._full_rows[key]
 
-    def _arrays(self, slot: int, place: int) -> list[FloatArray]:
-        key = slot, place
+    def _arrays(self, slot: int, kind: int) -> list[FloatArray]:
+        key = slot, kind
         if key not in self._rows:
-            numel, dtype = self._kinds[place]
+            numel, dtype = self._kinds[kind]
             nbytes = numel * dtype.itemsize
             self._rows[key] = [slots[slot, :nbytes].view(dtype) for slots in self._of_rank]
         return self._rows[key]

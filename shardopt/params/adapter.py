@@ -10,10 +10,22 @@ from shardopt.backends.base import address_of, is_on_device
 from shardopt.backends.devices import HOST, current_queue
 from shardopt.errors import CheckpointError, PartitionError
 from shardopt.params.model import ModelContent
-from shardopt.rule.nadam import Hyperparams
+from shardopt.rule.hyperparams import Hyperparams
 from shardopt.trace import Annotate
 
 P = TypeVar("P", contravariant=True)
+
+
+class ParamsListener(Protocol):
+    """Waits for parameters that are about to be read."""
+
+    def need(self, params: Sequence[Any]) -> None:
+        """Wait for the parameters of a module, which are always given in the same sequence."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for all parameters."""
+        ...
 
 
 class Adapter(Protocol[P]):
@@ -26,8 +38,10 @@ class Adapter(Protocol[P]):
         grads_from_start: A parameter has a gradient of zeros from the start, to be added to; else
             it has none until its framework or its user sets one.
         reports_grads: The framework reports what backward has accumulated; see ``on_grad_ready``.
+        reports_forward: The framework reports what forward needs; see ``on_params_needed``.
         shows_averages: A bound gradient is the average over all ranks, not this rank's own; see
             [Note: what p.grad is in stage 2].
+        widens_grads: Averages of 16-bit gradients can be shown in float32.
         step_dtype: Of step counts in the state.
         annotate: Shows spans to the framework's profiler; None if it has none.
         copied_nbytes: Bytes of gradients that the adapter has copied into views since somebody set
@@ -36,7 +50,9 @@ class Adapter(Protocol[P]):
 
     grads_from_start: bool
     reports_grads: bool
+    reports_forward: bool
     shows_averages: bool
+    widens_grads: bool
     step_dtype: str
     annotate: Annotate | None
     copied_nbytes: int
@@ -158,6 +174,10 @@ class Adapter(Protocol[P]):
         """Call ``listener`` with each parameter whose gradient backward has accumulated into."""
         ...
 
+    def on_params_needed(self, listener: ParamsListener | None) -> None:
+        """Name a listener that is told of parameters before they are read; None ends that."""
+        ...
+
     def on_backward(self, listener: Callable[[], None] | None) -> None:
         """Call ``listener`` whenever backward has accumulated into a gradient, or no longer.
 
@@ -169,8 +189,16 @@ class Adapter(Protocol[P]):
         """Call listeners before a backward accumulates anything, and at its end."""
         ...
 
+    def on_fault(self, listener: Callable[[Exception], None]) -> None:
+        """Call ``listener`` with errors that steps are to raise on all ranks."""
+        ...
+
     def on_grad_read(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` when somebody uses an average that ``bind_grad`` has bound."""
+        ...
+
+    def note_averages(self, *, are_shown: bool) -> None:
+        """Note whether averages that are bound can be used; if not, that raises."""
         ...
 
     def end_backward(self) -> None:
@@ -179,6 +207,19 @@ class Adapter(Protocol[P]):
 
     def own_grad(self, param: P, view: Any, *, zeros: bool) -> None:
         """Make the gradient a copy of a view, or zeros, in memory of its own."""
+        ...
+
+    def grad_factors(self) -> Mapping[int, tuple[Sequence[float], Sequence[float]]]:
+        """Return by what averages have been multiplied.
+
+        Returns:
+            By the ``id`` of the parameter, the factors that have been written to its elements on
+            this rank, in order; and those behind them that have not.
+        """
+        ...
+
+    def forget_factors(self, param: P) -> None:
+        """Note that its average has been multiplied, or is no more."""
         ...
 
     def grad_version(self, param: P) -> object:
@@ -257,7 +298,9 @@ class ArrayAdapter(Adapter[A]):
 
     grads_from_start = False
     reports_grads = False
+    reports_forward = False
     shows_averages = False
+    widens_grads = False
     step_dtype = "float64"
     annotate = None
     copied_nbytes = 0
@@ -341,14 +384,23 @@ class ArrayAdapter(Adapter[A]):
     def on_grad_ready(self, listener: Callable[[Any], None]) -> None:
         """Do nothing: gradients are written at any time; see ``reports_grads``."""
 
+    def on_params_needed(self, listener: ParamsListener | None) -> None:
+        """Do nothing: parameters are read at any time; see ``reports_forward``."""
+
     def on_backward(self, listener: Callable[[], None] | None) -> None:
         """Do nothing; see ``on_grad_ready``."""
 
     def on_backward_ends(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
         """Do nothing; see ``on_grad_ready``."""
 
+    def on_fault(self, listener: Callable[[Exception], None]) -> None:
+        """Do nothing: the step finds what is wrong."""
+
     def on_grad_read(self, listener: Callable[[], None]) -> None:
         """Do nothing: a bound gradient is this rank's own."""
+
+    def note_averages(self, *, are_shown: bool) -> None:
+        """Do nothing; see ``on_grad_read``."""
 
     def end_backward(self) -> None:
         """Do nothing; see ``on_grad_ready``."""
@@ -356,6 +408,13 @@ class ArrayAdapter(Adapter[A]):
     def own_grad(self, param: A, view: FloatArray, *, zeros: bool) -> None:
         """See ``Adapter.own_grad``."""
         param.grad = np.zeros_like(view) if zeros else view.copy()
+
+    def grad_factors(self) -> Mapping[int, tuple[Sequence[float], Sequence[float]]]:
+        """Return none; see ``on_grad_read``."""
+        return {}
+
+    def forget_factors(self, param: A) -> None:
+        """Do nothing; see ``on_grad_read``."""
 
     def grad_version(self, param: A) -> None:
         """Return None; see ``Adapter.grad_version``."""

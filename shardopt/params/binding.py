@@ -24,7 +24,8 @@ class Binding:
         data: The node's copy of the parameter.
         own_data: The same as this rank may write to it, which the parameter itself is a view of;
             see [Note: weights that behave as in DDP].
-        grad: This rank's gradient of it.
+        grad: This rank's gradient of it; or the average, which is wider if the parameter has 16
+            bits.
     """
 
     __slots__ = (
@@ -144,7 +145,7 @@ class Binding:
             return not adapter.is_clear(param, view), None
         array = adapter.grad(param, self.name)
         if array is not None:
-            require_like("grad", self.name, array, self.grad)
+            require_like("grad", self.name, array, self.data)
         return array is not None, array
 
     def write_grad(self, array: FloatArray) -> None:

@@ -53,13 +53,14 @@ class FormRules:
             PartitionError: Its state cannot be kept as asked for.
         """
         name, dtype = spec.name, spec.dtype
+        bits = bits if spec.numel >= MIN_CODED_NUMEL else 32
         if bits == 8 and dtype == "float64":
             raise _wrong(name, "float32, bfloat16 or float16", "moments of 8 bits", dtype, _GROUP)
         if self.master_weights is False and dtype == "float16":
             remedy = "Leave master_weights out, as float16 has too small a range, or use bfloat16"
             raise _wrong(name, "bfloat16", "master_weights=False", dtype, remedy)
         form = StateForm(
-            optim_bits=bits if spec.numel >= MIN_CODED_NUMEL else 32,
+            optim_bits=bits,
             has_masters=not (self.master_weights is False and dtype == "bfloat16"),
         )
         if form != FULL and device != HOST:

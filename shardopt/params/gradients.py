@@ -13,11 +13,13 @@ class Gradients(Protocol):
         late_nbytes: Bytes of gradients that had to wait in private memory before the last ``take``.
         waited_s: Time that backward has waited for other ranks since the last ``take``, in seconds.
         are_averages: Whether frameworks show averages once backward is over.
+        are_updates: Whether parameters are updated as backward goes, before the step.
     """
 
     late_nbytes: int
     waited_s: float
     are_averages: bool
+    are_updates: bool
 
     def check(self, dtype: str) -> None:
         """Refuse parameters of a dtype that this way does not support.
@@ -27,8 +29,16 @@ class Gradients(Protocol):
         """
         ...
 
-    def leave(self, step: int) -> None:
-        """Hand the gradients so far to the framework, as the layout changes. Collective."""
+    def leave(self, call: str, step: int) -> None:
+        """Hand the gradients so far to the framework, as the layout changes. Collective.
+
+        Args:
+            call: The user's call, for messages.
+            step: The last step, for messages.
+
+        Raises:
+            RankMismatchError: Ranks make other calls.
+        """
         ...
 
     def lay_out(self) -> None:
@@ -38,8 +48,8 @@ class Gradients(Protocol):
     def take(self, step: int) -> tuple[int, int]:
         """Have all gradients where the kernel reads them, or where they are sent from.
 
-        Collective over the node, and returns on all ranks before it raises on any. All ranks of the
-        job must meet before any of them calls it again.
+        Collective over the node, in stage 2 on several nodes over all ranks, and returns on all
+        ranks before it raises on any. All ranks of the job must meet before any calls it again.
 
         Returns:
             Bit mask of the parameters that have a gradient on this rank; and the bytes copied.
@@ -61,6 +71,15 @@ class Gradients(Protocol):
         """
         ...
 
+    def show(self, present: int, step: int) -> None:
+        """Have all ranks see averages that ``take`` has completed. Collective: every rank.
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank.
+            step: As for ``take``.
+        """
+        ...
+
     def zero(self, *, set_to_none: bool) -> None:
         """Zero this rank's gradients, or leave parameters without; see ``zero_grad``."""
         ...
@@ -69,12 +88,58 @@ class Gradients(Protocol):
         """Multiply this rank's gradients."""
         ...
 
+    def require_settled(self, call: str) -> None:
+        """Refuse a call of the user's while some parameters are updated and others are not.
+
+        Raises:
+            CallOrderError: A backward that updates has begun since the last step.
+        """
+        ...
+
+    def require_whole(self, call: str) -> None:
+        """Refuse a call of the user's that needs a state of which all belongs to the same step.
+
+        Raises:
+            CheckpointError: A step has raised that had updated a part.
+        """
+        ...
+
+    def mend(self) -> None:
+        """Note that the whole state is another, such as that of a checkpoint."""
+        ...
+
+    def commit(self, present: int) -> None:
+        """Have the rule plan the updates that backward has made, for the step to commit.
+
+        Args:
+            present: Bit mask of the parameters that have a gradient on some rank.
+        """
+        ...
+
     def free(self) -> None:
         """Release what is shared; ranks have met before."""
         ...
 
 
-class RowGradients:
+class UpdatedBySteps:
+    """The part of ``Gradients`` that has nothing to do where only steps update parameters."""
+
+    are_updates = False
+
+    def require_settled(self, call: str) -> None:
+        """Do nothing: only steps update."""
+
+    def require_whole(self, call: str) -> None:
+        """Do nothing: a step that raises has updated nothing."""
+
+    def mend(self) -> None:
+        """Do nothing: the state is whole."""
+
+    def commit(self, present: int) -> None:
+        """Do nothing: the step has planned its updates."""
+
+
+class RowGradients(UpdatedBySteps):
     """Each rank has a row of gradients of its own, for the step to sum: stage 1; see ``Gradients``.
 
     Args:
@@ -91,7 +156,7 @@ class RowGradients:
     def check(self, dtype: str) -> None:
         """Accept any; see ``Gradients.check``."""
 
-    def leave(self, step: int) -> None:
+    def leave(self, call: str, step: int) -> None:
         """Do nothing: rows keep what they have."""
 
     def lay_out(self) -> None:
@@ -107,6 +172,9 @@ class RowGradients:
 
     def adopt_writes(self, present: int) -> None:
         """Do nothing: the step reads rows as they are."""
+
+    def show(self, present: int, step: int) -> None:
+        """Do nothing: backward averages nothing."""
 
     def zero(self, *, set_to_none: bool) -> None:
         """See ``Gradients.zero``."""

@@ -19,21 +19,25 @@ import numpy as np
 
 from shardopt.errors import HyperparamsError
 from shardopt.params.groups import Group, group_values
-from shardopt.rule.nadam import HYPERPARAM_NAMES, as_flag, as_real
+from shardopt.rule.hyperparams import FLAGS, Rule, as_flag, as_real
+from shardopt.rule.rules import HYPERPARAM_NAMES
 
-_FLAGS = ("decoupled_weight_decay", "maximize")
 _PLAIN = (type(None), bool, int, float, str)
 _MAX_DEPTH = 16
 _MAX_INTEGER_BITS = 1024
 
 
-def make_plain(group: Group) -> None:
+def make_plain(group: Group, rule: Rule) -> None:
     """Replace the hyperparameters of a new group by plain values, apart from what is writable.
+
+    Args:
+        group: The group.
+        rule: The rule that they are for.
 
     Raises:
         HyperparamsError: One is missing or has another type.
     """
-    for name in HYPERPARAM_NAMES:
+    for name in rule.names():
         if name not in group:
             raise HyperparamsError(
                 f"a param group must have {name}; got none. Put it into the group or into "
@@ -96,7 +100,7 @@ def _as_plain(name: str, value: Any) -> Any:
         return value  # an invalid one is reported by ``Hyperparams``
     if name == "betas":
         return _plain_betas(value)
-    if name in _FLAGS:
+    if name in FLAGS:
         return as_flag(name, value)
     if isinstance(value, str):
         return str.__str__(value)

@@ -7,16 +7,21 @@ from typing import Any
 from shardopt.errors import HyperparamsError, PartitionError
 from shardopt.params.adapter import Adapter
 from shardopt.params.forms import BITS_KEY
-from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
+from shardopt.rule.hyperparams import Hyperparams, Rule
+from shardopt.rule.rules import require_own
 
 Group = dict[str, Any]
 
 _OF_PARAMS = ("params", "param_names", BITS_KEY)
 
 
-def defaults_of(arguments: Mapping[str, Any]) -> Group:
-    """Return the hyperparameters among a constructor's arguments, passed as its ``locals()``."""
-    return {name: arguments[name] for name in HYPERPARAM_NAMES}
+def defaults_of(rule: Rule, arguments: Mapping[str, Any]) -> Group:
+    """Return the hyperparameters among a constructor's arguments, passed as its ``locals()``.
+
+    Those that the constructor does not have are the rule's.
+    """
+    usual = rule()
+    return {name: arguments.get(name, getattr(usual, name)) for name in rule.names()}
 
 
 def make_groups(params: Any, defaults: Mapping[str, Any]) -> list[Group]:
@@ -123,16 +128,22 @@ def group_values(group: Group) -> Group:
 
 
 class HyperparamsReader:
-    """Reads the groups' hyperparameters before every step, and validates those that changed."""
+    """Reads the groups' hyperparameters before every step, and validates those that changed.
 
-    def __init__(self) -> None:
+    Args:
+        rule: The rule that they are for.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
         self._last: list[tuple[tuple[Any, ...], Hyperparams]] = []
 
     def read(self, groups: Sequence[Group]) -> list[Hyperparams]:
         """Return the hyperparameters of each group.
 
         Raises:
-            HyperparamsError: A value is out of range; the message names its group.
+            HyperparamsError: A value is out of range or another rule's; the message names its
+                group.
         """
         self._last = [
             self._read_one(index, group, self._last[index] if index < len(self._last) else None)
@@ -140,16 +151,16 @@ class HyperparamsReader:
         ]
         return [hyper for _, hyper in self._last]
 
-    @staticmethod
     def _read_one(
-        index: int, group: Group, last: tuple[tuple[Any, ...], Hyperparams] | None
+        self, index: int, group: Group, last: tuple[tuple[Any, ...], Hyperparams] | None
     ) -> tuple[tuple[Any, ...], Hyperparams]:
-        raw: tuple[Any, ...] = tuple([group.get(name) for name in HYPERPARAM_NAMES])
+        raw: tuple[Any, ...] = tuple([group.get(name) for name in self._rule.names()])
         plain = all(map(_is_plain, raw))  # an array may be changed in place
-        if last is not None and plain and raw == last[0]:
-            return last
         try:
-            return raw if plain else (), Hyperparams(*raw)
+            require_own(self._rule, group)
+            if last is not None and plain and raw == last[0]:
+                return last
+            return raw if plain else (), self._rule(*raw)
         except HyperparamsError as error:
             raise HyperparamsError(f"in param_groups[{index}], {error}") from None
 

@@ -11,7 +11,7 @@ import xxhash
 
 from shardopt._typing import FloatArray
 from shardopt.params.writes import Written
-from shardopt.rule.nadam import Hyperparams
+from shardopt.rule.hyperparams import Hyperparams
 
 
 class Shares(NamedTuple):

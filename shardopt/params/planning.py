@@ -21,7 +21,8 @@ from shardopt.params.groups import (
 )
 from shardopt.params.known_groups import params_in
 from shardopt.params.registry import Registry, describe_hypers
-from shardopt.rule.nadam import Hyperparams
+from shardopt.rule.hyperparams import Rule
+from shardopt.rule.rules import require_own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,8 +169,9 @@ def _edited_members(groups: Sequence[Group], registry: Registry[Any]) -> list[Me
 
 def _check(groups: Sequence[Group], registry: Registry[Any]) -> None:
     for group in groups:
-        make_plain(group)
-        Hyperparams.from_group(group)
+        make_plain(group, registry.rule)
+        registry.rule.from_group(group)
+        require_own(registry.rule, group)
         registry.adapter.check_group(group)
 
 
@@ -259,11 +261,11 @@ def _form_of(member: Member, spec: ParamSpec, bits: int, registry: Registry[Any]
     return form
 
 
-def describe_groups(planned: PlannedGroups | None) -> dict[str, object]:
+def describe_groups(planned: PlannedGroups | None, rule: Rule) -> dict[str, object]:
     """Describe planned groups, in an order in which a difference between ranks explains itself."""
     if planned is None:
         return {}
-    hypers = [Hyperparams.from_group(group) for group in planned.groups]
+    hypers = [rule.from_group(group) for group in planned.groups]
     description: dict[str, object] = {
         "the number of param groups": planned.first_group + len(hypers),
         "the number of parameters": len(planned.partition.params),

@@ -13,7 +13,8 @@ from shardopt.params.binding import Binding, byte_bounds, may_overlap, read_befo
 from shardopt.params.forms import BITS_KEY, FormRules, require_same_bits
 from shardopt.params.groups import Group, HyperparamsReader, complete_groups
 from shardopt.params.known_groups import KnownGroups, params_in
-from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
+from shardopt.rule.hyperparams import Hyperparams, Rule
+from shardopt.rule.nadam import NAdam
 from shardopt.store.buffers import ShardBuffers
 
 if TYPE_CHECKING:
@@ -29,11 +30,13 @@ class Registry(Generic[P]):
         holder: Holds what the framework holds.
         device: Where that is.
         rules: How the state of parameters is kept; None for the default.
+        rule: How a step computes.
 
     Attributes:
         adapter: As given.
         device: As given.
         rules: As given.
+        rule: As given.
         param_groups: As the user sees them.
         bindings: One for each parameter.
         partition: Where every element lives.
@@ -47,15 +50,17 @@ class Registry(Generic[P]):
         holder: Backend,
         device: str,
         rules: FormRules | None = None,
+        rule: Rule = NAdam,
     ) -> None:
         self.adapter = adapter
         self.device = device
         self.rules = rules or FormRules()
+        self.rule = rule
         self._holder = holder
         self.partition = partition
         self.param_groups: list[Group] = []
         self.bindings: list[Binding] = []
-        self._reader = HyperparamsReader()
+        self._reader = HyperparamsReader(rule)
         self.shared: list[FloatArray] = []
         self._bounds: list[tuple[int, int]] = []  # of the regions' parameters, sorted
         self._index_of: dict[int, int] = {}
@@ -367,5 +372,5 @@ def describe_hypers(hypers: Sequence[Hyperparams], first_group: int = 0) -> dict
     return {
         f"{name} of param group {index}": getattr(hyper, name)
         for index, hyper in enumerate(hypers, first_group)
-        for name in HYPERPARAM_NAMES
+        for name in hyper.names()
     }

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from shardopt.layout.footprint import MemoryReport, Placement, plan_memory
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
+from shardopt.layout.ring import plan_ring, ring_bucket_nbytes
 from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
 from shardopt.planner.machine import Machine
 from shardopt.planner.model import Model
@@ -20,7 +21,7 @@ from shardopt.planner.simulate import (
     simulate,
     times_of,
 )
-from shardopt.planner.work import plan_work
+from shardopt.planner.work import averaging_nbytes, plan_work
 
 MEASURED_NODES = 8
 """Node counts beyond this one have not been measured: what is said of them is extrapolated."""
@@ -44,6 +45,8 @@ class Layout:
         slow_share: The share of its nodes that are slow.
         slowdown: The factor that they are slower by, at most.
         stragglers: Nodes that differ from others, beside these.
+        stage: As in ``ShardPolicy``.
+        ring_nbytes: Likewise.
     """
 
     num_nodes: int
@@ -56,6 +59,8 @@ class Layout:
     slow_share: float = 0.0
     slowdown: float = 1.0
     stragglers: tuple[NodeKind, ...] = ()
+    stage: int = 1
+    ring_nbytes: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -65,7 +70,11 @@ class Layout:
     @property
     def bucket(self) -> int:
         """Bytes of parameters in a bucket, the default if none are given."""
-        return self.bucket_nbytes or default_bucket_nbytes(self.num_nodes, self.world_size)
+        if self.bucket_nbytes is not None:
+            return self.bucket_nbytes
+        if self.stage == 2:
+            return ring_bucket_nbytes(self.num_nodes, self.node_size)
+        return default_bucket_nbytes(self.num_nodes, self.world_size)
 
     @property
     def kinds(self) -> tuple[NodeKind, ...]:
@@ -105,6 +114,8 @@ class Estimate:
         simulated: The whole step, after a backward without overlap.
         band_s: The least and the greatest time of a step, if it is extrapolated.
         hidden_s: Seconds of a step that overlap hides behind backward; 0 without backward.
+        averaging_s: Seconds of memory traffic with which backward averages gradients in stage 2; no
+            part of the step. 0 in stage 1.
     """
 
     layout: Layout
@@ -118,6 +129,7 @@ class Estimate:
     simulated: Simulated
     band_s: tuple[float, float] | None
     hidden_s: float
+    averaging_s: float
 
 
 def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
@@ -137,19 +149,24 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
     if layout.backward_s and layout.num_nodes > 1:
         behind = StepTimes.of(moving, layout, machine, backward_s=layout.backward_s)
         hidden_s = simulated.step_s - behind.run(layout, layout.backward_s).step_s
+    ring = plan_ring(partition, layout.ring_nbytes) if layout.stage == 2 else None
+    averaging_s = 0.0
+    if ring is not None:
+        averaging_s = averaging_nbytes(moving) / machine.memory_nbytes_per_s
     band_s = None
     if layout.is_extrapolated:
         low, high = (StepTimes.of(moving, layout, machine.scaled(f)).run(layout) for f in BAND)
         band_s = low.step_s, high.step_s
     return Estimate(
         layout=layout,
-        stage=1,
+        stage=layout.stage,
         memory=plan_memory(
             partition,
             layout.wire_dtype,
             model.trained,
             needs_norm=layout.needs_norm,
             placement=layout.placement,
+            ring=ring,
         ),
         rank_traffic=max(rank for node in nodes for rank in node),
         node_traffic=max(Traffic(*map(sum, zip(*node, strict=True))) for node in nodes),
@@ -159,6 +176,7 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
         simulated=simulated,
         band_s=band_s,
         hidden_s=hidden_s,
+        averaging_s=averaging_s,
     )
 
 
@@ -187,7 +205,7 @@ class StepTimes:
         """
         if exchange == "direct":
             partition, layout, machine = _of_lone_ranks(partition, layout, machine)
-        work = plan_work(partition, layout.wire_dtype, layout.placement)
+        work = plan_work(partition, layout.wire_dtype, layout.placement, stage=layout.stage)
         times = times_of(
             work, machine, layout.node_size, placement=layout.placement, backward_s=backward_s
         )

@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,16 +27,23 @@ class Model:
         source: Where they come from, for people.
         specs: Their shapes and dtypes, in order.
         trained: Whether each is trained.
+        embeddings: Names of those that are weights of embeddings, as far as that is known.
     """
 
     source: str
     specs: tuple[ParamSpec, ...]
     trained: tuple[bool, ...]
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return sum(spec.numel for spec in self.specs)
+
+    @property
+    def coded_numel(self) -> int:
+        """Number of elements with moments of 8 bits."""
+        return sum(spec.numel for spec in self.trained_specs if spec.form.optim_bits == 8)
 
     @property
     def trained_specs(self) -> list[ParamSpec]:
@@ -119,7 +126,8 @@ def load_model(target: str) -> Model:
         made = _call(_function(path, name, names.get(name)), uses_jax=uses_jax)
     finally:
         sys.path.remove(folder)
-    return _make(target, list(_shapes_of(made)))
+    model = _make(target, list(_shapes_of(made)))
+    return replace(model, embeddings=frozenset(_embeddings_of(made)))
 
 
 def _function(path: str, name: str, found: object) -> Callable[[], Any]:
@@ -171,6 +179,18 @@ def _shapes_of(model: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, .
         )
     for key, value in items:
         yield from _shapes_of(value, f"{prefix}.{key}".strip("."))
+
+
+def _embeddings_of(model: Any) -> Iterator[str]:
+    """Yield the names of weights of embeddings, which ``shardopt.torch`` keeps moments of apart."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(model, torch.nn.Module):
+        return
+    kinds = torch.nn.Embedding, torch.nn.EmbeddingBag
+    weights = {id(each.weight) for each in model.modules() if isinstance(each, kinds)}
+    for name, param in model.named_parameters():
+        if id(param) in weights:
+            yield name
 
 
 def _dtype_name(dtype: Any) -> str:

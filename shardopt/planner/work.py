@@ -70,7 +70,11 @@ class BucketWork:
 
 
 def plan_work(
-    partition: Partition, wire_dtype: str | None = None, placement: Placement = "cpu"
+    partition: Partition,
+    wire_dtype: str | None = None,
+    placement: Placement = "cpu",
+    *,
+    stage: int = 1,
 ) -> list[BucketWork]:
     """Compute the work of a step in the order in which buckets are sent, the last ones first.
 
@@ -81,7 +85,10 @@ def plan_work(
         partition: The layout of parameters that all have gradients.
         wire_dtype: As in ``ShardPolicy``.
         placement: Where arrays are.
+        stage: As in ``ShardPolicy``. In stage 2, on one node, backward has averaged gradients
+            before the step; see ``averaging_nbytes``.
     """
+    num_sources = 1 if stage == 2 else partition.node_size
 
     @cache
     def work_of(numel: int, dtype: str, form: StateForm) -> BucketWork:
@@ -90,7 +97,7 @@ def plan_work(
         alone = plan_partition([spec], partition.num_nodes, partition.node_size, nbytes)
         lanes = range(partition.node_size)
         parts = [part for lane in lanes for part in lane_parts(alone, lane, wire_dtype)]
-        return _work_of(parts, spec.state, partition, placement)
+        return _work_of(parts, spec.state, partition, placement, num_sources)
 
     found = []
     for bucket in reversed(partition.buckets):
@@ -99,11 +106,26 @@ def plan_work(
     return found
 
 
+def averaging_nbytes(partition: Partition) -> int:
+    """Return the bytes that a node moves in backward to average gradients in stage 2, at most.
+
+    Each rank writes its gradients to the ring and all of them are read there, as far as caches do
+    not hold them, and averages are written to one row. Gradients themselves are in cache when
+    backward hands them over.
+    """
+    moved = 0
+    for bucket in partition.buckets:
+        item = np.dtype(partition.regions[bucket.region].dtype).itemsize
+        moved += (2 * partition.node_size + 1) * bucket.numel * item
+    return moved
+
+
 def _work_of(
     parts: list[LanePart],
     state: Sequence[StateSpec],
     partition: Partition,
     placement: Placement,
+    num_sources: int,
 ) -> BucketWork:
     num_nodes, node_size, others = partition.num_nodes, partition.node_size, partition.num_nodes - 1
     numel, own = sum(p.numel for p in parts), [p.shard(others).numel for p in parts]
@@ -114,7 +136,7 @@ def _work_of(
     add_gpus = partial(_with_gpus, node_size=node_size, placement=placement)
     written = 2 * item * own_numel + 2 * sum(spec.nbytes(own_numel) for spec in state)
     if num_nodes == 1:
-        moved = Moved(node_size * item * own_numel + written)
+        moved = Moved(num_sources * item * own_numel + written)
         updated = add_gpus(moved, shared_nbytes=2 * item * own_numel)
         return BucketWork(numel, Moved(), Moved(), updated, 0, 0, 0, 0)
     reduced_numel = own_numel if sends_grads(dtype, node_size, wire_dtype) else numel

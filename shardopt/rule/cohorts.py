@@ -7,13 +7,8 @@ import numpy as np
 
 from shardopt._typing import FloatArray, IntArray
 from shardopt.layout.partition import Partition, Shard
-from shardopt.rule.nadam import (
-    NUM_COEFFICIENTS,
-    Hyperparams,
-    StepCoefficients,
-    StepCount,
-    step_coefficients,
-)
+from shardopt.rule.coefficients import NUM_COEFFICIENTS, StepCoefficients, StepCount
+from shardopt.rule.hyperparams import Hyperparams
 from shardopt.rule.rounding import Chance, key_of, make_salts
 
 
@@ -106,14 +101,14 @@ class Cohorts:
         Args:
             present: Bit mask of the parameters that have a gradient on some rank.
             hypers: Of each param group.
-            grad_scale: See ``step_coefficients``.
+            grad_scale: See ``Hyperparams.coefficients``.
             mean_scale: Likewise.
         """
         if present != self._present:
             self._regroup(present)
-        self._planned = [c.count.after_step(hypers[c.group]) for c in self._stepping]
+        self._planned = [hypers[c.group].after_step(c.count) for c in self._stepping]
         self._coefficients = [
-            step_coefficients(hypers[cohort.group], count, grad_scale, mean_scale)
+            hypers[cohort.group].coefficients(count, grad_scale, mean_scale)
             for cohort, count in zip(self._stepping, self._planned, strict=True)
         ]
         self._tables = {}

@@ -16,11 +16,13 @@ from shardopt.comm.node_memory.private_view import PrivateView
 from shardopt.comm.node_memory.writes import write_tracking
 from shardopt.layout.node_arrays import (
     GRAD_KEY,
+    NodeArray,
     NodeArrays,
     plan_average_arrays,
     plan_grad_arrays,
     plan_param_arrays,
     plan_state_arrays,
+    plan_sum_arrays,
 )
 from shardopt.layout.partition import Partition
 from shardopt.layout.span import Span
@@ -65,6 +67,8 @@ class Memory:
         residence: Where frameworks and steps use it.
         has_one_row: Whether the node has one row of averaged gradients, of which each rank has a
             view of its own, rather than a row for each rank.
+        keeps_views: Whether pages that a rank writes to step after step may stay its own; see
+            ``PrivateView``. Not where the node's copy changes before a rank has looked for writes.
 
     Attributes:
         arena: As given.
@@ -83,12 +87,13 @@ class Memory:
         residence: Residence,
         *,
         has_one_row: bool = False,
+        keeps_views: bool = True,
     ) -> None:
         self.buffers: list[ShardBuffers] = []
         self.state = StateStore()
         self.pieces: list[tuple[NodeArrays, PrivateView]] = []
         self.averages: list[tuple[NodeArrays, PrivateView]] = []
-        self._has_one_row = has_one_row
+        self._has_one_row, self._keeps_views = has_one_row, keeps_views
         self._place = place
         self.arena = arena
         self.residence = residence
@@ -179,6 +184,11 @@ class Memory:
             for index, buffers in enumerate(self.buffers)
         ]
 
+    def params_of(self, region: int) -> tuple[NodeArray, PrivateView]:
+        """Return the parameters of a region as this rank sees them."""
+        layout, view = self.pieces[_NUM_PIECES * region]
+        return layout.arrays[0], view
+
     def free(self) -> None:
         """Release everything; arrays that users hold stay valid."""
         for buffers in self.buffers:
@@ -194,7 +204,7 @@ class Memory:
 
         None while the state changes elsewhere: what is brought home would look written in copies.
         """
-        if not self.residence.updates_home:
+        if not self.residence.updates_home or not self._keeps_views:
             return 0
         kept_nbytes = sum(view.kept_nbytes for _, view in self.pieces)
         room = read_memory_room()
@@ -217,7 +227,11 @@ class Memory:
             # Nothing is kept: what backward averages next is to be seen in pages once written.
             view = PrivateView(piece.memory, piece.view, write_tracking(), lambda: 0)
             row, own = (_arrays(layout, each)[GRAD_KEY] for each in (view.shared, view.view))
-            return {"rows": [row], "own_grads": own, "sums": {}}, [(layout, view)]
+            sums: _Arrays = {}
+            if partition.num_nodes > 1:  # the row is not written, and takes no memory, until shown
+                sums_layout = plan_sum_arrays(partition, self._place[0], [index])
+                sums = _arrays(sums_layout, self._share(sums_layout, private=False).memory)
+            return {"rows": [row], "own_grads": own, "sums": sums}, [(layout, view)]
         layout = plan_grad_arrays(partition, self._place[0], [index])
         grads = _arrays(layout, self._share(layout, private=False).memory)
         sums = {"sum": grads.pop("sum")} if "sum" in grads else {}

@@ -1,5 +1,5 @@
-"""NAdam for PyTorch: ``from shardopt.torch import NAdam``."""
+"""The optimizers for PyTorch: ``from shardopt.torch import AdamW``."""
 
-from shardopt.torch.optimizer import NAdam
+from shardopt.torch.optimizers import Adam, AdamW, NAdam, RAdam
 
-__all__ = ["NAdam"]
+__all__ = ["Adam", "AdamW", "NAdam", "RAdam"]

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from shardopt._typing import FloatArray
+    from shardopt.params.adapter import ParamsListener
     from shardopt.params.model import ModelContent
-    from shardopt.rule.nadam import Hyperparams
+    from shardopt.rule.hyperparams import Hyperparams
+    from shardopt.torch.forward import ForwardHooks
 
 _SCAN_NUMEL = 1 << 14
 _SAMPLE_NUMEL = 64
@@ -53,11 +55,16 @@ class _TorchAdapter(Adapter[Tensor]):
     grads_from_start = False
     reports_grads = True
     shows_averages = False
+    widens_grads = False
     step_dtype = "float32"
     annotate = staticmethod(annotate)
 
     def __init__(
-        self, names: Mapping[Tensor, str], comm_size: int, with_full_state: Collection[Tensor]
+        self,
+        names: Mapping[Tensor, str],
+        comm_size: int,
+        with_full_state: Collection[Tensor],
+        forward_hooks: ForwardHooks | None,
     ) -> None:
         self.copied_nbytes = 0
         self._with_full_state = frozenset(with_full_state)
@@ -67,6 +74,8 @@ class _TorchAdapter(Adapter[Tensor]):
         self._names = dict(names)  # no weak references: torch swaps no tensor that has one
         self._comm_size = comm_size
         self._records: dict[Tensor, _Record] = {}
+        self._forward_hooks = forward_hooks
+        self.reports_forward = forward_hooks is not None
         self._on_ready: Callable[[Tensor], None] | None = None
         self._on_backward: Callable[[], None] | None = None
 
@@ -114,14 +123,24 @@ class _TorchAdapter(Adapter[Tensor]):
     def on_grad_ready(self, listener: Callable[[Tensor], None]) -> None:
         self._on_ready = listener
 
+    def on_params_needed(self, listener: ParamsListener | None) -> None:
+        if self._forward_hooks is not None:
+            self._forward_hooks.attach(listener)
+
     def on_backward(self, listener: Callable[[], None] | None) -> None:
         self._on_backward = listener
 
     def on_backward_ends(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
         pass  # a gradient counts when it is accumulated
 
+    def on_fault(self, listener: Callable[[Exception], None]) -> None:
+        pass  # the step finds what is wrong
+
     def on_grad_read(self, listener: Callable[[], None]) -> None:
         pass  # what is bound is this rank's own
+
+    def note_averages(self, *, are_shown: bool) -> None:
+        """Do nothing; see ``on_grad_read``."""
 
     def end_backward(self) -> None:
         pass
@@ -129,6 +148,12 @@ class _TorchAdapter(Adapter[Tensor]):
     def own_grad(self, param: Tensor, view: _View, *, zeros: bool) -> None:
         values = view.tensor()
         param.grad = torch.zeros_like(values) if zeros else values.clone()
+
+    def grad_factors(self) -> Mapping[int, tuple[Sequence[float], Sequence[float]]]:
+        return {}
+
+    def forget_factors(self, param: Tensor) -> None:
+        pass
 
     def grad_version(self, param: Tensor) -> object:
         grad = param.grad
@@ -223,7 +248,7 @@ class _TorchAdapter(Adapter[Tensor]):
             if group.get(name):
                 raise HyperparamsError(
                     f"{name} must be False; got {group[name]}. The step is one pass of a kernel "
-                    "that neither CUDA graphs nor autograd can record: use torch.optim.NAdam."
+                    "that neither CUDA graphs nor autograd can record: use torch's own optimizer."
                 )
 
     def read_model(

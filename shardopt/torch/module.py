@@ -20,7 +20,7 @@ from shardopt.torch.tensors import as_tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-_COMPILED = "_orig_mod"  # the attribute under which torch.compile keeps the module
+COMPILED = "_orig_mod"  # the attribute under which torch.compile keeps the module
 
 
 def unwrap(model: Module) -> Module:
@@ -28,8 +28,8 @@ def unwrap(model: Module) -> Module:
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
-        elif _COMPILED in model._modules:
-            model = getattr(model, _COMPILED)
+        elif COMPILED in model._modules:
+            model = getattr(model, COMPILED)
         else:
             return model
 
@@ -112,4 +112,4 @@ def _keys(state: Mapping[str, Any]) -> dict[str, str]:
 
 def _plain(name: str) -> str:
     """Return a name without the wrappers of compiled submodules."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
+    return ".".join(part for part in name.split(".") if part != COMPILED)

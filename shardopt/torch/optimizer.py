@@ -1,4 +1,4 @@
-"""The optimizer for PyTorch, which is a torch.optim.Optimizer."""
+"""The optimizers for PyTorch, each of which is a torch.optim.Optimizer."""
 
 from __future__ import annotations
 
@@ -14,104 +14,45 @@ from torch import Tensor
 from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.front_end import FrontEnd
 from shardopt.core.optimizer import Optimizer
-from shardopt.errors import ShardoptError
+from shardopt.errors import HyperparamsError, ShardoptError
 from shardopt.params.groups import defaults_of, require_ordered
 from shardopt.policy import ShardPolicy
 from shardopt.torch.averages import make_adapter
+from shardopt.torch.forward import ForwardHooks, why_not_prefetch
 from shardopt.torch.module import embedding_weights, named_parameters, names_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from shardopt._typing import FloatArray
     from shardopt.params.groups import Group
 
-__all__ = ["NAdam"]
+__all__ = ["ShardedOptimizer"]
+
+_FOR_TORCH = ("foreach", "fused", "capturable", "differentiable")
+"""Arguments of torch's optimizers that stand in param groups and are no hyperparameters."""
 
 
-class NAdam(torch.optim.Optimizer, FrontEnd):
-    """torch.optim.NAdam, sharded over MPI ranks.
-
-    Every rank builds the same model and computes gradients of its own batch; ``step`` averages
-    them over the ranks and updates the parameters. Rank 0's initial parameters win. Learning rate
-    schedulers, ``torch.amp.GradScaler``, optimizer hooks and ``param_groups`` work as they do with
-    any torch optimizer.
-
-    ``p.data`` becomes this rank's own view of weights of which the node has one copy. Write to it
-    as you would in DDP, alike on all ranks: the next step adopts what was written. ``p.grad``
-    becomes a view of this rank's own memory, into which autograd accumulates. After ``zero_grad()``
-    it is zero instead of None; a parameter that no backward has reached since still counts as one
-    without a gradient. The moments are sharded over the ranks, but each rank of a node addresses
-    all of them: ``state`` and ``state_dict`` are as torch's.
-
-    With ``ShardPolicy(stage=2)`` ``p.grad`` is the average over all ranks after backward, and None
-    after ``zero_grad()``; see [Note: what p.grad is in stage 2].
-
-    Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their
-    moments are float32; ``ShardPolicy(master_weights=False, optim_bits=8)`` does with less. Complex
-    parameters are pairs of reals, as in torch.
-
-    Collective: construction, ``step``, ``average_grads``, ``add_param_group``, ``load_state_dict``,
-    ``gather_state_dict`` and ``close``. If one rank raises, all ranks raise.
+class ShardedOptimizer(torch.optim.Optimizer, FrontEnd):
+    """An optimizer of torch's, sharded over MPI ranks; ``NAdam`` describes what all have in common.
 
     Args:
-        params: A module, tensors, (name, tensor) pairs, or dicts with ``params`` and
-            hyperparameters. A module, its ``parameters()`` and pairs give parameters the names that
-            messages and checkpoints show. With ``optim_bits=8`` in the policy, the embeddings of a
-            module keep moments in float32.
-        lr: Learning rate, a number or a tensor of one element.
-        betas: Decay of the first and second moment.
-        eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
-        momentum_decay: psi of the momentum schedule.
-        decoupled_weight_decay: Decay weights as AdamW does.
-        foreach: Accepted for compatibility with torch, and ignored: the step is one fused pass.
-        maximize: Follow the gradient instead of descending it.
-        capturable: Must be False.
-        differentiable: Must be False.
-        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        max_grad_norm: Clip the global norm of the averaged gradient to this. Use it instead of
-            ``clip_grad_norm_``, which would only see this rank's gradient, unless
-            ``average_grads`` comes before.
-        comm: The ranks that train together; None is COMM_WORLD.
-        policy: How to shard.
-
-    Raises:
-        TypeError: As torch.optim.Optimizer raises it.
-        ValueError: As torch.optim.Optimizer raises it; ``PartitionError`` and ``HyperparamsError``
-            are ValueErrors too.
-        RankMismatchError: Ranks were given different models or settings.
-        SharedMemoryError: The memory of a node cannot be had.
-        LauncherError: The job was started with another MPI's launcher.
+        arguments: Those of the constructor, by name.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then passes grad_scale and found_inf to step
     _takes_any_name = True  # torch's own tools attach things to optimizers
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        variant: str = "torch",
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        params = arguments["params"]
         defaults = {
-            **defaults_of(locals()),
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
+            **defaults_of(self.rule, arguments),
+            **{name: arguments[name] for name in _FOR_TORCH if name in arguments},
         }
+        policy, comm = arguments["policy"] or ShardPolicy(), arguments["comm"]
+        wants_prefetch = getattr(policy, "prefetch_params", False)
+        refused = why_not_prefetch(params) if wants_prefetch else None
+        hooks = ForwardHooks(params) if wants_prefetch and refused is None else None
         embeddings: list[Tensor] = []
         if isinstance(params, torch.nn.Module):
             embeddings = embedding_weights(params)
@@ -120,17 +61,24 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         entries, error = attempt(_in_order, params)
         if error is None:
             checked: Any = entries  # torch checks it
-            error = attempt(super().__init__, checked, defaults).error
+            error = attempt(super().__init__, checked, defaults).error or refused
         groups: Outcome[list[Group]] = Outcome(None, error)
         if error is None:
             groups = Outcome(self.param_groups, None)
-        policy = policy or ShardPolicy()
         comm_size = getattr(MPI.COMM_WORLD if comm is None else comm, "size", 1)
         self.core = Optimizer(
             groups,
-            adapter=make_adapter(names, comm_size, embeddings, stage=getattr(policy, "stage", 1)),
+            adapter=make_adapter(
+                names,
+                comm_size,
+                embeddings,
+                stage=getattr(policy, "stage", 1),
+                in_backward=getattr(policy, "update_in_backward", False),
+                forward_hooks=hooks,
+            ),
+            rule=self.rule,
             defaults=defaults,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=arguments["max_grad_norm"],
             comm=comm,
             policy=policy,
         )
@@ -162,22 +110,43 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             RankMismatchError: Ranks have different hyperparameters or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s`` seconds.
         """
-        loss = None
-        if closure is not None:
+        loss, error = None, None
+        if self.policy.update_in_backward:
+            error = self._why_not_after_updates(closure)
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        num_writes = 0  # it has found no gradient on this rank
+        if isinstance(found_inf, Tensor):
+            num_writes = _num_writes_of_scaler(found_inf.device)
         try:
             self.core.step(
                 loss_scale=1.0 if scale is None else float(scale),
                 overflowed=found_inf is not None and bool(found_inf),
-                num_writes=0 if found_inf is None else _num_writes_of_scaler(found_inf.device),
+                num_writes=num_writes,
+                error=error,
             )
         except Exception:  # GradScaler deletes the attributes that it has set only after a step
             vars(self).pop("grad_scale", None)
             vars(self).pop("found_inf", None)
             raise
         return loss
+
+    def grad(self, param: Tensor) -> FloatArray | None:
+        """See ``ParamCalls.grad``; not collective."""
+        return self.core.values.grad(param)
+
+    def _why_not_after_updates(self, closure: Any) -> HyperparamsError | None:
+        """Return why a step cannot come after backward has updated, or None if it can."""
+        got = None if closure is None else "a closure: call it before step(), once"
+        if getattr(self, "found_inf", None) is not None:
+            got = "a GradScaler, which must look at gradients first: use bfloat16 without it"
+        if got is None:
+            return None
+        return HyperparamsError(
+            f"step() must be called alone with policy.update_in_backward; got {got}."
+        )
 
     @torch.no_grad()
     def average_grads(self, loss_scale: float = 1.0) -> None:
@@ -194,6 +163,17 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
                 divides them itself.
         """
         self.core.average_grads(loss_scale)
+
+    def wait_params(self) -> None:
+        """Wait until all parameters are here, before something reads them without their module.
+
+        It is needed with ``ShardPolicy(prefetch_params=True)`` only, and does nothing otherwise.
+
+        Raises:
+            CallOrderError: This rank has written to a parameter that was on its way.
+            RankFailureError: A rank was lost, or did not respond for ``policy.timeout_s`` seconds.
+        """
+        self.core.wait_params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero this rank's gradients in place; clone gradients that you want to keep.
@@ -252,7 +232,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
             self.core.states.set_state(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, on one node in the form of torch.optim.NAdam's, and on any rank.
+        """Return the state, on one node in the form of torch's optimizer, and on any rank.
 
         Its tensors are views, as torch's are: later steps change them. Saved to a file or deep
         copied, it stays as it is. On several nodes it is the part of this rank's node, and a
@@ -260,9 +240,9 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
 
         Returns:
             A state dict like that of ``StateCalls.state_dict``, with tensors. On one node it
-            differs from torch's in that ``mu_product`` is float64, that 16-bit parameters have
-            moments in float32 and a ``master``, and that parameters without a gradient so far have
-            an entry, unless they are frozen.
+            differs from torch's in that NAdam's ``mu_product`` is float64, that 16-bit parameters
+            have moments in float32 and a ``master``, and that parameters without a gradient so far
+            have an entry, unless they are frozen.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -273,7 +253,7 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
         return state_dict
 
     def gather_state_dict(self, root: int = 0) -> dict[str, Any] | None:
-        """Gather the whole state on one rank, in the form that torch.optim.NAdam loads.
+        """Gather the whole state on one rank, in the form that torch's optimizer loads.
 
         Collective: every rank.
 
@@ -293,8 +273,8 @@ class NAdam(torch.optim.Optimizer, FrontEnd):
 
         Args:
             state_dict: A whole one, from ``state_dict`` on one node, ``gather_state_dict`` or
-                torch.optim.NAdam; or a part, from ``state_dict`` on several nodes. Ranks may pass
-                different parts, or None, if all of them together have the whole.
+                torch's optimizer of the same name; or a part, from ``state_dict`` on several nodes.
+                Ranks may pass different parts, or None, if all of them together have the whole.
 
         Raises:
             CheckpointError: The state belongs to another model, or shows this optimizer at another

@@ -24,14 +24,17 @@ def as_array(tensor: Tensor) -> FloatArray:
     """
     tensor = _as_reals(tensor)
     if devices.place_of(tensor) == HOST:
-        return as_host_array(tensor)
+        return _host_array(tensor)
     array: Any = devices.TensorArray(tensor)
     return cast("FloatArray", array)
 
 
 def as_host_array(tensor: Tensor) -> FloatArray:
     """Return the same for a tensor in the CPU's memory."""
-    tensor = _as_reals(tensor)
+    return _host_array(_as_reals(tensor))
+
+
+def _host_array(tensor: Tensor) -> FloatArray:
     if tensor.dtype is torch.bfloat16:
         array: FloatArray = tensor.view(torch.int16).numpy().view("bfloat16")
     else:

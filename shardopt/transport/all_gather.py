@@ -1,11 +1,12 @@
 """All-gather between nodes: the shards of an array to the memory of every node."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shardopt._typing import FloatArray
 from shardopt.backends.base import Backend, Event
+from shardopt.layout.traffic import Traffic
 from shardopt.trace import OFF, Flight, Trace
 from shardopt.transport.base import Transfer, Transport
 from shardopt.transport.buckets import BucketPlan
@@ -44,6 +45,7 @@ class AllGather:
 
     Attributes:
         transport: As given.
+        num_landed: Buckets that are complete since ``enqueue``.
     """
 
     def __init__(self, transport: Transport, backend: Backend, trace: Trace = OFF) -> None:
@@ -51,6 +53,27 @@ class AllGather:
         self._backend = backend
         self._trace = trace
         self._in_transit: deque[_InTransit] = deque()
+        self._queue: deque[tuple[BucketPlan, Sequence[FloatArray]]] = deque()
+        self.num_landed = 0
+
+    def enqueue(self, buckets: Iterable[tuple[BucketPlan, Sequence[FloatArray]]]) -> None:
+        """Start buckets as ``advance`` finds room for them; nothing else may be in transit.
+
+        Args:
+            buckets: Each with its shards, as for ``start``, in the same order on all nodes.
+        """
+        self.num_landed = 0
+        self._queue.extend(buckets)
+        self.advance()
+
+    @property
+    def unsent(self) -> Traffic:
+        """The traffic that this rank has yet to cause, of buckets that wait for room."""
+        own = self.transport.node
+        shards = [shards[own] for plan, shards in self._queue if plan.shard]
+        num_others = len(self.transport.others)
+        nbytes = sum(shard.nbytes for shard in shards)
+        return Traffic(nbytes * num_others, len(shards) * num_others)
 
     def start(self, plan: BucketPlan, shards: Sequence[FloatArray]) -> None:
         """Send this rank's shard once it is computed, and receive the others'.
@@ -75,7 +98,7 @@ class AllGather:
         """Make progress without waiting.
 
         Returns:
-            How many buckets are in transit.
+            How many buckets are in transit, or wait for room.
         """
         self._send_computed()
         while self._in_transit:
@@ -83,7 +106,10 @@ class AllGather:
             if first.computed is not None or not first.transfer.is_done():
                 break
             self._in_transit.popleft().flight.land()
-        return len(self._in_transit)
+            self.num_landed += 1
+        while self._queue and len(self._in_transit) < _MAX_IN_TRANSIT:
+            self.start(*self._queue.popleft())
+        return len(self._in_transit) + len(self._queue)
 
     def has_room(self) -> bool:
         """Whether another bucket may start; makes progress."""

@@ -14,6 +14,11 @@ class Message(Protocol):
         """Whether it is complete; makes progress. Its array may be reused then, or read."""
         ...
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether a receive that is done got no elements: its array is what it was before."""
+        ...
+
 
 class Transport(Protocol):
     """Moves bytes between the ranks of a lane, one per node.
@@ -25,8 +30,9 @@ class Transport(Protocol):
     between two ranks are posted in the same order on both sides, that of buckets, and a transport
     keeps it.
 
-    Arrays are contiguous and hold whole chunks of ``CHUNK_NUMEL`` elements; empty ones are neither
-    sent nor received, so nobody posts them.
+    Arrays are contiguous and hold whole chunks of ``CHUNK_NUMEL`` elements; of empty shards nothing
+    is sent or received, so nobody posts them. A rank that has only zeros for a shard that is not
+    empty may send no elements instead; see ``RingExchange``.
 
     Attributes:
         node: The node of this rank.
@@ -64,7 +70,7 @@ class Transport(Protocol):
         ...
 
     def post_receive(self, array: Array, node: int, tag: int) -> Message:
-        """Receive what ``node`` sends with ``tag`` into an array of the same size."""
+        """Receive what ``node`` sends with ``tag`` into an array of the same size, or nothing."""
         ...
 
     def post_broadcast(self, array: Array, root: int) -> Sequence[Message]:

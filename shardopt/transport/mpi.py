@@ -21,10 +21,11 @@ _BROADCAST_NBYTES = 1 << 28  # below every MPI's limit on one count
 class MpiMessage:
     """A request of MPI."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_is_done", "_request", "is_empty")
 
     def __init__(self, request: MPI.Request) -> None:
-        self._request = request
+        self._request, self._is_done = request, False
+        self.is_empty = False
 
     def is_done(self) -> bool:
         """Whether the request is complete; makes progress.
@@ -32,7 +33,11 @@ class MpiMessage:
         Raises:
             MPI.Exception: A connection broke.
         """
-        return self._request.Test()
+        if not self._is_done:
+            status = MPI.Status()
+            self._is_done = self._request.Test(status)
+            self.is_empty = self._is_done and status.Get_count(MPI.BYTE) == 0
+        return self._is_done
 
 
 class MpiTransport:

@@ -162,8 +162,6 @@ class InPlaceReduction:
     def __init__(self, backend: Backend, node_rank: int, trace: Trace = OFF) -> None:
         self.plans: list[BucketPlan] = []
         self.num_started = self.num_reduced = 0
-        self.is_idle = True
-        self.awaited: tuple[int, list[int]] = (0, [])
         self.staging_nbytes = 0
         self._backend = backend
         self._node_rank = node_rank
@@ -212,9 +210,19 @@ class InPlaceReduction:
         """See ``Reduction.advance``; everything is there."""
         return len(self.plans)
 
+    @property
+    def is_idle(self) -> bool:
+        """See ``Reduction.is_idle``."""
+        return True
+
     def is_quiet(self) -> bool:
         """See ``Reduction.is_quiet``."""
         return True
+
+    @property
+    def awaited(self) -> tuple[int, list[int]]:
+        """See ``Reduction.awaited``."""
+        return 0, []
 
     def free(self) -> None:
         """See ``Reduction.free``."""

@@ -25,9 +25,11 @@ from shardopt.transport.buckets import BucketPlan
 from shardopt.transport.copies import Copies
 from shardopt.transport.local import LocalTransport
 from shardopt.transport.mpi import MpiTransport
+from shardopt.transport.node_sums import NodeSums
 from shardopt.transport.reduce_scatter import ReduceScatter
 from shardopt.transport.reduction import InPlaceReduction, Reduction
 from shardopt.transport.ring import RingReduction
+from shardopt.transport.ring_exchange import RingExchange
 
 T = TypeVar("T")
 
@@ -103,6 +105,7 @@ class BucketSync:
         self.waited_s = 0.0
         self._transport = all_gather.transport
         self._all_gather = all_gather
+        self._unsent_before = Traffic(0, 0)
         self._collectives = collectives
         self._piece_numel = piece_numel
 
@@ -118,17 +121,22 @@ class BucketSync:
         self.extend(partition, buffers)
 
     def reset(self, step: int) -> None:
-        """Get ready for step ``step``; everything of the one before is complete."""
+        """Get ready for step ``step``; of the one before only parameters may be on their way."""
         self.step = step
         self.reduction.reset()
         self._transport.reset()
+        self._unsent_before = self._all_gather.unsent
         self.waited_s = 0.0
         self._is_spent = False
 
     @property
     def traffic(self) -> Traffic:
-        """Sent to other nodes since ``reset``."""
-        return self._transport.sent
+        """Sent to other nodes since ``reset``, and what ``publish_later`` has yet to send."""
+        sent, unsent, before = self._transport.sent, self._all_gather.unsent, self._unsent_before
+        return Traffic(
+            sent.nbytes + unsent.nbytes - before.nbytes,
+            sent.messages + unsent.messages - before.messages,
+        )
 
     def translate_mpi_errors(self) -> AbstractContextManager[None]:
         """See ``Collectives``; for progress made without waiting."""
@@ -206,6 +214,29 @@ class BucketSync:
         copies = self.copies
         self._wait(copies.advance, "parameters", lambda: copies.not_updated, copies.ranks)
 
+    def publish_later(self, plans: Sequence[BucketPlan]) -> None:
+        """Send the shards of buckets from now on, while others compute; ``complete`` waits not.
+
+        They arrive as ``advance_params`` is called. Gradients have all been sent afterwards.
+        Collective: every rank, with the same buckets in the same order; nothing may be in transit.
+        """
+        self._wait_sent()
+        buckets = [(plan, plan.parts(plan.buffers.params)) for plan in plans]
+        self._translated(self._all_gather.enqueue, buckets)
+
+    def advance_params(self) -> int:
+        """Make progress with ``publish_later``, and return how many buckets are left."""
+        return self._all_gather.advance()
+
+    @property
+    def num_published(self) -> int:
+        """How many of the buckets of ``publish_later`` are complete on this rank."""
+        return self._all_gather.num_landed
+
+    def params_awaited(self) -> list[int]:
+        """Return the ranks that the next bucket of parameters waits for."""
+        return [self._transport.ranks[node] for node in self._all_gather.awaited[1]]
+
     def publish_all(self) -> None:
         """Send every shard as it is now, so that all nodes have the same parameters. Collective."""
         self.publish_plans(self.reduction.plans)
@@ -224,12 +255,8 @@ class BucketSync:
             reduction.advance(limit=0)
             return all_gather.advance() == 0
 
-        def is_sent() -> bool:
-            reduction.advance(limit=0)
-            return reduction.is_idle
-
         self._wait(is_published, "publishing", lambda: all_gather.awaited)
-        self._wait(is_sent, "exchange", lambda: reduction.awaited)
+        self._wait_sent()
 
     def broadcast(self, array: FloatArray, root: int) -> None:
         """Copy an array in node ``root``'s memory to the others. Collective over the lane."""
@@ -243,6 +270,16 @@ class BucketSync:
         self._transport.close()
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _wait_sent(self) -> None:
+        """Wait until no gradients are in transit."""
+        reduction = self.reduction
+
+        def is_sent() -> bool:
+            reduction.advance(limit=0)
+            return reduction.is_idle
+
+        self._wait(is_sent, "exchange", lambda: reduction.awaited)
 
     def _reduced_plans(self) -> Iterator[BucketPlan]:
         """Yield each bucket once this rank's shard of it is summed."""
@@ -361,6 +398,8 @@ def make_sync(
     trace: Trace = OFF,
     *,
     has_one_row: bool = False,
+    sums_by_node: bool = False,
+    updating: InPlaceReduction | None = None,
 ) -> BucketSync:
     """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
 
@@ -372,15 +411,20 @@ def make_sync(
         wire_dtype: As in ``ShardPolicy``.
         trace: Shows buckets on their way.
         has_one_row: See ``Memory``.
+        sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.
+        updating: The reduction if parameters are updated in backward.
     """
     place = topology.node, topology.node_rank
     averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
-        in_place = (RingReduction if has_one_row else InPlaceReduction)(backend, place[1], trace)
+        on_node = RingReduction if has_one_row else InPlaceReduction
+        in_place = updating or on_node(backend, place[1], trace)
         all_gather = AllGather(LocalTransport(topology.rank), backend)
         piece_numel = backend.kernel.piece_numel if copies.are_beside else None
         return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
     transport = MpiTransport(topology, collectives.number)
-    reduction = ReduceScatter(transport, backend, place, wire_dtype, trace)
+    of_ring = NodeSums if sums_by_node else RingExchange
+    kind: type[RingExchange | ReduceScatter] = of_ring if has_one_row else ReduceScatter
+    reduction = kind(transport, backend, place, wire_dtype, trace)
     all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
     return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)

@@ -122,3 +122,16 @@ def test_rounding_by_chance_is_right_on_average():
     deviation = (total / steps - values) / distance * np.sqrt(steps)
     assert abs(deviation.mean()) < 4 * 0.5 / np.sqrt(numel)
     assert np.abs(deviation).max() < 4 * np.sqrt(steps) * 0.5
+
+
+@pytest.mark.parametrize(("scatter", "low", "high"), [(0.0, -0.4, -0.2), (1.0, -0.02, 0.02)])
+def test_an_average_to_the_nearest_follows_gradients_that_scatter(scatter, low, high):
+    rng, numel = np.random.default_rng(0), 2048
+    mean = (2.0 ** rng.uniform(-4, 0, numel)).astype(np.float32)
+    exp_avg, total = np.zeros(numel, np.float32), np.zeros(numel)
+    for step in range(200):
+        grad = (mean * (1 + scatter * rng.standard_normal(numel))).astype(np.float32)
+        values = np.float32(0.9) * exp_avg + np.float32(0.1) * grad
+        exp_avg = decode(encoded(values, "signed"), "signed", numel)
+        total += exp_avg if step >= 50 else 0
+    assert low < np.mean(total / 150 / mean) - 1 < high

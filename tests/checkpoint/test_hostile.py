@@ -398,12 +398,12 @@ def test_a_first_line_that_is_none_of_ours_is_refused(name):
 
 
 def test_a_newer_version_is_named_with_its_remedy():
-    content = CONTENT | {"version": 3, "min_reader_version": 3, "files": "of another form"}
+    content = CONTENT | {"version": 4, "min_reader_version": 4, "files": "of another form"}
     with pytest.raises(CheckpointError) as caught:
         from_text(seal_json(content))
     assert type(caught.value) is CheckpointError
     assert str(caught.value) == (
-        "manifest.json must be of format version 2 or older; got 3. Install a newer shardopt."
+        "manifest.json must be of format version 3 or older; got 4. Install a newer shardopt."
     )
 
 

@@ -230,12 +230,12 @@ def test_a_newer_version_is_refused_and_not_passed_over(comm, mpi_tmp_path):
         newest = mpi_tmp_path / "step-000000000002" / MANIFEST_NAME
         if comm.rank == 0:
             content = json.loads(newest.read_bytes().partition(b"\n")[2])
-            content |= {"version": 4, "min_reader_version": 3}
+            content |= {"version": 5, "min_reader_version": 4}
             body = json.dumps(content).encode()
             line = json.dumps({"sha256": hashlib.sha256(body).hexdigest()})
             newest.write_bytes(line.encode() + b"\n" + body)
         before = standing(opt)
-        told = "must be of format version 2 or older; got 3. Install a newer shardopt."
+        told = "must be of format version 3 or older; got 4. Install a newer shardopt."
         with refused_alike(comm, CheckpointError, told):
             load(newest.parent, opt)
         with Checkpointer(mpi_tmp_path) as saver:

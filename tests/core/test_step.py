@@ -55,7 +55,7 @@ def test_few_frames_lie_between_step_and_the_kernel(comm, monkeypatch):
         take_step(params, opt)
     for names in seen:
         between = names[names.index("take_step") + 1 : -1]
-        assert between == ["step", "step", "run"]  # of the front end, the core and the step
+        assert between == ["step", "step", "run", "_update"]  # of front end, core and step
 
 
 @pytest.mark.parametrize("share_node", [True, False])

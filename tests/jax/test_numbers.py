@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from shardopt.errors import HyperparamsError
 from tests.core.test_golden import FOLDER, MAX_ULPS, ulps
 from tests.support.errors import is_last
 from tests.support.oracle import Oracle, all_grads, initial
@@ -15,7 +16,8 @@ pytestmark = pytest.mark.mpi
 
 @pytest.fixture(scope="module", autouse=True)
 def frameworks():
-    global NAdam, Block, NAMES, as_jax, as_tree, assert_tree, jax, jnp, ones, small
+    global NAdam, sharded, Block, NAMES, as_jax, as_tree, assert_tree, jax, jnp, ones, small
+    import shardopt.jax as sharded
     from shardopt.jax import NAdam
     from tests.support.jax_trees import (
         NAMES,
@@ -178,3 +180,60 @@ def test_clipping_and_loss_scale(comm):
         assert opt.last_step.grad_norm == pytest.approx(2 * np.sqrt(11))
         opt.step(small(), loss_scale=4.0, overflowed=is_last(comm))
         assert opt.last_step.skipped
+
+
+OF_OPTAX = [
+    ("adam", {}, {}),
+    ("adam", {"b1": 0.8, "b2": 0.9, "eps": 1e-3}, {}),
+    ("adamw", {}, {}),
+    ("adamw", {"weight_decay": 0.1, "b2": 0.9}, {}),
+    ("radam", {"b2": 0.9}, {}),  # with 0.999 optax's float32 is off by a tenth of r
+    ("radam", {"b2": 0.9, "eps": 1e-3}, {}),
+    ("nadam", {}, {"variant": "optax"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "ours_alone"), OF_OPTAX)
+def test_transformations_follow_optaxs_of_the_same_name(name, settings, ours_alone):
+    """Ten steps, of which some of RAdam's leave the second moment out."""
+    optax = pytest.importorskip("optax")
+    rng = np.random.default_rng(2)
+    start = {
+        "a": rng.standard_normal((4, 3)).astype("f4"),
+        "b": rng.standard_normal(7).astype("f4"),
+    }
+    ours = getattr(sharded, name)(1e-2, **settings, **ours_alone, comm=MPI.COMM_SELF)
+    theirs = getattr(optax, name)(1e-2, **settings)
+    results = []
+    for transformation in (ours, theirs):
+        params, state = jax.tree.map(jnp.asarray, start), None
+        state = transformation.init(params)
+        for step in range(10):
+            draw = np.random.default_rng(step)
+            grads = {k: jnp.asarray(draw.standard_normal(v.shape), "f4") for k, v in start.items()}
+            updates, state = transformation.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+        if transformation is ours:
+            assert (state.mu_product is None) == (name != "nadam")
+            kept = jax.tree.map(lambda leaf: leaf + 0, state)  # a state of leaves goes on as well
+            transformation.update(grads, kept, params)
+            state.close()
+    for key in start:
+        np.testing.assert_allclose(results[0][key], results[1][key], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("adam", {"nesterov": True}, "nesterov must be False; got True"),
+        ("adamw", {"mask": {"a": True}}, "mask must be None"),
+        ("radam", {"threshold": 4.0}, "threshold must be 5.0; got 4.0"),
+        ("adam", {"eps_root": 1e-8}, "eps_root must be 0.0"),
+        ("radam", {"variant": "keras"}, "variant must be one of torch, optax, lucid"),
+    ],
+)
+def test_what_optax_has_and_a_step_has_not_is_refused(name, settings, told):
+    transformation = getattr(sharded, name)(1e-2, **settings, comm=MPI.COMM_SELF)
+    with pytest.raises(HyperparamsError, match=told):
+        transformation.init({"a": jnp.ones(3)})

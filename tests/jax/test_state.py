@@ -148,7 +148,7 @@ def test_what_is_no_state_is_refused(comm, make, alone):
         )
 
     wrong = {
-        "nothing": (None, ["must be one of shardopt.jax.nadam; got NoneType"]),
+        "nothing": (None, ["must be one of shardopt.jax; got NoneType"]),
         "optax's": (optax.nadam(0.1).init(params), ["got tuple"]),
         "a dict": (having()._asdict(), ["got dict"]),
         "no moments": (jax.tree.map(lambda _: None, kept), ["must"]),
@@ -171,7 +171,7 @@ def test_what_is_no_state_is_refused_before_there_is_an_optimizer(comm, make, al
     params = start()
     saved = pickle.dumps((tx := make()).update(params, tx.init(params), params)[1])
     for wrong in (None, optax.nadam(0.1).init(params)):
-        with refused(comm, CheckpointError, "must be one of shardopt.jax.nadam", alone=alone):
+        with refused(comm, CheckpointError, "must be one of shardopt.jax", alone=alone):
             make().update(params, wrong if errs(comm, alone) else pickle.loads(saved), params)
     with refused(comm, PartitionError, "params must be given with a state that", alone=alone):
         make().update(params, pickle.loads(saved), None if errs(comm, alone) else params)

@@ -20,6 +20,7 @@ def test_the_least_surprising_form_is_chosen():
     assert rules.form(spec(numel=4095), 8, "cpu") == FULL
     assert rules.form(spec("bfloat16"), 32, "cpu") == StateForm(32, has_masters=False)
     assert rules.form(spec("float64"), 32, "cpu") == FULL
+    assert rules.form(spec("float64", numel=4095), 8, "cpu") == FULL
     assert FormRules(8).form(spec("float16"), 8, "cpu") == StateForm(8)
 
 

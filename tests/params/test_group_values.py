@@ -12,7 +12,7 @@ import pytest
 
 from shardopt.errors import HyperparamsError
 from shardopt.params.group_values import make_plain, saved_values, update_groups
-from shardopt.rule.nadam import HYPERPARAM_NAMES, Hyperparams
+from shardopt.rule.nadam import NAdam
 
 
 class ConfigList(MutableSequence):
@@ -56,7 +56,7 @@ class Kind(enum.Enum):
 
 
 def group_of(**values):
-    usual = zip(HYPERPARAM_NAMES, Hyperparams().values(), strict=True)
+    usual = zip(NAdam.names(), NAdam().values(), strict=True)
     return {"params": [], **dict(usual), **values}
 
 
@@ -81,22 +81,22 @@ ODD = [
 @pytest.mark.parametrize(("name", "value", "plain"), ODD, ids=range(len(ODD)))
 def test_odd_values_become_plain_ones(name, value, plain):
     group = group_of(**{name: value})
-    make_plain(group)
+    make_plain(group, NAdam)
     assert group[name] == plain
     assert type(group[name]) is type(plain)
     assert pickle.loads(pickle.dumps(group)) == group
     if type(plain) is tuple:
         assert {type(item) for item in group[name]} == {float}
-    assert getattr(Hyperparams.from_group(group), name) == plain
+    assert getattr(NAdam.from_group(group), name) == plain
 
 
 @pytest.mark.parametrize("value", [np.array(0.1), np.array([0.1]), np.array(0.1, np.float32)])
 def test_arrays_of_one_number_stay_the_same_object(value):
     group = group_of(lr=value)
-    make_plain(group)
+    make_plain(group, NAdam)
     assert group["lr"] is value
     value.fill(0.5)
-    assert Hyperparams.from_group(group).lr == 0.5
+    assert NAdam.from_group(group).lr == 0.5
     saved, left_out = saved_values(group)
     assert (saved["lr"], type(saved["lr"]), left_out) == (0.5, float, {})
 
@@ -104,7 +104,7 @@ def test_arrays_of_one_number_stay_the_same_object(value):
 def test_lists_of_numbers_stay_the_same_object():
     betas = [0.5, 0.9]
     group = group_of(betas=betas)
-    make_plain(group)
+    make_plain(group, NAdam)
     assert group["betas"] is betas
 
 
@@ -124,7 +124,7 @@ def test_lists_of_numbers_stay_the_same_object():
 def test_wrong_values_are_refused(name, value, told):
     group = group_of(**{name: value})
     with pytest.raises(HyperparamsError, match=told):
-        make_plain(group) or Hyperparams.from_group(group)
+        make_plain(group, NAdam) or NAdam.from_group(group)
 
 
 # -- what is saved ---------------------------------------------------------------------------------

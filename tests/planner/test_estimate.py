@@ -76,6 +76,21 @@ def test_a_slow_node_makes_all_wait():
     )
 
 
+def test_stage_two_reads_one_row_in_the_step_and_averages_in_backward():
+    one, two = Layout(1, 4), Layout(1, 4, stage=2)
+    model = evenly(1 << 26, "float32", 64)
+    rows, row = (estimate(model, layout, MACHINE) for layout in (one, two))
+    assert row.stage == 2
+    assert row.memory.grads_node_nbytes == 4 * model.numel == rows.memory.grads_node_nbytes // 4
+    assert row.memory.late_node_nbytes == 4 * 4 * model.numel // 64
+    assert two.bucket == 1 << 20
+    assert rows.phases.update_s == pytest.approx((4 * 4 + 24) * model.numel / 400e9)
+    assert row.phases.update_s == pytest.approx((4 + 24) * model.numel / 400e9)
+    assert row.averaging_s == pytest.approx(9 * 4 * model.numel / 400e9)
+    assert rows.averaging_s == 0
+    assert row.node_traffic == (0, 0)
+
+
 def test_frozen_parameters_are_neither_sent_nor_updated():
     half = tuple(i % 2 == 0 for i in range(64))
     frozen = estimate(replace(MODEL, trained=half), LAYOUT, MACHINE)

@@ -49,6 +49,22 @@ def test_a_file_that_is_none(tmp_path, content):
         read_safetensors([path])
 
 
+def test_embeddings_of_a_module_of_torch_are_known(tmp_path):
+    pytest.importorskip("torch")
+    target = write_script(
+        tmp_path,
+        """
+        import torch
+        def make_model():
+            model = torch.nn.ModuleDict({"words": torch.nn.Embedding(9000, 4)})
+            model["head"] = torch.nn.Linear(4, 9000)
+            model["head"].weight = model["words"].weight
+            return model
+        """,
+    )
+    assert load_model(target).embeddings == {"words.weight"}
+
+
 def test_a_module_of_torch_is_not_allocated(tmp_path):
     pytest.importorskip("torch")
     target = write_script(
@@ -68,6 +84,7 @@ def test_a_module_of_torch_is_not_allocated(tmp_path):
         ("1.weight", (2, 3), "bfloat16"),
         ("1.bias", (2,), "bfloat16"),
     ]
+    assert not model.embeddings
     assert [spec.name for spec in model.trained_specs] == ["0.weight"]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import save
+from shardopt.layout.ring import ring_bucket_nbytes
 from shardopt.planner.estimate import Layout, estimate
 from shardopt.planner.machine import make_machine
 from shardopt.planner.model import evenly
@@ -90,3 +91,31 @@ def test_size_of_a_checkpoint(comm, mpi_tmp_path, dtype):
     found = sum(path.stat().st_size for path in (mpi_tmp_path / "saved").rglob("*"))
     planned = plan_saves(model, Layout(1, comm.size), MACHINE).nbytes
     assert found == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.parametrize("ring_nbytes", [None, 1 << 20])
+def test_memory_of_stage_two(comm, ring_nbytes):
+    """Beside rows and ring, ranks keep no more than the late gradients that are planned."""
+    torch = pytest.importorskip("torch")
+    face = pytest.importorskip("shardopt.torch")
+    model = evenly(4 * NUMEL, "float32", 3)
+    policy = ShardPolicy(stage=2, ring_nbytes=ring_nbytes, timeout_s=30)
+    layout = Layout(1, comm.size, stage=2, ring_nbytes=ring_nbytes)
+    planned = estimate(model, layout, MACHINE).memory
+    params = [torch.nn.Parameter(torch.ones(spec.shape)) for spec in model.specs]
+    group = comm.Dup()
+    with face.NAdam(params, comm=group, policy=policy) as opt:
+        for _ in range(3):
+            sum(param.square().sum() for param in params).backward()
+            opt.step()
+            opt.zero_grad()
+        assert planned == opt.memory_report()
+        assert (opt.last_step.sent_nbytes, opt.last_step.sent_messages) == (0, 0)
+        shared_nbytes = planned.node_nbytes - planned.late_node_nbytes
+        assert node_nbytes(opt, group) == pytest.approx(shared_nbytes, rel=0.02)
+    group.Free()
+    assert shared_nbytes - planned.ring_node_nbytes == pytest.approx(16 * 4 * NUMEL, rel=0.01)
+    limit = ring_nbytes or max(16 << 20, 0.05 * 16 * NUMEL)
+    least = 2 * comm.size * ring_bucket_nbytes(1, comm.size)  # two buffers for each rank
+    assert planned.ring_node_nbytes <= 1.02 * max(limit, least)
+    assert planned.late_node_nbytes == comm.size * 4 * NUMEL // 3 * 4

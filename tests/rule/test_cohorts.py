@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardopt.layout.partition import ParamSpec, plan_partition
+from shardopt.rule.coefficients import StepCount
 from shardopt.rule.cohorts import Cohorts
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.nadam import NAdam
 
-HYPERS = [Hyperparams(), Hyperparams(lr=0.1, momentum_decay=0.5)]
+HYPERS = [NAdam(), NAdam(lr=0.1, momentum_decay=0.5)]
 
 
 def make(num_params=3):
@@ -54,8 +55,8 @@ def test_the_coefficients_are_those_of_the_step_to_come():
     cohorts.plan(0b111, HYPERS, 0.25)
     rows, table = rows_of(cohorts), cohorts.coefficients("float64")
     for index, hyper in ((0, HYPERS[0]), (1, HYPERS[1]), (2, HYPERS[0])):
-        count = StepCount().after_step(hyper).after_step(hyper)
-        expected = step_coefficients(hyper, count, 0.25)
+        count = hyper.after_step(hyper.after_step(StepCount()))
+        expected = hyper.coefficients(count, 0.25)
         np.testing.assert_array_equal(table[rows[index]], expected)
     assert rows[0] == rows[2] != rows[1]
 
@@ -80,5 +81,5 @@ def test_counts_are_what_single_parameters_would_have(masks):
         step(cohorts, mask)
         for index in range(5):
             if mask >> index & 1:
-                expected[index] = expected[index].after_step(HYPERS[index % 2])
+                expected[index] = HYPERS[index % 2].after_step(expected[index])
         assert cohorts.step_counts == expected

@@ -5,7 +5,7 @@ import numpy as np
 from shardopt.layout.partition import ParamSpec, plan_partition
 from shardopt.layout.state_spec import StateForm
 from shardopt.rule.cohorts import Cohorts
-from shardopt.rule.nadam import Hyperparams
+from shardopt.rule.nadam import NAdam
 from shardopt.rule.rounding import key_of, make_salts, random_numbers
 
 CODED = StateForm(optim_bits=8)
@@ -41,9 +41,9 @@ def numbers_by_name(num_nodes, node_size, specs, num_steps=1):
     partition = plan_partition(specs, num_nodes, node_size, 1)
     rule = Cohorts(partition, seed=3)
     for _ in range(num_steps):
-        rule.plan((1 << len(specs)) - 1, [Hyperparams()], 1.0)
+        rule.plan((1 << len(specs)) - 1, [NAdam()], 1.0)
         rule.commit()
-    rule.plan((1 << len(specs)) - 1, [Hyperparams()], 1.0)
+    rule.plan((1 << len(specs)) - 1, [NAdam()], 1.0)
     found = {}
     for region in range(len(partition.regions)):
         for node in range(num_nodes):

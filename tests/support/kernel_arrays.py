@@ -9,7 +9,8 @@ from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.nadam import NAdam
 
 SIXTEEN_BITS = [dtype for dtype in DTYPES if has_master(dtype)]
 
@@ -28,12 +29,9 @@ def tree_sum(rows):
     return tree_sum(rows[:half]) + tree_sum(rows[half:])
 
 
-def coefficient_rows(dtype, *step_counts, mean_scale=1.0, **hyper):
+def coefficient_rows(dtype, *step_counts, mean_scale=1.0, rule=NAdam, **hyper):
     """Return one row for each (step, mu_product), as the optimizer hands them to kernels."""
-    rows = [
-        step_coefficients(Hyperparams(**hyper), StepCount(*count), 1.0, mean_scale)
-        for count in step_counts
-    ]
+    rows = [rule(**hyper).coefficients(StepCount(*count), 1.0, mean_scale) for count in step_counts]
     return np.array(rows, compute_dtype(dtype))
 
 

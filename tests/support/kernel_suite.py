@@ -12,7 +12,9 @@ from shardopt.backends.base import ALL_FINITE, UpdatePlan
 from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
-from shardopt.rule.nadam import NUM_COEFFICIENTS, Hyperparams, StepCoefficients, StepCount
+from shardopt.rule.coefficients import NUM_COEFFICIENTS, StepCoefficients, StepCount
+from shardopt.rule.nadam import NAdam
+from shardopt.rule.rules import RULES
 from tests.support.kernel_arrays import (
     OVERFLOWS,
     SIXTEEN_BITS,
@@ -25,6 +27,7 @@ from tests.support.kernel_arrays import (
     hard_to_round,
     tree_sum,
 )
+from tests.support.papers import PAPERS
 from tests.support.reference import PaperNAdam
 
 TOLERANCE = {"float32": 2e-6, "float64": 1e-14}
@@ -49,7 +52,7 @@ class UpdateSuite:
             for grad in arena.grads:
                 grad[:] = rng.standard_normal(grad.shape)
             paper.step(np.array(arena.grads).astype(np.float64).sum(axis=0))
-            count = count.after_step(Hyperparams(**hyper))
+            count = NAdam(**hyper).after_step(count)
             rows = coefficient_rows(dtype, (count.step, count.mu_product), **hyper)
             assert arena.update_all(kernel, rows) == ALL_FINITE
         bound = 10 * TOLERANCE[compute_dtype(dtype)]
@@ -58,6 +61,35 @@ class UpdateSuite:
         np.testing.assert_allclose(exp_avg, paper.exp_avg, **tolerance)
         np.testing.assert_allclose(exp_avg_sq, paper.exp_avg_sq, **tolerance)
         assert_same_bits(arena.param, arena.in_full.astype(dtype))
+
+    @pytest.mark.parametrize("name", ["Adam", "AdamW", "RAdam"])
+    def test_other_rules_follow_their_papers(self, kernel, dtype, name):
+        arena, rule, hyper = Arena(2, dtype), RULES[name], {"lr": 0.01, "betas": (0.9, 0.9)}
+        exp_avg, exp_avg_sq = arena.state["exp_avg"], arena.state["exp_avg_sq"]
+        exp_avg[:] = exp_avg_sq[:] = 0
+        paper = PAPERS[name](arena.in_full, **hyper)
+        for step in range(1, 9):  # RAdam knows the second moment from the sixth on
+            rng = np.random.default_rng(step)
+            for grad in arena.grads:
+                grad[:] = rng.standard_normal(grad.shape)
+            paper.step(np.array(arena.grads).astype(np.float64).sum(axis=0))
+            rows = coefficient_rows(dtype, (step,), rule=rule, **hyper)
+            assert arena.update_all(kernel, rows) == ALL_FINITE
+        bound = 10 * TOLERANCE[compute_dtype(dtype)]
+        np.testing.assert_allclose(arena.in_full, paper.param, rtol=bound, atol=bound)
+
+    def test_a_second_moment_that_is_left_out_may_overflow(self, kernel, dtype):
+        arena = Arena(1, dtype)
+        arena.state["exp_avg_sq"][::2] = np.inf
+        before = arena.in_full.copy()
+        left_out, used = coefficient_rows(dtype, (1,), (99,), rule=RULES["RAdam"], lr=0.5)
+        assert arena.update_all(kernel, left_out[None]) == ALL_FINITE
+        moved = arena.in_full != before
+        assert moved.mean() > 0.99
+        assert np.isinf(arena.state["exp_avg_sq"][::2]).all()
+        before = arena.in_full.copy()
+        assert arena.update_all(kernel, used[None]) == ALL_FINITE
+        assert (arena.in_full[::2] == before[::2]).all()  # as in torch: divided by inf
 
     @pytest.mark.parametrize("num_targets", [1, 2])
     def test_only_segments_are_written(self, kernel, dtype, num_targets):

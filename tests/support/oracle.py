@@ -1,6 +1,6 @@
 """The optimizer without sharding, on every rank's gradients, in the dtype's own arithmetic.
 
-Follows [Note: the bits of a sum] and [Note: one formula, four schedules] literally, so that results
+Follows [Note: the bits of a sum] and [Note: one formula] literally, so that results
 of any number of ranks, either MPI and any bucket size can be compared bit for bit.
 """
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from shardopt import Parameter
 from shardopt.layout.dtypes import compute_dtype
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.nadam import NAdam
 from tests.support.kernel_arrays import tree_sum
 
 SHAPES = [(3, 4), (), (0, 5), (9000,), (33, 131), (1,), (4096,), (2, 3, 5), (20_001,)]
@@ -29,18 +30,18 @@ def gradient(step, rank, index, shape, dtype="float32"):
 class Oracle:
     """All parameters of one group; ``masters`` are float32 copies of those that have 16 bits."""
 
-    def __init__(self, params, **hyper):
+    def __init__(self, params, rule=NAdam, **hyper):
         self.params = [param.copy() for param in params]
         self.masters = [param.astype(compute_dtype(param.dtype.name)) for param in params]
         self.exp_avg = [np.zeros_like(master) for master in self.masters]
         self.exp_avg_sq = [np.zeros_like(master) for master in self.masters]
         self.step_counts = [StepCount() for _ in params]
-        self.hyper = hyper
+        self.rule, self.hyper = rule, hyper
 
     def step(self, grads_by_rank, factor=1.0, **changed):
         """Step with grads_by_rank[rank][index]; None where a rank has no gradient."""
         self.hyper |= changed
-        hyper, world_size = Hyperparams(**self.hyper), len(grads_by_rank)
+        hyper, world_size = self.rule(**self.hyper), len(grads_by_rank)
         for index, p in enumerate(self.masters):
             grads = [grads[index] for grads in grads_by_rank]
             if all(grad is None for grad in grads):
@@ -48,13 +49,14 @@ class Oracle:
             zeros = np.zeros_like(p)
             grads = [zeros if grad is None else grad.astype(p.dtype) for grad in grads]
             total = tree_sum(grads)
-            self.step_counts[index] = self.step_counts[index].after_step(hyper)
-            row = step_coefficients(hyper, self.step_counts[index], factor, 1 / world_size)
+            self.step_counts[index] = hyper.after_step(self.step_counts[index])
+            row = hyper.coefficients(self.step_counts[index], factor, 1 / world_size)
             c = np.array(row, p.dtype)
             g = c[0] * (c[11] * total) + c[1] * p
             m = c[3] * self.exp_avg[index] + c[4] * g
             v = c[5] * self.exp_avg_sq[index] + (c[6] * g) * g
-            p = p - (c[2] * p + (c[7] * g + c[8] * m) / (np.sqrt(v * c[9]) + c[10]))
+            v_hat = v * c[9] if c[9] else c[9]
+            p = p - (c[2] * p + (c[7] * g + c[8] * m) / (np.sqrt(v_hat) + c[10]))
             self.masters[index], self.exp_avg[index], self.exp_avg_sq[index] = p, m, v
             self.params[index] = p.astype(self.params[index].dtype)
 

@@ -24,6 +24,7 @@ SHOWN_BY_TWO = (
     "checkpoint/test_disk_faults.py",
     "checkpoint/test_interop.py",
     "checkpoint/test_other_models.py",
+    "checkpoint/test_other_optimizer.py",
     "checkpoint/test_partial.py",
     "checkpoint/test_power_loss.py",
     "checkpoint/test_small_states.py",
@@ -99,6 +100,8 @@ ON_RANKS = {
     "three": (
         "torch/test_shards.py",
         "torch/test_stage_two.py",
+        "torch/test_stage_two_nodes.py",
+        "torch/test_update_in_backward.py",
     ),
     "four": (  # also nodes of two ranks
         *EVEN,
@@ -107,6 +110,7 @@ ON_RANKS = {
         "core/test_writes.py",
         "devices/test_nodes.py",
         "measure",
+        "overlap/test_prefetch.py",
     ),
     "mpi": (  # messages, communicators, threads within MPI, and how ranks end
         "checkpoint/test_checkpointer.py",

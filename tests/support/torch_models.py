@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from shardopt.torch import NAdam
+import shardopt.torch
 from tests.support.errors import POLICY
 
 torch.set_num_threads(1)
@@ -47,6 +47,7 @@ class Twins:
         params: What of the model to optimize.
         loss: Of (model, step, rank) the loss; None where it does not reach the model.
         policy: Of the sharded one.
+        name: Of both optimizers.
         **settings: Of both optimizers.
     """
 
@@ -57,12 +58,14 @@ class Twins:
         params=lambda model: model.parameters(),
         loss=loss_of,
         policy=POLICY,
+        name="NAdam",
         **settings,
     ):
         self.comm, self.loss = comm, loss
         self.ours, self.whole = model(), model()
-        self.opt = NAdam(params(self.ours), comm=comm, policy=policy, **settings)
-        self.whole_opt = torch.optim.NAdam(params(self.whole), **settings)
+        ours, whole = getattr(shardopt.torch, name), getattr(torch.optim, name)
+        self.opt = ours(params(self.ours), comm=comm, policy=policy, **settings)
+        self.whole_opt = whole(params(self.whole), **settings)
         self.steps = itertools.count()
 
     def __enter__(self):

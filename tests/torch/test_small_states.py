@@ -100,7 +100,23 @@ def write_through_numpy(tensor):
     tensor.view(-1)[5:].numpy()[0] = 4
 
 
-@pytest.mark.parametrize("how", [write, write_through_data, write_through_numpy])
+def give_other_memory(tensor):
+    tensor.data = torch.ones_like(tensor)
+
+
+def set_other_memory(tensor):
+    tensor.set_(torch.ones_like(tensor))
+
+
+def change_dtype(tensor):
+    tensor.data = tensor.bfloat16()  # which NumPy does not know
+
+
+WAYS = [write, write_through_data, write_through_numpy]
+WAYS += [give_other_memory, set_other_memory, change_dtype]
+
+
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_writes_into_a_copy_raise(comm, how, is_stale):
     model = make_model()
@@ -124,6 +140,15 @@ def test_a_copy_that_nobody_holds_any_more_is_looked_at_too(comm):
         opt.state[model.head.weight]["exp_avg_sq"].fill_(1)
         with refused(comm, CheckpointError, "exp_avg_sq of 'head.weight'"):
             opt.step()
+
+
+def test_a_copy_with_other_memory_and_the_same_values_is_not_a_write(comm):
+    model = make_model()
+    with NAdam(model, comm=comm, policy=POLICY) as opt:
+        train(model, opt, range(1))
+        for entry in opt.state.values():
+            entry["exp_avg"].data = entry["exp_avg"].clone()
+        train(model, opt, range(1, 2))
 
 
 def test_a_write_into_one_of_many_copies_raises(comm):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardopt.errors import CallOrderError, HyperparamsError, PartitionError, RankMismatchError
 from shardopt.policy import ShardPolicy
-from shardopt.torch import NAdam
+from shardopt.torch import NAdam, averages
 from tests.support.torch_models import bytes_of
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -105,6 +105,64 @@ def test_bits_with_moments_of_eight_bits(comm):
                 opt.step()
         results.append([*map(bytes_of, layer.parameters())])
     assert results[0] == results[1] != [*map(bytes_of, Net().layers[1].float().parameters())]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.01])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {}),
+        (torch.float16, {}),
+        (torch.bfloat16, {"master_weights": False, "optim_bits": 8}),
+    ],
+)
+def test_bits_of_sixteen_bits(comm, dtype, settings, max_grad_norm):
+    if not averages._AveragingAdapter.widens_grads:
+        pytest.skip("this torch takes gradients of the parameter's dtype only")
+    results = []
+    for stage in (2, 1):
+        net = torch.nn.Sequential(torch.nn.Linear(90, 70), torch.nn.Linear(70, 3)).to(dtype)
+        with torch.no_grad():
+            for number, param in enumerate(net.parameters()):
+                param.copy_(torch.linspace(-0.1, 0.1 + number, param.numel()).view_as(param))
+        chosen = policy(stage, **SMALL, **settings)
+        with NAdam(net, comm=comm, policy=chosen, max_grad_norm=max_grad_norm) as opt:
+            for step in range(NUM_STEPS):
+                opt.zero_grad()
+                net(
+                    torch.full((2, 90), 0.1 + comm.rank + step).to(dtype)
+                ).square().mean().backward()
+                if stage == 2:
+                    assert {param.grad.dtype for param in net.parameters()} == {torch.float32}
+                opt.step()
+        assert {param.grad_dtype for param in net.parameters()} == {dtype}
+        results.append([bytes_of(param.detach().view(torch.int16)) for param in net.parameters()])
+    assert results[0] == results[1]
+    assert len(set(comm.allgather(tuple(results[0])))) == 1
+
+
+def test_float16_with_a_scaler(comm):
+    """Averages are float32, and may be unscaled; an overflow on one rank skips the step."""
+    if not averages._AveragingAdapter.widens_grads:
+        pytest.skip("this torch takes gradients of the parameter's dtype only")
+    layer = torch.nn.Linear(40, 4).half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
+    with NAdam(layer, comm=comm, policy=policy(2, **SMALL)) as opt:
+        for step, skips in enumerate((False, True, False)):
+            opt.zero_grad()
+            factor = 1e4 if skips and comm.rank == 0 else 1.0
+            loss = layer(torch.full((1, 40), 0.5 + comm.rank).half()).float().sum() * factor
+            scaler.scale(loss).backward()
+            scaler.unscale_(opt)
+            average = sum(0.5 + rank for rank in range(comm.size)) / comm.size
+            if not skips:
+                expected = torch.full_like(layer.weight, average, dtype=torch.float32)
+                assert torch.equal(layer.weight.grad, expected)
+            before = bytes_of(layer.weight)
+            scaler.step(opt)
+            scaler.update()
+            assert opt.last_step.skipped == skips == (bytes_of(layer.weight) == before), step
+        assert scaler.get_scale() == 128.0
 
 
 def no_batch_on_the_last(model, opt, step, comm):
@@ -514,7 +572,18 @@ def written_differently(model, opt, comm):
 def written_on_one(model, opt, comm):
     model.loss(0, comm.rank).backward()
     if comm.rank == comm.size - 1:
+        model.layers[1].weight.grad.add_(2.0)
+
+
+def multiplied_on_one(model, opt, comm):
+    model.loss(0, comm.rank).backward()
+    if comm.rank == comm.size - 1:
         model.layers[1].weight.grad.mul_(2.0)
+
+
+def clipped_differently(model, opt, comm):
+    model.loss(0, comm.rank).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01 * (comm.rank + 1))
 
 
 def removed_on_one(model, opt, comm):
@@ -561,6 +630,8 @@ def scaled_differently(model, opt, comm):
         (scaled_differently, RankMismatchError, "loss_scale"),
         (written_differently, RankMismatchError, r"gradient of 'layers.1.weight'"),
         (written_on_one, RankMismatchError, "averaged gradients were written to"),
+        (multiplied_on_one, RankMismatchError, "factors by which .*'layers.1.weight'"),
+        (clipped_differently, RankMismatchError, "factors by which averaged gradients"),
         (removed_on_one, RankMismatchError, "replaced or removed"),
         (written_before_another, CallOrderError, r"that of 'layers.1.weight' was written"),
         (scaled_before_another, CallOrderError, "was written to before another backward"),
@@ -593,6 +664,16 @@ def test_a_gradient_must_not_be_read_in_backward(comm):
         plain(model, opt, 0, comm)
 
 
+def test_a_scaler_that_finds_no_gradient_on_a_rank(comm):
+    model, scaler = Net(), torch.amp.GradScaler("cpu", init_scale=4.0)
+    with NAdam(model, comm=comm, policy=policy(2, **SMALL)) as opt:
+        loss = scaler.scale(model.loss(0, comm.rank))
+        if comm.rank:
+            loss.backward()
+        scaler.step(opt)
+        assert opt.last_step.num_updated == 8
+
+
 def test_groups_may_be_edited_between_steps(comm):
     def train(stage):
         model = Net()
@@ -612,6 +693,24 @@ def test_groups_may_be_edited_between_steps(comm):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+def test_groups_that_one_rank_has_edited(comm):
+    """All ranks raise, and can step with the groups from before."""
+
+    def train(stage):
+        model = Net()
+        with NAdam(model, comm=comm, policy=policy(stage, **SMALL)) as opt:
+            model.loss(1, comm.rank).backward()
+            if comm.rank == 0:
+                del opt.param_groups[0]["params"][0]
+            with pytest.raises(RankMismatchError, match="with edited param_groups"):
+                opt.step()
+            opt.step()
+            assert opt.last_step.num_updated == 8
+            return [bytes_of(param.detach()) for param in model.parameters()]
+
+    assert train(2) == train(1)
+
+
 def test_memory_has_one_row(comm):
     model = Net()
     reports = []
@@ -621,7 +720,9 @@ def test_memory_has_one_row(comm):
     rows, one = reports
     assert one.grads_node_nbytes * comm.size == rows.grads_node_nbytes
     assert rows.ring_node_nbytes == 0 < one.ring_node_nbytes
-    total = one.node_nbytes - one.ring_node_nbytes + (comm.size - 1) * one.grads_node_nbytes
+    assert one.late_node_nbytes == comm.size * 120 * 80 * 8
+    in_step = one.node_nbytes - one.ring_node_nbytes - one.late_node_nbytes
+    total = in_step + (comm.size - 1) * one.grads_node_nbytes
     assert total == rows.node_nbytes
 
 
@@ -629,29 +730,7 @@ def test_memory_has_one_row(comm):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_refused(comm, dtype):
+def test_sixteen_bits_are_refused_by_a_torch_that_does_not_widen(comm, dtype, monkeypatch):
+    monkeypatch.setattr(averages._AveragingAdapter, "widens_grads", False)
     with pytest.raises(HyperparamsError, match="policy.stage must be 1 for parameters of 16 bits"):
         NAdam(Net().to(dtype), comm=comm, policy=policy(2))
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch, about its own process group
-def test_modules_in_ddp_are_refused(comm):
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        model = Net()
-        with NAdam(model, comm=comm, policy=policy(2)) as opt:
-            wrapped = torch.nn.parallel.DistributedDataParallel(model)
-            with pytest.raises(HyperparamsError, match="parameters of DistributedDataParallel"):
-                wrapped(torch.ones(2, 40)).sum().backward()
-            opt.zero_grad()
-        with pytest.raises(HyperparamsError, match="parameters of DistributedDataParallel"):
-            NAdam(wrapped.module, comm=comm, policy=policy(2))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_several_nodes_are_refused(comm):
-    with pytest.raises(HyperparamsError, match=f"policy.stage must be 1 with {comm.size} nodes"):
-        NAdam(Net(), comm=comm, policy=policy(2, share_node=False))

@@ -1,9 +1,11 @@
 """The memory that a node needs for a parameter: growth of its ranks' proportional set sizes."""
 
+import math
 from dataclasses import dataclass
 
 from benchmarks.contenders.names import (
     SHARDOPT,
+    STAGE_2,
     STEP_PEERS,
     THROUGH_TORCH,
     THROUGH_TORCH_BFLOAT16,
@@ -13,6 +15,7 @@ from benchmarks.harness.options import option
 from benchmarks.harness.result import Result
 
 NUMEL = 1 << 26
+REPORTED = f"{STAGE_2}: memory_report() without late gradients, bytes/parameter"
 _WITHIN = Target(at_most=0.02)
 
 
@@ -39,6 +42,12 @@ def _distance(contender: str, width: int, state: tuple[int, ...]) -> Ratio:
     return Ratio(name, (key,), compute, _WITHIN)
 
 
+def _from_report(result: Result) -> float:
+    reported = result.value(REPORTED)  # 0 for a model that fits into one chunk
+    measured = result.value(bytes_per_parameter(STAGE_2))
+    return abs(measured / reported - 1) if reported else math.inf
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of this case."""
@@ -59,6 +68,12 @@ CASE = Case(
         _distance(SHARDOPT, 4, (8,)),
         _distance(THROUGH_TORCH, 4, (8,)),
         _distance(THROUGH_TORCH_BFLOAT16, 2, (8, 4)),
+        Ratio(
+            f"{STAGE_2}: from memory_report(), relative",
+            (bytes_per_parameter(STAGE_2), REPORTED),
+            _from_report,
+            _WITHIN,
+        ),
     ),
     quick=Quick(("--numel", "4194304"), ranks=2),
 )

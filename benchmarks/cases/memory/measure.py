@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 
 from mpi4py import MPI
 
-from benchmarks.cases.memory import CASE, Options, bytes_per_parameter
+from benchmarks.cases.memory import CASE, REPORTED, Options, bytes_per_parameter
 from benchmarks.contenders.faces import FACES
+from benchmarks.contenders.handing import Handing
 from benchmarks.contenders.internals import share_of_cores
-from benchmarks.contenders.names import NEED_TORCH, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16
+from benchmarks.contenders.names import NEED_TORCH, STAGE_2, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16
 from benchmarks.contenders.peers import CONTENDERS
 from benchmarks.contenders.problem import DTYPE, Contender, Problem
 from benchmarks.contenders.torch_env import gloo, load_torch
@@ -33,6 +34,10 @@ def measure(options: Options) -> Iterator[Result]:
         figures = {
             bytes_per_parameter(name): growth(make, problem) for name, make in makers.items()
         }
+        if has_torch:
+            figures[bytes_per_parameter(STAGE_2)] = growth(averaging, problem)
+            reported = [_reported_nbytes(Problem(comm, n, 1, threads)) for n in (1, options.numel)]
+            figures[REPORTED] = (reported[1] - reported[0]) / options.numel
     if comm.rank == 0:
         yield Result(
             case=CASE.name,
@@ -43,6 +48,18 @@ def measure(options: Options) -> Iterator[Result]:
             numel=options.numel,
             figures=figures,
         )
+
+
+def averaging(problem: Problem) -> Handing:
+    """Make the optimizer of stage 2."""
+    return Handing(problem.comm, problem.numel, 2)
+
+
+def _reported_nbytes(problem: Problem) -> int:
+    contender = averaging(problem)
+    nbytes = contender.shared_nbytes
+    contender.close()
+    return nbytes
 
 
 def growth(make: Callable[[Problem], Contender], problem: Problem) -> float:

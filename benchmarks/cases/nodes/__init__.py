@@ -20,6 +20,13 @@ BACKWARD = "backward"
 STEP_BEHIND = "step of what backward left"
 IN_TURN = "backward, then step: overlap=False"
 OVERLAPPED = "backward and step: overlap=True"
+PASSES = "forward and backward, as long as the wire"
+ARRIVING = "both, step and the wait: prefetch_params=True"
+STEPS_BEFORE_WAIT = 4
+ARRIVING_OFTEN = f"the same with {STEPS_BEFORE_WAIT} steps before the wait"
+AWAITED = "both and step: prefetch_params=False"
+PASSED_WIRE = "the wire"
+VISIBLE = "visible exchange with prefetch / the wire"
 HIDDEN = "exchange of gradients, share behind backward"
 SENT_MB = "MB sent by a node in a step"
 SENT_ALONE_MB = "MB sent by a node of 1 rank"
@@ -69,6 +76,11 @@ def _hidden(result: Result) -> float:
     return (result.value(IN_TURN) - result.value(OVERLAPPED)) / _exchange_s(result)
 
 
+def _visible(result: Result) -> float:
+    step_s = (result.value(ARRIVING_OFTEN) - result.value(ARRIVING)) / (STEPS_BEFORE_WAIT - 1)
+    return (step_s - result.value(PASSES)) / result.value(PASSED_WIRE)
+
+
 def _backward(result: Result) -> float:
     return result.value(BACKWARD) / _exchange_s(result)
 
@@ -81,7 +93,9 @@ class JobOptions:
     numel: int = option(NUMEL, "parameters")
     rounds: int = option(5, "samples of each contender")
     bucket_mib: int | None = option(None, "in all buckets; else as the policy has it", kind=int)
-    only: str | None = option(None, "leave out the other part", choices=("step", "overlap"))
+    only: str | None = option(
+        None, "leave out the other parts", choices=("step", "overlap", "prefetch")
+    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,12 @@ CASE = Case(
             name="sent by a node / by one of 1 rank",
         ),
         Ratio(HIDDEN, (STEP_BEHIND, IN_TURN, OVERLAPPED), _hidden, Target(at_least=0.7)),
+        Ratio(
+            VISIBLE,
+            (PASSES, ARRIVING, ARRIVING_OFTEN, PASSED_WIRE),
+            _visible,
+            Target(at_most=0.15),
+        ),
         Ratio(f"{BACKWARD} / exchange of gradients", (BACKWARD, STEP_BEHIND), _backward),
     ),
     quick="it needs root",

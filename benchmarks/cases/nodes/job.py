@@ -10,6 +10,9 @@ from typing import Any
 from mpi4py import MPI
 
 from benchmarks.cases.nodes import (
+    ARRIVING,
+    ARRIVING_OFTEN,
+    AWAITED,
     BACKWARD,
     BUCKET_MIB,
     CASE,
@@ -18,9 +21,12 @@ from benchmarks.cases.nodes import (
     NARROW,
     NARROW_WIRE,
     OVERLAPPED,
+    PASSED_WIRE,
+    PASSES,
     SENT_ALONE_MB,
     SENT_MB,
     STEP_BEHIND,
+    STEPS_BEFORE_WAIT,
     UPDATE_ALONE,
     WIRE,
     JobOptions,
@@ -56,10 +62,12 @@ def main() -> None:
     with topology_of(comm) as topology, gloo(comm, has_torch):
         problem = Problem(comm, options.numel, _TENSORS, _THREADS)
         job = _Job(problem, topology, options.rounds, has_torch)
-        if options.only != "overlap":
+        if options.only in (None, "step"):
             job.time_steps(_policy(options.bucket_mib))
-        if has_torch and options.only != "step":
+        if has_torch and options.only in (None, "overlap"):
             job.time_overlap(_policy(options.bucket_mib))
+        if has_torch and options.only in (None, "prefetch"):
+            job.time_prefetch(_policy(options.bucket_mib))
         job.close()
         if comm.rank == 0:
             append(CASE, job.result(options.rate), arguments.out)
@@ -119,6 +127,30 @@ class _Job:
         runs[STEP_BEHIND] = optimizers[0].step
         self._sample(runs)
         self._figures[HIDDEN_BUCKET_MIB] = self._bucket_mib(policy)
+        for optimizer in optimizers:
+            optimizer.close()
+
+    def time_prefetch(self, policy: ShardPolicy) -> None:
+        """Time a forward and a backward, each as long as the exchange that it can hide."""
+        torch_face = importlib.import_module("shardopt.torch")
+        paced = importlib.import_module("benchmarks.cases.nodes.paced")
+        problem, comm = self._problem, self._problem.comm
+        wire_s = min(slowest_s(self._link.transfer, comm) for _ in range(3))
+        runs = {PASSED_WIRE: self._link.transfer}
+        runs[PASSES] = paced.PacedModule(problem, wire_s / 2).backward
+        optimizers = []
+        for prefetches in (False, True):
+            model = paced.PacedModule(problem, wire_s / 2)
+            with_prefetch = replace(policy, prefetch_params=prefetches)
+            optimizers.append(torch_face.NAdam(model, comm=comm, policy=with_prefetch))
+            train = _training(model, optimizers[-1])
+            if not prefetches:
+                runs[AWAITED] = train
+                continue
+            wait = optimizers[-1].wait_params  # the next run has the link to itself
+            runs[ARRIVING] = _repeated(train, 1, wait)
+            runs[ARRIVING_OFTEN] = _repeated(train, STEPS_BEFORE_WAIT, wait)
+        self._sample(runs)
         for optimizer in optimizers:
             optimizer.close()
 
@@ -184,6 +216,19 @@ class _Job:
 def _policy(bucket_mib: int | None) -> ShardPolicy:
     policy = ShardPolicy(threads=_THREADS)
     return policy if bucket_mib is None else replace(policy, bucket_nbytes=bucket_mib * _MIB)
+
+
+def _repeated(
+    train: Callable[[], None], times: int, wait: Callable[[], None]
+) -> Callable[[], None]:
+    """Return a function that trains for some steps, and waits for their parameters."""
+
+    def run() -> None:
+        for _ in range(times):
+            train()
+        wait()
+
+    return run
 
 
 def _training(model: Any, optimizer: Any) -> Callable[[], None]:

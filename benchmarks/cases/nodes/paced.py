@@ -1,5 +1,6 @@
-"""A model whose backward takes a set time without using a core, as on an accelerator."""
+"""Models whose passes take a set time without using a core, as on an accelerator."""
 
+import functools
 import time
 from typing import Any
 
@@ -55,3 +56,39 @@ class PacedModel:
     def _await_turn(self) -> None:
         self._due_s += self._layer_s
         time.sleep(max(0.0, self._due_s - time.perf_counter()))
+
+
+class _PacedLayer(torch.nn.Module):
+    """A layer with one parameter, whose passes take a set time from when they can begin."""
+
+    def __init__(self, param: torch.Tensor, grad: torch.Tensor, seconds: float) -> None:
+        super().__init__()
+        self.param = torch.nn.Parameter(param)
+        self._grad = grad
+        self._pass = functools.partial(time.sleep, seconds)
+
+    def forward(self, value: Any) -> Any:
+        self._pass()
+        apply: Any = _Layer.apply  # untyped
+        return apply(value, self.param, self._grad, self._pass)
+
+
+class PacedModule(torch.nn.Sequential):
+    """As many layers as the problem has tensors; one that is late delays all that follow.
+
+    Args:
+        problem: The model.
+        pass_s: Seconds that forward takes, and backward, the same for each layer.
+    """
+
+    def __init__(self, problem: Problem, pass_s: float) -> None:
+        numbers = range(problem.num_tensors)
+        layer_s = pass_s / problem.num_tensors
+        params = [torch.from_numpy(problem.param(i)) for i in numbers]
+        grads = [torch.from_numpy(problem.grad(i)) for i in numbers]
+        pairs = zip(params, grads, strict=True)
+        super().__init__(*(_PacedLayer(param, grad, layer_s) for param, grad in pairs))
+
+    def backward(self) -> None:
+        """Go forward and backward, and add to all gradients."""
+        self(torch.zeros((), requires_grad=True)).backward()

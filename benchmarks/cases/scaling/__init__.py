@@ -43,7 +43,7 @@ OURS_FOR = {
     FSDP2: BEHIND_BACKWARD,
     OPTAX: SHARDOPT_OPTAX,
 }
-"""What each peer is compared with; nothing of ours does what DeepSpeed's Adam does."""
+"""The contender that each peer is compared with; DeepSpeed's Adam has no counterpart."""
 
 ALL_AXPYS = "axpy on all ranks at once"
 LINKS = "its bytes between nodes, by MPI"

@@ -53,11 +53,12 @@ class Learner(ABC):
         weights: Its first weights, from ``initial_weights``.
         dtype: The dtype of weights and gradients.
         device: Where they are, from ``find_device``.
-        **settings: Arguments for the framework's NAdam.
+        optimizer: The name of the optimizer's class.
+        **settings: Arguments for the optimizer.
 
     Attributes:
         shape: As given.
-        opt: The framework's NAdam.
+        opt: The framework's optimizer.
         framework: The framework's name and version; empty for plain NumPy.
     """
 
@@ -72,6 +73,7 @@ class Learner(ABC):
         weights: Weights,
         dtype: str = "float32",
         device: str = "cpu",
+        optimizer: str = "NAdam",
         **settings: Any,
     ) -> None: ...
 

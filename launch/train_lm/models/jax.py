@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardopt.jax import NAdam
+import shardopt.jax
 from train_lm.models import base
 from train_lm.models.base import NORM_EPS, Array, Shape, Weights, rotary_angles
 
@@ -28,12 +28,13 @@ class Learner(base.Learner):
         weights: Weights,
         dtype: str = "float32",
         device: str = "cpu",
+        optimizer: str = "NAdam",
         **settings: Any,
     ) -> None:
         jax.config.update("jax_platforms", "cpu")  # as the optimizer runs on the CPU
         self.shape = shape
         self.params = jax.tree.map(partial(jnp.asarray, dtype=dtype), as_tree(weights))
-        self.opt = NAdam(self.params, **settings)
+        self.opt = getattr(shardopt.jax, optimizer)(self.params, **settings)
 
     @staticmethod
     def limit_threads(count: int) -> None:

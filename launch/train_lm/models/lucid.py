@@ -17,7 +17,7 @@ import lucid.nn.functional as F
 import numpy as np
 from lucid import Tensor
 
-from shardopt.lucid import NAdam
+import shardopt.lucid
 from train_lm.models import base
 from train_lm.models.base import (
     MLP_RATIO,
@@ -45,13 +45,16 @@ class Learner(base.Learner):
         weights: Weights,
         dtype: str = "float32",
         device: str = "cpu",
+        optimizer: str = "NAdam",
         **settings: Any,
     ) -> None:
         self.shape = shape
         with np.errstate(all="ignore"):  # nn.Linear converts uninitialised memory
             self.model = Transformer(shape)
         self.model.load_state_dict({n: w.astype(dtype) for n, w in out_by_in(weights).items()})
-        self.opt = NAdam(self.model.state_dict(keep_vars=True).items(), **settings)
+        self.opt = getattr(shardopt.lucid, optimizer)(
+            self.model.state_dict(keep_vars=True).items(), **settings
+        )
 
     def logits(self, inputs: Array) -> Array:
         """Run the model forward."""

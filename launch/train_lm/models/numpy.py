@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from shardopt.numpy import NAdam, Parameter
+import shardopt.numpy
+from shardopt.numpy import Parameter
 from train_lm.models import base
 from train_lm.models.base import NORM_EPS, Array, Shape, Weights, rotary_angles, softmax_inplace
 
@@ -30,11 +31,12 @@ class Learner(base.Learner):
         weights: Weights,
         dtype: str = "float32",
         device: str = "cpu",
+        optimizer: str = "NAdam",
         **settings: Any,
     ) -> None:
         self.shape = shape
         self.model = Transformer(shape, {n: w.astype(dtype) for n, w in weights.items()})
-        self.opt = NAdam(self.model.parameters(), **settings)
+        self.opt = getattr(shardopt.numpy, optimizer)(self.model.parameters(), **settings)
 
     def logits(self, inputs: Array) -> Array:
         """Run the model forward."""

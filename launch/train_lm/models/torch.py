@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardopt.torch import NAdam
+import shardopt.torch
 from train_lm.models import base
 from train_lm.models.base import (
     MLP_RATIO,
@@ -34,6 +34,7 @@ class Learner(base.Learner):
         weights: Weights,
         dtype: str = "float32",
         device: str = "cpu",
+        optimizer: str = "NAdam",
         **settings: Any,
     ) -> None:
         self.shape = shape
@@ -43,7 +44,7 @@ class Learner(base.Learner):
         self.model = Transformer(shape, self.device)
         self.model.load_state_dict({n: torch.from_numpy(w) for n, w in out_by_in(weights).items()})
         self.model.to(self.device, getattr(torch, dtype))
-        self.opt = NAdam(self.model.named_parameters(), **settings)
+        self.opt = getattr(shardopt.torch, optimizer)(self.model.named_parameters(), **settings)
 
     @staticmethod
     def limit_threads(count: int) -> None:

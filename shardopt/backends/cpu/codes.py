@@ -1,9 +1,14 @@
 """Numba loops for states of 8 bits, and for bfloat16 without masters.
 
 They have the form of those in ``loops``, some of which they call: see
-[Note: loops the compiler can vectorise]. A loop updates a block and rounds its new moments to
-levels, in the first-level cache, and another makes codes of the levels once the largest is known.
-Bits stay integers until they are looked at as floats.
+[Note: loops the compiler can vectorise]. All that a run of elements needs stays in the first-level
+cache: the moments are decoded into arrays of float32, the update is the one of moments in float32,
+and then each block is rounded to levels, of which codes are made once the largest is known. Bits
+stay integers until they are looked at as floats.
+
+A block takes less time than a few calls of functions that Numba compiles, as each counts the
+references of all its arrays and looks for those that overlap. So all of them become part of
+``update``.
 """
 
 from collections.abc import Callable
@@ -39,7 +44,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    return compiled(error_model="numpy", calls=(loops,))(function)
+    return compiled(error_model="numpy", forceinline=True, calls=(loops,))(function)
 
 
 @_jit
@@ -83,18 +88,22 @@ def _at(address: Any, like: Any, numel: Any) -> Any:
 
 
 @_jit
-def _decode_signed(code: Any, below: Any) -> Any:
-    both = np.uint32(code)
-    magnitude = np.uint32(both & np.uint32(0x7F))
-    sign = np.uint32(np.uint32(both << np.uint32(24)) & np.uint32(0x80000000))
-    bits = np.uint32(np.uint32(magnitude + below) << np.uint32(20))
-    return np.uint32(np.uint32(bits if magnitude else np.uint32(0)) | sign).view(np.float32)
+def _decode_signed(codes: Any, below: Any, out: Any) -> None:
+    """Write what codes stand for; ``below`` is the level of code 0, shifted to its place."""
+    for i in range(out.size):
+        extended = np.uint32(np.int32(np.int8(codes[i])))
+        both = np.uint32(np.uint32(extended << np.uint32(20)) & np.uint32(0x87F00000))
+        moved = np.uint32(both + below)
+        out[i] = np.uint32(moved if np.uint32(both & np.uint32(0x7F00000)) else both).view(
+            np.float32
+        )
 
 
 @_jit
-def _decode_unsigned(code: Any, below: Any) -> Any:
-    level = np.uint32(code)
-    return np.uint32(np.uint32(level + below) << np.uint32(20)).view(np.float32)
+def _decode_unsigned(codes: Any, below: Any, out: Any) -> None:
+    for i in range(out.size):
+        level = np.uint32(np.uint32(codes[i]) << np.uint32(20))
+        out[i] = np.uint32(level + below).view(np.float32)
 
 
 @_jit
@@ -111,43 +120,29 @@ def _set_level(scale: Any, top: Any) -> None:
 
 
 @_jit
-def _levels_of(grad: Any, wide: Any, codes: Any, noise: Any, levels: Any, scalars: Any) -> Any:
-    """Update values of parameters, and round their new moments.
+def _levels_signed(values: Any, levels: Any) -> Any:
+    """Round values to levels, each behind its sign, and return the largest.
 
-    Args:
-        grad: The sums of gradients.
-        wide: The values.
-        codes: Of both moments, and the levels of their codes 0.
-        noise: Random numbers.
-        levels: Where the levels of both moments go, each behind its sign. Those of some NaN
-            may be wrong: parameters have become NaN then, too.
-        scalars: The coefficients.
-
-    Returns:
-        The largest level of either moment.
+    Those of some NaN may be wrong: parameters have become NaN then, too.
     """
-    source_scale, weight_decay, param_decay = scalars[0], scalars[1], scalars[2]
-    m_decay, m_gain, beta2, v_gain = scalars[3], scalars[4], scalars[5], scalars[6]
-    g_scale, m_scale, v_scale, eps = scalars[7], scalars[8], scalars[9], scalars[10]
-    mean_scale = scalars[11]
-    exp_avg, exp_avg_sq, m_below, v_below = codes
-    m_out, v_out = levels
-    m_top, v_top = np.uint32(0), np.uint32(0)
-    for i in range(wide.size):
-        p = wide[i]
-        g = source_scale * (mean_scale * grad[i]) + weight_decay * p
-        m = np.float32(m_decay * _decode_signed(exp_avg[i], m_below) + m_gain * g)
-        v = np.float32(beta2 * _decode_unsigned(exp_avg_sq[i], v_below) + (v_gain * g) * g)
-        u = (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)
-        wide[i] = p - (param_decay * p + u)
-        level = np.uint32(np.uint32(m.view(np.uint32) + np.uint32(0x80000)) >> np.uint32(20))
-        m_out[i] = np.uint16(level)
-        m_top = np.uint32(max(m_top, np.uint32(level & np.uint32(0x7FF))))
+    top = np.uint32(0)
+    for i in range(levels.size):
+        bits = np.uint32(np.float32(values[i]).view(np.uint32) + np.uint32(0x80000))
+        levels[i] = np.uint16(np.uint32(bits >> np.uint32(20)))
+        top = np.uint32(max(top, np.uint32(bits & np.uint32(0x7FFFFFFF))))
+    return np.uint32(top >> np.uint32(20))
+
+
+@_jit
+def _levels_unsigned(values: Any, noise: Any, levels: Any) -> Any:
+    """Round values, which are never negative, to levels by chance, and return the largest."""
+    top = np.uint32(0)
+    for i in range(levels.size):
         added = np.uint32(noise[i] & np.uint32(0xFFFFF))
-        level = np.uint32(np.uint32(v.view(np.uint32) + added) >> np.uint32(20))
-        v_out[i] = np.uint16(level)
-        v_top = np.uint32(max(v_top, level))  # never negative
-    return m_top, v_top
+        bits = np.uint32(np.float32(values[i]).view(np.uint32) + added)
+        levels[i] = np.uint16(np.uint32(bits >> np.uint32(20)))
+        top = np.uint32(max(top, bits))
+    return np.uint32(top >> np.uint32(20))
 
 
 @_jit
@@ -181,60 +176,73 @@ def _encode_unsigned(levels: Any, top: Any, codes: Any) -> None:
 
 
 @_jit
-def _update_codes(grad: Any, wide: Any, blocks: Any, noise: Any, levels: Any, scalars: Any) -> None:
-    """Update values of parameters and a block of either of their moments.
+def _decode_block(blocks: Any, moments: Any) -> None:
+    """Decode a block of either moment.
 
     Args:
-        grad: The sums of gradients.
-        wide: The values.
-        blocks: The addresses of the blocks, and an array of their dtype.
-        noise: Random numbers.
-        levels: Memory for two blocks.
-        scalars: The coefficients.
+        blocks: Their addresses, and an array of their dtype.
+        moments: Where the values go.
     """
     m_address, v_address, like = blocks
-    numel = wide.size
-    m_scale, v_scale = _at(m_address, like, 4), _at(v_address, like, 4)
-    m_codes, v_codes = _at(m_address + 4, like, numel), _at(v_address + 4, like, numel)
-    m_below = np.uint32(_level_of(m_scale) - np.uint32(127))
-    v_top = _level_of(v_scale)
+    m, v = moments
+    m_top, v_top = _level_of(_at(m_address, like, 4)), _level_of(_at(v_address, like, 4))
+    m_below = np.uint32(np.uint32(m_top - np.uint32(127)) << np.uint32(20))
     v_below = np.uint32(v_top - np.uint32(255 if v_top else 0))  # if zero, so are all codes
-    codes = m_codes, v_codes, m_below, v_below
+    _decode_signed(_at(m_address + 4, like, m.size), m_below, m)
+    _decode_unsigned(_at(v_address + 4, like, v.size), np.uint32(v_below << np.uint32(20)), v)
+
+
+@_jit
+def _encode_block(blocks: Any, moments: Any, noise: Any, levels: Any) -> None:
+    """Encode a block of either moment; ``levels`` is memory for two blocks."""
+    m_address, v_address, like = blocks
+    numel = moments[0].size
     address = _address(levels)
     m, v = _at(address, levels, numel), _at(address + 2 * _BLOCK_NUMEL, levels, numel)
-    m_top, v_top = _levels_of(grad, wide, codes, noise, (m, v), scalars)
+    m_top, v_top = _levels_signed(moments[0], m), _levels_unsigned(moments[1], noise, v)
     if max(m_top, v_top) > _INF_LEVEL:
         _cap(m)
         _cap(v)
         m_top, v_top = min(m_top, _INF_LEVEL), min(v_top, _INF_LEVEL)
-    _encode_signed(m, m_top, m_codes)
-    _set_level(m_scale, m_top)
-    _encode_unsigned(v, v_top, v_codes)
-    _set_level(v_scale, v_top)
+    _encode_signed(m, m_top, _at(m_address + 4, like, numel))
+    _set_level(_at(m_address, like, 4), m_top)
+    _encode_unsigned(v, v_top, _at(v_address + 4, like, numel))
+    _set_level(_at(v_address, like, 4), v_top)
+
+
+@_jit
+def _block_at(state: Any, place: Any) -> Any:
+    """Return the addresses of a block of either moment, and an array of their dtype."""
+    offset = place // _BLOCK_NUMEL * _BLOCK_NBYTES
+    return state[0][0] + offset, state[1][0] + offset, state[0][1]
 
 
 @_chosen_by_type
-def _update_moments(grad: Any, wide: Any, state: Any, start: Any, chance: Any, scalars: Any) -> Any:
+def _update_moments(
+    grad: Any, wide: Any, state: Any, start: Any, scratch: Any, scalars: Any
+) -> Any:
     """Update values of parameters and their moments.
 
-    ``chance`` is random numbers, and memory for the levels of a block of either moment.
+    ``scratch`` is random numbers, and memory for both moments and for the levels of a block of
+    either.
     """
 
-    def of_codes(grad: Any, wide: Any, state: Any, start: Any, chance: Any, scalars: Any) -> None:
-        noise, levels = chance
+    def of_codes(grad: Any, wide: Any, state: Any, start: Any, scratch: Any, scalars: Any) -> None:
+        noise, moments, levels = scratch
+        m, v, numbers = _address(moments), _address(moments) + 4 * _RUN_NUMEL, _address(noise)
         for first in range(0, wide.size, _BLOCK_NUMEL):
             numel, offset = min(_BLOCK_NUMEL, wide.size - first), 4 * first
-            place = (start + first) // _BLOCK_NUMEL * _BLOCK_NBYTES
-            _update_codes(
-                _at(_address(grad) + offset, grad, numel),
-                _at(_address(wide) + offset, wide, numel),
-                (state[0][0] + place, state[1][0] + place, state[0][1]),
-                _at(_address(noise) + offset, noise, numel),
-                levels,
-                scalars,
-            )
+            both = _at(m + offset, moments, numel), _at(v + offset, moments, numel)
+            _decode_block(_block_at(state, start + first), both)
+        both = _at(m, moments, wide.size), _at(v, moments, wide.size)
+        _update_block(grad, wide, wide, both[0], both[1], scalars)
+        for first in range(0, wide.size, _BLOCK_NUMEL):
+            numel, offset = min(_BLOCK_NUMEL, wide.size - first), 4 * first
+            both = _at(m + offset, moments, numel), _at(v + offset, moments, numel)
+            drawn = _at(numbers + offset, noise, numel)
+            _encode_block(_block_at(state, start + first), both, drawn, levels)
 
-    def of_floats(grad: Any, wide: Any, state: Any, start: Any, chance: Any, scalars: Any) -> None:
+    def of_floats(grad: Any, wide: Any, state: Any, start: Any, scratch: Any, scalars: Any) -> None:
         exp_avg = _at(state[0][0] + 4 * start, state[0][1], wide.size)
         exp_avg_sq = _at(state[1][0] + 4 * start, state[1][1], wide.size)
         _update_block(grad, wide, wide, exp_avg, exp_avg_sq, scalars)
@@ -284,12 +292,12 @@ def _put(wide: Any, param: Any, master: Any, noise: Any) -> Any:
 def _update_run(total: Any, targets: Any, state: Any, run: Any, scratch: Any, scalars: Any) -> bool:
     """Update a run of elements in every target; return whether one became inf or NaN."""
     start, stop, place, salt = run
-    levels, values, numbers = scratch
+    levels, moments, values, numbers = scratch
     param = _row(targets, 0, start, stop)
     noise = _at(_address(numbers), numbers, stop - start)
     _draw(np.uint32(place), salt, noise)
     wide = _widened(param, state[2], start, values)
-    _update_moments(total, wide, state, start, (noise, levels), scalars)
+    _update_moments(total, wide, state, start, (noise, moments, levels), scalars)
     num_written = 1 if param.itemsize == wide.itemsize else 0
     for number in range(num_written, targets[0].size):
         _put(wide, _row(targets, number, start, stop), state[2], noise)
@@ -316,6 +324,7 @@ def update(sources: Any, targets: Any, state: Any, partials: FloatArray, plan: A
     start, stop, segments, salts, places, coefficients = plan
     scratch = (
         np.empty(2 * _BLOCK_NUMEL, np.uint16),
+        np.empty(2 * _RUN_NUMEL, np.float32),
         np.empty(_RUN_NUMEL, np.float32),
         np.empty(_RUN_NUMEL, np.uint32),
     )

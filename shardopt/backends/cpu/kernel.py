@@ -18,7 +18,7 @@ from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import FULL, StateForm, state_specs
-from shardopt.rule.nadam import NUM_COEFFICIENTS
+from shardopt.rule.coefficients import NUM_COEFFICIENTS
 from shardopt.rule.rounding import Chance
 
 _MOMENTS_AND_MASTER = "exp_avg", "exp_avg_sq", "master"

@@ -304,7 +304,7 @@ def _update_block(
     exp_avg_sq: FloatArray,
     coefficients: FloatArray,
 ) -> None:
-    """Apply [Note: one formula, four schedules] to the master, which may be the parameter."""
+    """Apply [Note: one formula] to the master, which may be the parameter."""
     source_scale, weight_decay, param_decay = coefficients[0], coefficients[1], coefficients[2]
     m_decay, m_gain = coefficients[3], coefficients[4]
     beta2, v_gain = coefficients[5], coefficients[6]
@@ -315,7 +315,8 @@ def _update_block(
         g = source_scale * (mean_scale * grad[i]) + weight_decay * p
         m = m_decay * exp_avg[i] + m_gain * g
         v = beta2 * exp_avg_sq[i] + (v_gain * g) * g
-        u = (g_scale * g + m_scale * m) / (np.sqrt(v * v_scale) + eps)
+        v_hat = v * v_scale if v_scale else v_scale  # 0, even if v has overflowed
+        u = (g_scale * g + m_scale * m) / (np.sqrt(v_hat) + eps)
         p = p - (param_decay * p + u)
         exp_avg[i] = m
         exp_avg_sq[i] = v
@@ -374,11 +375,57 @@ def update(sources: Any, targets: Any, state: Any, partials: FloatArray, plan: A
 
 
 @_jit
-def _scaled(values: FloatArray, factor: float, out: FloatArray) -> FloatArray:
-    scale = out.dtype.type(factor)
+def _scale_one(rows: Any, start: int, stop: int, scale: Any, out: FloatArray) -> None:
+    a = _row(rows, 0, start, stop)
     for i in range(out.size):
-        out[i] = values[i] * scale
-    return out
+        out[i] = _widen_to(a[i], out[i]) * scale
+
+
+@_jit
+def _scale_two(rows: Any, start: int, stop: int, scale: Any, out: FloatArray) -> None:
+    a, b = _row(rows, 0, start, stop), _row(rows, 1, start, stop)
+    for i in range(out.size):
+        out[i] = (_widen_to(a[i], out[i]) + _widen_to(b[i], out[i])) * scale
+
+
+@_jit
+def _scale_four(rows: Any, start: int, stop: int, scale: Any, out: FloatArray) -> None:
+    a, b = _row(rows, 0, start, stop), _row(rows, 1, start, stop)
+    c, d = _row(rows, 2, start, stop), _row(rows, 3, start, stop)
+    for i in range(out.size):
+        left = _widen_to(a[i], out[i]) + _widen_to(b[i], out[i])
+        out[i] = (left + (_widen_to(c[i], out[i]) + _widen_to(d[i], out[i]))) * scale
+
+
+@_jit
+def _scale(values: FloatArray, scale: Any) -> None:
+    for i in range(values.size):  # with an array for the result, even the same, it is not fast
+        values[i] *= scale
+
+
+@_jit
+def _scaled_sum(
+    sources: Any, start: int, stop: int, partials: FloatArray, factor: float
+) -> FloatArray:
+    """Sum elements [start, stop) of the rows, times a factor; see ``_sum_sources``.
+
+    One, two or four rows take a single loop.
+    """
+    if factor == 1.0:
+        total: FloatArray = _sum_sources(sources, start, stop, partials)
+        return total
+    num_sources, scale = sources[0].size, partials.dtype.type(factor)
+    scaled = partials[0, : stop - start]
+    if num_sources == 1:
+        _scale_one(sources, start, stop, scale, scaled)
+    elif num_sources == 2:
+        _scale_two(sources, start, stop, scale, scaled)
+    elif num_sources == 4:
+        _scale_four(sources, start, stop, scale, scaled)
+    else:
+        _sum_sources(sources, start, stop, partials)
+        _scale(scaled, scale)
+    return scaled
 
 
 @_jit
@@ -407,9 +454,7 @@ def reduce(sources: Any, out: Any, partials: FloatArray, span: Any, square_sums:
     accumulators = np.empty(_NUM_ACCUMULATORS, np.float64)
     chunk_numel = partials.shape[1]
     for begin in range(start, stop, chunk_numel):
-        total = _sum_sources(sources, begin, begin + chunk_numel, partials)
-        if factor != 1.0:
-            total = _scaled(total, factor, partials[0])
+        total = _scaled_sum(sources, begin, begin + chunk_numel, partials, factor)
         if out is not None:
             _store(total, out[begin - start : begin - start + chunk_numel])
         if square_sums is not None:

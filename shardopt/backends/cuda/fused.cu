@@ -285,7 +285,7 @@ DEVICE Numbers current(const Update &args, const Elements<PARAM> &params, i64 po
   return r;
 }
 
-// Update the lanes of one segment by [Note: one formula, four schedules]; return whether the
+// Update the lanes of one segment by [Note: one formula]; return whether the
 // parameters are finite.
 DEVICE bool update_lanes(const Update &args, i64 position, Part part, const Coefficients &c) {
   Numbers p = current(args, load<PARAM>(args.targets[0], position), position);
@@ -298,7 +298,9 @@ DEVICE bool update_lanes(const Update &args, i64 position, Part part, const Coef
     const Number g = c.source_scale * mean + c.weight_decay * p.at[i];
     m.at[i] = c.m_decay * m.at[i] + c.m_gain * g;
     v.at[i] = c.beta2 * v.at[i] + (c.v_gain * g) * g;
-    const Number u = (c.g_scale * g + c.m_scale * m.at[i]) / (root(v.at[i] * c.v_scale) + c.eps);
+    Number v_hat = c.v_scale;
+    if (bits_of(v_hat)) v_hat = v.at[i] * c.v_scale;  // else 0, even if v has overflowed
+    const Number u = (c.g_scale * g + c.m_scale * m.at[i]) / (root(v_hat) + c.eps);
     p.at[i] = p.at[i] - (c.param_decay * p.at[i] + u);
   }
   if constexpr (HAS_MASTER) store_part<COMPUTE>(args.master, position, narrow<COMPUTE>(p), part);

@@ -17,7 +17,7 @@ from shardopt.layout.padding import round_up
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import FULL, StateForm
-from shardopt.rule.nadam import NUM_COEFFICIENTS
+from shardopt.rule.coefficients import NUM_COEFFICIENTS
 
 SOURCE = Path(__file__).with_name("fused.cu")
 

@@ -11,7 +11,9 @@ ever added, and readers ignore those they do not know; what an older reader cann
 ``min_reader_version``. Added so far: ``model``, and the ``form`` of arrays.
 
 Version 2 has parameters with ``optim_bits`` of 8, whose moments are blocks (see [Note: states of 8
-bits]), and 16-bit ones without masters; a checkpoint that has neither is one of version 1.
+bits]), and 16-bit ones without masters. Version 3 has states of other optimizers than NAdam, which
+``optimizer`` names; readers of versions 1 and 2 take every state for NAdam's. A checkpoint is of
+the lowest version that has all that is in it.
 
 Nothing in a manifest is trusted: it may come from elsewhere, or be made to harm.
 """
@@ -30,8 +32,10 @@ from shardopt.layout.state_spec import FULL, StateForm, StateSpec, state_specs
 from shardopt.layout.state_spec import PARAM_KEY as PARAM_KEY
 
 FORMAT = "shardopt"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
+OLDEST_OPTIMIZER = "NAdam"
+"""The optimizer whose states all versions have."""
 CHUNK_NBYTES = 1 << 20
 MAX_MANIFEST_NBYTES = 1 << 28
 ARRAY_DTYPES = (
@@ -61,7 +65,7 @@ class ParamEntry:
         shape: Its shape in its framework.
         group: Index of its param group.
         step: Number of steps it has taken.
-        mu_product: Product of NAdam's momenta so far.
+        mu_product: Product of NAdam's momenta so far; 1 with other optimizers.
         form: How its state is kept.
         chance: The key of its random numbers, in hexadecimal digits, if anything rounds by chance:
             see ``rule.rounding.key_of``.
@@ -213,6 +217,7 @@ class Manifest:
         attempt: Random digits that tell checkpoints of one step apart.
         writer: The versions of the software that wrote it, for people to read.
         model: What was saved of the model; None if no model was given.
+        optimizer: The name of its update rule, as ``rule.rules`` has it.
     """
 
     step: int
@@ -228,6 +233,14 @@ class Manifest:
     attempt: str = ""
     writer: Mapping[str, str] = field(default_factory=dict)
     model: ModelEntry | None = None
+    optimizer: str = OLDEST_OPTIMIZER
+
+    @property
+    def version(self) -> int:
+        """The lowest version of the format that has all that is in it."""
+        if self.optimizer != OLDEST_OPTIMIZER:
+            return 3
+        return 1 if all(param.form == FULL for param in self.params) else 2
 
     @property
     def nbytes(self) -> int:
@@ -243,11 +256,10 @@ class Manifest:
 def to_text(manifest: Manifest) -> bytes:
     """Return a manifest as text: the same bytes for the same content."""
     slices = manifest.slices
-    version = 1 if all(param.form == FULL for param in manifest.params) else 2
     content = {
         "format": FORMAT,
-        "version": version,
-        "min_reader_version": version,
+        "version": manifest.version,
+        "min_reader_version": manifest.version,
         "chunk_nbytes": CHUNK_NBYTES,
         "step": manifest.step,
         "world_size": manifest.world_size,
@@ -255,7 +267,7 @@ def to_text(manifest: Manifest) -> bytes:
         "attempt": manifest.attempt,
         "writer": dict(manifest.writer),
         "optimizer": {
-            "name": "NAdam",
+            "name": manifest.optimizer,
             "num_steps": manifest.num_steps,
             "loss_scale": manifest.loss_scale,
             "groups": list(manifest.groups),

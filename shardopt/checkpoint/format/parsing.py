@@ -12,6 +12,7 @@ from shardopt.checkpoint.format.manifest import (
     FORMAT,
     MANIFEST_NAME,
     MAX_MANIFEST_NBYTES,
+    OLDEST_OPTIMIZER,
     VERSION,
     ArrayEntry,
     FileEntry,
@@ -23,6 +24,7 @@ from shardopt.checkpoint.format.manifest import (
 )
 from shardopt.layout.dtypes import DTYPES
 from shardopt.layout.state_spec import BLOCK_NUMEL, FULL, StateForm
+from shardopt.rule.rules import RULES
 
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
 
@@ -68,6 +70,9 @@ def from_text(text: bytes) -> Manifest:
         attempt=content.text("attempt"),
         writer=content.object("writer").texts(),
         model=_model(content.object("model"), world_size) if content.has("model") else None,
+        optimizer=optimizer.choice("name", tuple(RULES))
+        if optimizer.has("name")
+        else OLDEST_OPTIMIZER,
     )
 
 

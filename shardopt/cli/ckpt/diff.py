@@ -108,6 +108,7 @@ def _differing_params(a: Manifest, b: Manifest) -> Iterator[dict[str, Any]]:
 def _values(manifest: Manifest) -> dict[str, Any]:
     values: dict[str, Any] = {
         "step": manifest.step,
+        "optimizer": manifest.optimizer,
         "optimizer steps": manifest.num_steps,
         "loss scale": manifest.loss_scale,
     }

@@ -55,6 +55,7 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
         "created": manifest.created,
         "nbytes": manifest.nbytes,
         "writer": dict(manifest.writer),
+        "optimizer": manifest.optimizer,
         "num_steps": manifest.num_steps,
         "loss_scale": manifest.loss_scale,
         "groups": decode_groups(manifest),
@@ -133,6 +134,7 @@ def _overview(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("checkpoint", content["path"]),
         ("step", str(content["step"])),
+        ("optimizer", content["optimizer"]),
         ("optimizer steps", str(content["num_steps"])),
         ("loss scale", str(content["loss_scale"])),
         ("ranks", str(content["ranks"])),

@@ -6,12 +6,14 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import mpi4py
 
 from shardopt.cli import text
 from shardopt.cli.base import Exit
 from shardopt.cli.doctor.calibrate import calibrate, describe_calibration
+from shardopt.cli.doctor.environment import find_environment
 from shardopt.cli.doctor.facts import Job, Speeds, starts
 from shardopt.cli.doctor.finding import Level
 from shardopt.cli.doctor.job_findings import judge_job
@@ -52,13 +54,17 @@ def examine(
     except (ImportError, RuntimeError) as error:
         print(f"shardopt doctor: {_no_library(error)}", file=sys.stderr)
         return Exit.PROBLEMS
+    surroundings: dict[str, Any] = {
+        "environment": find_environment(os.environ),
+        "prefix": sys.prefix,
+    }
     if launcher and not starts(launcher, library):
-        job = Job(library, launcher, mpirun, world_size=1)
+        job = Job(library, launcher, mpirun, world_size=1, **surroundings)
         return _report(job, None, as_json) if launcher.rank == 0 else Exit.FINE
     if not launcher:  # without mpirun, Open MPI would leave a file of 16 MiB in /dev/shm
         os.environ.setdefault("OMPI_MCA_btl", "self")
     slurm = None if launcher and launcher.rank else find_slurm(os.environ)
-    job = Job(library, launcher, mpirun, 0, slurm=slurm)
+    job = Job(library, launcher, mpirun, 0, slurm=slurm, **surroundings)
     problem = why_not_start(os.environ)
     if problem:
         job = replace(job, world_size=job.launched, start_problem=problem)

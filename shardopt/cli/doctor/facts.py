@@ -35,8 +35,13 @@ class Library:
         """The library family whose launchers can start it."""
         if self.name in ("Open MPI", "IBM Spectrum MPI"):
             return "Open MPI"
-        mpich = ("MPICH", "MVAPICH", "Intel", "CRAY")
-        return "MPICH" if any(name in self.name for name in mpich) else self.name
+        return "MPICH" if self.site or "MPICH" in self.name else self.name
+
+    @property
+    def site(self) -> str | None:
+        """The vendor's name if it is an MPI that sites install for their network, else None."""
+        vendors = {"CRAY": "Cray MPICH", "Intel": "Intel MPI", "MVAPICH": "MVAPICH"}
+        return next((known for key, known in vendors.items() if key in self.name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,8 @@ class Job:
         nodes: All nodes, or none if launcher and library do not fit.
         slurm: The settings of the Slurm that runs it, or None.
         start_problem: Why MPI has not been started, or None.
+        environment: Scheduler, container, conda and Spack of the process that reports.
+        prefix: The folder of its Python.
     """
 
     library: Library
@@ -184,6 +191,8 @@ class Job:
     nodes: tuple[Node, ...] = ()
     slurm: Slurm | None = None
     start_problem: str | None = None
+    environment: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def launcher_fits(self) -> bool:

@@ -9,14 +9,15 @@ from shardopt.comm.node_memory.mpi_shm import MPI_SHM_FOLDER
 
 
 def judge_job(job: Job) -> list[Finding]:
-    """Judge the job; what kept MPI from being started leaves nothing else to judge."""
+    """Judge the job; what kept MPI from being started leaves little else to judge."""
     if not job.launcher_fits:
-        return [_judge_launcher(job)]
+        return [_judge_launcher(job), _judge_environment(job)]
     if job.start_problem:
         problem = Finding(Level.PROBLEM, MPI_SHM_FOLDER, job.start_problem)
-        return [_judge_launcher(job), problem]
+        return [_judge_launcher(job), _judge_environment(job), problem]
     return [
         _judge_launcher(job),
+        _judge_environment(job),
         _judge_nodes(job),
         _judge_cores(job),
         _judge_threads(job),
@@ -54,6 +55,13 @@ def _judge_launcher(job: Job) -> Finding:
         )
     told = f"no launcher, hence one rank. {job.mpirun.path} starts more."
     return Finding(Level.OK, topic, told)
+
+
+def _judge_environment(job: Job) -> Finding:
+    named = ", ".join(job.environment) or "no scheduler, container, conda or Spack"
+    site = f"{job.library.site} is the site's MPI, and docs/installing.md has a row for it."
+    parts = [f"{named}; Python is in {job.prefix}.", site if job.library.site else ""]
+    return Finding(Level.OK, "environment", " ".join(filter(None, parts)))
 
 
 def _place(path: str | None) -> str:

@@ -18,7 +18,10 @@ _LAUNCHERS = (
     ("MPICH's mpirun", "MPICH", "PMI_SIZE", "PMI_RANK"),
     ("Slurm's srun", None, "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-_NAME = re.compile(r"(?P<name>.+?)\s+(?:Library\s+)?(?:Version\s*:\s*|v)?(?P<version>\d[\w.]*)")
+_NAME = re.compile(
+    r"(?:MPI VERSION\s*:\s*)?(?P<name>.+?)\s+"
+    r"(?:Library\s+)?(?:[Vv]ersion\s*:?\s*|v)?(?P<version>\d[\w.]*)"
+)
 _FILE = re.compile(r"(/.*/libmpi(?:ch)?\.so[^/\s]*)$", re.MULTILINE)
 _ANSWER_S = 10
 

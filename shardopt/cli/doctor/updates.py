@@ -17,7 +17,8 @@ from shardopt.comm.topology import Topology
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.measure.cores import cores_per_rank
-from shardopt.rule.nadam import Hyperparams, StepCount, step_coefficients
+from shardopt.rule.coefficients import StepCount
+from shardopt.rule.nadam import NAdam
 
 _DTYPE = "float32"
 _STATE = ("exp_avg", "exp_avg_sq")
@@ -54,8 +55,8 @@ def measure_updates(topology: Topology, watch: Watch, node_nbytes: int, budget_s
         memory[:] = 1e-3
         grad, param, *moments = memory.reshape(_NUM_ARRAYS, numel)
         state = dict(zip(_STATE, moments, strict=True))
-        hyperparams = Hyperparams()
-        row = step_coefficients(hyperparams, StepCount().after_step(hyperparams), 1.0)
+        hyper = NAdam()
+        row = hyper.coefficients(hyper.after_step(StepCount()), 1.0)
         plan = UpdatePlan(Span(0, numel), np.array([[0, numel, 0]]), np.array([row], _DTYPE))
         watch.meet(topology.comm)
         start_s, count = time.perf_counter(), 0

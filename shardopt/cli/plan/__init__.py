@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--nodes", default="1", metavar="N", help="(default: 1)")
     job.add_argument("--ranks-per-node", default="1", metavar="N", help="(default: 1)")
     job.add_argument("--bucket", metavar="SIZE", help="such as 16MiB (default: as ShardPolicy)")
+    job.add_argument("--stage", type=int, choices=(1, 2), default=1, help="as in ShardPolicy")
+    job.add_argument("--ring", metavar="SIZE", help="of stage 2 (default: as ShardPolicy)")
     job.add_argument("--wire-dtype", choices=("bfloat16", "float16"), help="as in ShardPolicy")
     job.add_argument("--optim-bits", type=int, choices=(8, 32), default=32, help="of the moments")
     job.add_argument("--no-master-weights", action="store_true", help="bfloat16 without masters")

@@ -27,6 +27,7 @@ class Plan:
     Attributes:
         source: Where the model comes from.
         numel: Its parameters.
+        coded_numel: Those with moments of 8 bits.
         machine: The speeds.
         estimate: The job.
         peers: Other ways to train the same.
@@ -36,6 +37,7 @@ class Plan:
 
     source: str
     numel: int
+    coded_numel: int
     machine: Machine
     estimate: Estimate
     peers: list[Peer]
@@ -63,7 +65,11 @@ class Plan:
             found[name] = getattr(self.estimate, name)._asdict()
         found["layout"]["bucket_nbytes"] = self.estimate.layout.bucket
         return {
-            "model": {"source": self.source, "numel": self.numel},
+            "model": {
+                "source": self.source,
+                "numel": self.numel,
+                "coded_numel": self.coded_numel,
+            },
             "machine": asdict(self.machine),
             **found,
             "peers": [asdict(peer) for peer in self.peers],
@@ -85,6 +91,7 @@ def make_plan(request: Request) -> Plan:
     return Plan(
         source=model.source,
         numel=model.numel,
+        coded_numel=model.coded_numel,
         machine=machine,
         estimate=estimate(model, layout, machine),
         peers=plan_peers(model, layout, machine),

@@ -9,7 +9,7 @@ import numpy as np
 
 from shardopt.backends.devices import HOST
 from shardopt.errors import PartitionError, PlanError
-from shardopt.layout.dtypes import DTYPES
+from shardopt.layout.dtypes import DTYPES, has_master
 from shardopt.params.forms import FormRules
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
@@ -56,6 +56,7 @@ def read_request(options: argparse.Namespace) -> Request:
     except PartitionError as error:
         raise PlanError(str(error)) from None
     _require_few_buckets(model, layout)
+    _require_stage(options, model)
     return Request(
         model=model,
         layout=layout,
@@ -70,7 +71,10 @@ def _read_model(options: argparse.Namespace) -> Model:
     model = _find_model(options)
     rules = FormRules(options.optim_bits, False if options.no_master_weights else None)
     device = HOST if options.gpu is None else options.gpu
-    forms = [rules.form(spec, rules.optim_bits, device) for spec in model.specs]
+    forms = [  # embeddings as NAdam(model) has them
+        rules.form(spec, 32 if spec.name in model.embeddings else rules.optim_bits, device)
+        for spec in model.specs
+    ]
     specs = [replace(spec, form=form) for spec, form in zip(model.specs, forms, strict=True)]
     return replace(model, specs=tuple(specs))
 
@@ -103,6 +107,27 @@ def _require_few_buckets(model: Model, layout: Layout) -> None:
         )
 
 
+def _require_stage(options: argparse.Namespace, model: Model) -> None:
+    """Refuse what no plan of stage 2 knows."""
+    if options.stage == 1:
+        if options.ring is not None:
+            raise PlanError("--ring must come with --stage 2; got stage 1. Leave it out.")
+        return
+    small = next((spec.dtype for spec in model.specs if has_master(spec.dtype)), None)
+    reasons = {
+        f"--nodes {options.nodes}": options.nodes != "1",
+        f"--gpu {options.gpu}": options.gpu is not None,
+        f"parameters in {small}": small is not None,
+        "--scaling": options.scaling or options.plot is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise PlanError(
+                f"--stage must be 1 with {reason}; got 2. Leave it out: plans know stage 2 on one "
+                "node of CPUs, in 32 or 64 bits."
+            )
+
+
 def _optional(parse: Callable[[str, str], _T], name: str, word: str | None) -> _T | None:
     """Parse a word, if there is one."""
     return None if word is None else parse(name, word)
@@ -123,6 +148,8 @@ def _read_layout(options: argparse.Namespace) -> Layout:
         slow_share=slow_share,
         slowdown=slowdown,
         stragglers=_read_stragglers(options),
+        stage=options.stage,
+        ring_nbytes=_optional(parse_nbytes, "--ring", options.ring),
     )
 
 

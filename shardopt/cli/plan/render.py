@@ -51,7 +51,11 @@ def _overview(plan: Plan) -> list[tuple[str, str]]:
     pairs = [
         ("model", plan.source),
         ("parameters", f"{plan.numel:,}"),
-        ("job", f"{layout.num_nodes} nodes of {layout.node_size} ranks, stage 1"),
+        *([("moments of 8 bits", _coded(plan))] if plan.coded_numel else []),
+        (
+            "job",
+            f"{layout.num_nodes} nodes of {layout.node_size} ranks, stage {plan.estimate.stage}",
+        ),
         ("bucket", f"{text.nbytes(layout.bucket)}, {plan.estimate.num_buckets} of them"),
     ]
     for key, name in _SPEEDS.items():
@@ -65,16 +69,27 @@ def _overview(plan: Plan) -> list[tuple[str, str]]:
     return pairs
 
 
+def _coded(plan: Plan) -> str:
+    """Return how many parameters have moments of 8 bits; those of embeddings may be too many."""
+    if plan.coded_numel < plan.numel:
+        return f"of {plan.coded_numel:,} parameters"
+    return "of all; embeddings, which NAdam(model) leaves out, are known with --model"
+
+
 def _memory(plan: Plan) -> _Rows:
     memory = plan.estimate.memory
     kinds = {
         "parameters": memory.params_node_nbytes,
         "gradients": memory.grads_node_nbytes,
+        "ring": memory.ring_node_nbytes,
+        "late gradients": memory.late_node_nbytes,
         "moments": memory.moments_node_nbytes,
         "masters": memory.masters_node_nbytes,
         "sums and staging buffers": memory.travel_node_nbytes,
-        "sum, stage 1": memory.node_nbytes,
+        f"sum, stage {plan.estimate.stage}": memory.node_nbytes,
     }
+    if plan.estimate.stage == 1:
+        del kinds["ring"], kinds["late gradients"]
     size = memory.node_size
     rows = [(name, text.nbytes(n), text.nbytes(n // size)) for name, n in kinds.items()]
     if plan.machine.gpu is not None:
@@ -98,6 +113,8 @@ def _times(plan: Plan) -> _Rows:
     if found.band_s is not None:
         low, high = map(text.seconds, found.band_s)
         rows.append(("band of the step", f"{low} to {high}"))
+    if found.stage == 2:
+        rows.append(("averaging in backward", text.seconds(found.averaging_s)))
     if found.layout.backward_s:
         rows.append(("hidden behind backward", text.seconds(found.hidden_s)))
         left_s = found.simulated.step_s - found.hidden_s

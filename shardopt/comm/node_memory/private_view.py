@@ -1,7 +1,7 @@
 """A rank's own view of node memory: shared until it is written to, and shared again afterwards."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,10 +77,7 @@ class PrivateView:
         if os.getpid() != self._pid:
             return []
         for tracked in self._tracked:
-            written = self._tracking.written(self._address + tracked.start, tracked.numel)
-            if len(written):
-                self._found_any = True
-                _set(self._written, (written + tracked.start) // PAGE_NBYTES)
+            self._scan(tracked)
         if self._has_kept:
             self._written &= ~self._kept
             pages = np.flatnonzero(self._kept)
@@ -90,11 +87,38 @@ class PrivateView:
             return []
         return _spans(self._written | self._differs)
 
+    @property
+    def copies_shared(self) -> bool:
+        """Whether ``refresh`` may copy shared memory, which must be complete then."""
+        return self._found_any or self._found_before or self._has_kept
+
+    def find_written(self, within: Span) -> list[Span]:
+        """Return where the view differs from the shared memory in a part of it, as whole pages.
+
+        Args:
+            within: Whole pages, none of which is kept.
+        """
+        if os.getpid() != self._pid:
+            return []
+        for tracked in self._tracked:
+            if part := tracked.intersect(within):
+                self._scan(part)
+        first = within.start // PAGE_NBYTES
+        runs = runs_of(self._written[first : within.stop // PAGE_NBYTES]) + first
+        differ = runs[changed(self.view, self.shared, runs * PAGE_NBYTES)]
+        return [Span(start, stop) for start, stop in (differ * PAGE_NBYTES).tolist()]
+
+    def undo(self, written: Sequence[Span]) -> None:
+        """Show the shared memory again in what ``find_written`` has returned."""
+        for span in written:
+            self._tracking.protect(self._address + span.start, span.numel)
+            if not drop_pages(self._address + span.start, span.numel):
+                self._copy(span)
+            self._written[span.start // PAGE_NBYTES : span.stop // PAGE_NBYTES] = False
+
     def refresh(self) -> None:
         """Make the view show the shared memory again wherever ``find_writes`` found writes."""
-        if os.getpid() != self._pid or not (
-            self._found_any or self._found_before or self._has_kept
-        ):
+        if os.getpid() != self._pid or not self.copies_shared:
             return
         newly_kept = self._choose_kept()
         self._equal_rounds += self._kept
@@ -109,6 +133,13 @@ class PrivateView:
         for span in _spans(self._kept):
             self._copy(span)
         self._begin_round(has_new_gaps=bool(newly_kept.any() or given_back.any()))
+
+    def _scan(self, span: Span) -> None:
+        """Note which pages of a tracked span have been written since the last look."""
+        written = self._tracking.written(self._address + span.start, span.numel)
+        if len(written):
+            self._found_any = True
+            _set(self._written, (written + span.start) // PAGE_NBYTES)
 
     def _choose_kept(self) -> NDArray[np.bool_]:
         """Return the pages to keep from now on: written twice in a row, as many as may be."""

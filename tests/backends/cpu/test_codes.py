@@ -10,7 +10,8 @@ from shardopt.backends.reference import ReferenceKernel
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import StateForm, state_specs
-from shardopt.rule.nadam import Hyperparams, StepCoefficients, StepCount, step_coefficients
+from shardopt.rule.coefficients import StepCoefficients, StepCount
+from shardopt.rule.nadam import NAdam
 from shardopt.rule.rounding import Chance
 
 NUMEL = 4 * CHUNK_NUMEL
@@ -32,8 +33,8 @@ ALL = pytest.mark.parametrize(
 )
 COEFFICIENTS = np.array(
     [
-        step_coefficients(Hyperparams(weight_decay=0.1), StepCount(7, 0.4), 0.5, 1 / 3),
-        step_coefficients(Hyperparams(lr=0.1, decoupled_weight_decay=True), StepCount(2, 0.8), 1.0),
+        NAdam(weight_decay=0.1).coefficients(StepCount(7, 0.4), 0.5, 1 / 3),
+        NAdam(lr=0.1, decoupled_weight_decay=True).coefficients(StepCount(2, 0.8), 1.0),
     ],
     np.float32,
 )
@@ -161,7 +162,7 @@ def test_small_updates_of_bfloat16_add_up(bits):
     for step in range(400):
         shard.grads[0][:] = 1
         count = StepCount(step + 1, 1e-9)
-        table = np.array([step_coefficients(Hyperparams(lr=1e-4), count, 1.0)], np.float32)
+        table = np.array([NAdam(lr=1e-4).coefficients(count, 1.0)], np.float32)
         chance = Chance(np.array([step], np.uint64), np.array([0]))
         plan = UpdatePlan(WHOLE, np.array([[0, NUMEL, 0]]), table, chance=chance)
         kernel = CpuKernel()
@@ -180,7 +181,7 @@ def test_a_second_moment_moves_by_a_thousandth_of_itself():
         encode(np.full(NUMEL, value, np.float32), shard.state[key], spec.codec)
     for step in range(100):
         chance = Chance(np.array([step], np.uint64), np.array([0]))
-        table = np.array([step_coefficients(Hyperparams(), StepCount(step + 1, 0.5), 1.0)], "f4")
+        table = np.array([NAdam().coefficients(StepCount(step + 1, 0.5), 1.0)], "f4")
         plan = UpdatePlan(WHOLE, np.array([[0, NUMEL, 0]]), table, chance=chance)
         CpuKernel().update(Rows.of(*shard.grads), Rows.of(shard.param), shard.state, plan)
     expected = 4 - 3 * 0.999**100

@@ -57,10 +57,7 @@ UPDATES = {
     "subnormals flushed": (OPERATORS, PLAIN, "-fmad=false"),
     "a sum from left to right": (r"2 \* left_half\(\(count \+ 1\) / 2\)", "count - 1"),
     "another order of a product": (r"\(c\.v_gain \* g\) \* g", "c.v_gain * (g * g)"),
-    "epsilon within the root": (
-        r"root\(v\.at\[i\] \* c\.v_scale\) \+ c\.eps",
-        "root(v.at[i] * c.v_scale + c.eps)",
-    ),
+    "epsilon within the root": (r"root\(v_hat\) \+ c\.eps", "root(v_hat + c.eps)"),
     "gaps written": (r"stop - first == LANES", "true"),
     "one element too many": (r"lane < stop", "lane <= stop"),
     "a segment passed over": (r"stop <= position\)", "stop <= position + 1)"),

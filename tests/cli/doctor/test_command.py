@@ -92,8 +92,9 @@ def test_a_dev_shm_too_small_for_mpich(run, mpirun):
     settings = {"options": limit_shm(mpirun, "3m")}
     job = run(2, *DOCTOR, "--quick", "--json", **settings)
     assert (job.returncode, job.stderr) == (1, "")
-    fits, shm = json.loads(job.stdout)["findings"]  # one object, though both ranks ran
+    fits, where, shm = json.loads(job.stdout)["findings"]  # one object, though both ranks ran
     assert (fits["topic"], fits["level"]) == ("launcher", "ok")
+    assert (where["topic"], where["level"]) == ("environment", "ok")
     assert (shm["topic"], shm["level"]) == ("/dev/shm", "problem")
     told = "/dev/shm must have 10,936,320 bytes for the messages of MPICH on 2 ranks; got 3,145,728"
     assert told in shm["text"]

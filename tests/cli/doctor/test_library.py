@@ -15,6 +15,12 @@ from tests.support.doctor import MPICH
         ("MVAPICH Version      :\t4.1", ("MVAPICH", "4.1"), "MPICH"),
         ("Open MPI v5.0.11, package: Open MPI x", ("Open MPI", "5.0.11"), "Open MPI"),
         ("Intel(R) MPI Library 2021.9 for Linux* OS", ("Intel(R) MPI", "2021.9"), "MPICH"),
+        (
+            "MPI VERSION    : CRAY MPICH version 8.1.29.8 (ANL base 3.4a2)",
+            ("CRAY MPICH", "8.1.29.8"),
+            "MPICH",
+        ),
+        ("MVAPICH2 Version      :\t2.3.7", ("MVAPICH2", "2.3.7"), "MPICH"),
         ("something else", ("something else", ""), "something else"),
     ],
 )

@@ -50,6 +50,49 @@ def test_states_of_8_bits_and_no_masters_are_planned_for(capsys):
     assert full["memory"]["moments_node_nbytes"] > 3.9 * memory["moments_node_nbytes"]
 
 
+def test_stage_two_has_columns_of_its_own(capsys):
+    words = ["--params", "3e7", "--ranks-per-node", "4", "--memory-bandwidth", "20GB/s"]
+    rows = plan(capsys, *words).stdout
+    shown = plan(capsys, *words, "--stage", "2", "--ring", "32MiB").stdout
+    for told in ("stage 2", "ring", "late gradients", "averaging in backward", "sum, stage 2"):
+        assert told in shown, told
+        assert told not in rows, told
+    memory = plan(capsys, *words, "--stage", "2", "--json").json["memory"]
+    assert (
+        memory["grads_node_nbytes"] * 4
+        == (plan(capsys, *words, "--json").json["memory"]["grads_node_nbytes"])
+    )
+    assert 0 < memory["late_node_nbytes"] < memory["ring_node_nbytes"] < 17 << 20
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--stage", "2", "--nodes", "2"], "--nodes 2"),
+        (["--stage", "2", "--gpu", "h100"], "--gpu h100"),
+        (["--stage", "2", "--dtype", "bfloat16"], "parameters in bfloat16"),
+        (["--stage", "2", "--scaling"], "--scaling"),
+        (["--ring", "1MiB"], "with --stage 2"),
+    ],
+)
+def test_stage_two_is_refused_where_no_plan_knows_it(capsys, words, named):
+    refused(plan(capsys, "--params", "3e7", *words), named)
+
+
+def test_embeddings_keep_moments_of_32_bits_as_far_as_they_are_known(capsys, tmp_path):
+    pytest.importorskip("torch")
+    script = tmp_path / "script.py"
+    made = "torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 100, bias=False))"
+    script.write_text(f"import torch\ndef make_model():\n    return {made}\n")
+    words = ["--model", f"{script}:make_model", "--optim-bits", "8", *SPEEDS]
+    found = plan(capsys, *words, "--json").json
+    assert found["model"]["coded_numel"] == 6400
+    assert found["memory"]["moments_node_nbytes"] == 8 * 8192 + 2 * 2 * 16 * 260
+    assert "moments of 8 bits  of 6,400 parameters" in plan(capsys, *words).stdout
+    text = plan(capsys, *JOB, *SPEEDS, "--optim-bits", "8").stdout
+    assert "embeddings, which NAdam(model) leaves out, are known with --model" in text
+
+
 def test_dtypes_that_cannot_do_with_less_are_named(capsys):
     words = ["--params", "3e7", "--dtype", "float64", "--optim-bits", "8"]
     refused(plan(capsys, *words), "must be float32, bfloat16 or float16 for moments of 8 bits")

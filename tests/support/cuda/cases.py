@@ -7,7 +7,7 @@ from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
-from shardopt.rule.nadam import NUM_COEFFICIENTS, StepCoefficients
+from shardopt.rule.coefficients import NUM_COEFFICIENTS, StepCoefficients
 from tests.support.kernel_arrays import (
     OVERFLOWS,
     Arena,

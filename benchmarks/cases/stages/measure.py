@@ -1,0 +1,139 @@
+"""Time both stages by turns; see ``benchmarks.cases.stages``."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpi4py import MPI
+
+from benchmarks.cases.stages import CASE, Options, cpu_of
+from benchmarks.cases.training.measure import Text
+from benchmarks.contenders.handing import Handing
+from benchmarks.contenders.internals import share_of_cores
+from benchmarks.contenders.names import (
+    ARRAYS,
+    ARRAYS_STAGE_2,
+    STAGE_2,
+    STAGE_2_CLIPPED,
+    THROUGH_TORCH,
+)
+from benchmarks.contenders.problem import DTYPE
+from benchmarks.contenders.torch_env import load_torch
+from benchmarks.contenders.trainers import Gpt, Trainer, shardopt_torch
+from benchmarks.harness.result import Result, Samples
+from benchmarks.harness.timing import Neighbours, slowest_s
+from shardopt import ShardPolicy
+
+_LR = 5e-4
+_HUGE_NORM = 1e9  # measured, but nothing is clipped: losses stay alike
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    THROUGH_TORCH: {},
+    STAGE_2: {"policy": ShardPolicy(stage=2)},
+    STAGE_2_CLIPPED: {"policy": ShardPolicy(stage=2), "max_grad_norm": _HUGE_NORM},
+}
+
+
+def measure(options: Options) -> Iterator[Result]:
+    """Train by all contenders in turn, round by round.
+
+    Raises:
+        RuntimeError: PyTorch is missing, or the stages do not learn the same bits.
+    """
+    comm = MPI.COMM_WORLD
+    threads = share_of_cores(comm)
+    if load_torch(threads) is None:
+        raise RuntimeError(f"{CASE.name} must have torch; got none. Install it, as README.md says.")
+    gpt = Gpt(comm, options.layers, options.width, options.context, _LR)
+    text = Text(comm, options.batch, options.context)
+    trainers = {name: shardopt_torch(gpt, **settings) for name, settings in _SETTINGS.items()}
+    arrays = {ARRAYS: Handing(comm, gpt.numel, 1), ARRAYS_STAGE_2: Handing(comm, gpt.numel, 2)}
+    run = Run(text, trainers, arrays, options.steps)
+    run.take_round(is_timed=False)
+    neighbours = Neighbours(comm)
+    for _ in range(options.rounds):
+        run.take_round()
+    others = neighbours.share()
+    for trainer in trainers.values():
+        trainer.close()
+    for contender in arrays.values():
+        contender.close()
+    if comm.rank == 0:
+        yield Result(
+            case=CASE.name,
+            title=f"steps of {options.layers} layers of width {options.width}, {text.num_tokens} "
+            "tokens each: time of the slowest rank, and CPU of a rank",
+            ranks=comm.size,
+            threads=threads,
+            dtype=DTYPE,
+            numel=gpt.numel,
+            samples_s=run.samples_s,
+            settings={"context": options.context, "batch": options.batch, "steps": options.steps},
+            others=others,
+        )
+
+
+@dataclass
+class Run:
+    """The contenders, and what they have come to. Collective: every method.
+
+    Attributes:
+        text: What is learned.
+        trainers: Those that train, by name.
+        arrays: Those that are handed gradients, by name.
+        steps: In a round.
+    """
+
+    text: Text
+    trainers: Mapping[str, Trainer]
+    arrays: Mapping[str, Handing]
+    steps: int
+
+    def __post_init__(self) -> None:
+        self.samples_s: Samples = {}
+        self._num_steps = 0
+
+    def take_round(self, *, is_timed: bool = True) -> None:
+        """Take some steps by each contender.
+
+        Raises:
+            RuntimeError: Losses differ.
+        """
+        batches = [self.text.batch(self._num_steps + step) for step in range(self.steps)]
+        self._num_steps += self.steps
+        learned = {}
+        for name, trainer in self.trainers.items():
+            losses: list[float] = []
+            self._take(name, _training(trainer, batches, losses), is_timed=is_timed)
+            learned[name] = losses
+        if any(losses != learned[THROUGH_TORCH] for losses in learned.values()):
+            raise RuntimeError(f"stages must have the same bits; got losses {learned}.")
+        for name, contender in self.arrays.items():
+            self._take(name, _stepping(contender, self.steps), is_timed=is_timed)
+
+    def _take(self, name: str, work: Callable[[], None], *, is_timed: bool) -> None:
+        before_s = time.process_time()
+        spent_s = slowest_s(work, self.text.comm)
+        cpu_s = self.text.mean(time.process_time() - before_s)
+        if is_timed:
+            self.samples_s.setdefault(name, []).append(spent_s / self.steps)
+            self.samples_s.setdefault(cpu_of(name), []).append(float(cpu_s) / self.steps)
+
+
+def _training(
+    trainer: Trainer, batches: list[tuple[Any, Any]], losses: list[float]
+) -> Callable[[], None]:
+    """Return a function that trains for a round, and appends the losses."""
+
+    def train() -> None:
+        losses.extend(trainer.step(*batch) for batch in batches)
+
+    return train
+
+
+def _stepping(contender: Handing, steps: int) -> Callable[[], None]:
+    def step() -> None:
+        for _ in range(steps):
+            contender.step()
+
+    return step

@@ -1,0 +1,212 @@
+"""A ring of buffers from which parameters are updated, with what ranks know of each gradient."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardopt.layout.partition import Partition
+from shardopt.layout.ring import RingPlan
+from shardopt.overlap.ring import _CONTENTS, _HAS_MORE, GradRing, _Filling, _Piece
+from shardopt.store.memory import Memory
+from shardopt.transport.updating import UpdatingReduction
+
+if TYPE_CHECKING:
+    from shardopt._typing import FloatArray
+
+_FILLED, _FAILED = 1, 2  # of a position, or of a segment
+_LATER, _HERE, _NEVER = 0, 1, 2  # a gradient of a rank
+
+
+class UpdateRing(GradRing):
+    """Updates parameters once all ranks of a node have their gradients; see ``GradRing``.
+
+    [Note: updated in backward]
+    A weight may be written once nobody reads it any more. All ranks of a node have the same bytes,
+    so it is written when *all* of them have its gradient. Autograd hands a gradient over when all
+    uses of the parameter have gone backward, and each use reads the weight before that, or in the
+    same node of the graph; what checkpoints of activations compute again comes before, too. What
+    reads it later has kept the weight without asking for its gradient (``weight.detach()``), or
+    goes backward for the second time. So the weight's version is raised when its gradient arrives,
+    as by a write: autograd refuses to use what it has saved of it. Users must not read weights
+    themselves between backward and step, such as for a forward: nobody would notice.
+
+    A gradient is used once. So it must be known that it is whole: that no rank has another part of
+    it. With each position a rank announces for each parameter of the bucket whether its gradient is
+    *here*, will *never* come, as its backward is over, or may come *later*: that is the case if the
+    bucket was closed without it, because the step before had none. Nobody has to wait for it: if
+    some rank has the gradient and another may have it later, each takes what it has out of the ring
+    again. Those gradients, and late ones, travel in a second segment, in which all ranks meet in
+    ``step()``, and where nothing comes later. All ranks decide by the same announcements and so
+    alike. A rank that says *later* once keeps to it for all buckets of the parameter.
+
+    A rank that knows of an error marks what it announces. No rank updates a marked position.
+
+    Args:
+        memory: Of the node.
+        partition: The layout.
+        reduction: Updates.
+        plan: The ring.
+        expected: The parameters that the first backward will probably reach.
+
+    Attributes:
+        has_failed: Whether this rank knows of an error in the present step; to be set.
+        updated: Bit mask of the parameters that have been updated in the present step.
+        kept: This rank's gradients that were taken out of the ring, by parameter.
+        is_split: Whether any rank has taken gradients out; the same on all ranks after a segment.
+        twice: The parameters that ranks had gradients of once they were updated; likewise.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        partition: Partition,
+        reduction: UpdatingReduction,
+        plan: RingPlan,
+        expected: Iterable[int],
+    ) -> None:
+        super().__init__(memory, partition, reduction, plan, expected)
+        self._updates, self._numels = reduction, [param.numel for param in partition.params]
+        self._masks = [sum(1 << index for index, _ in params) for params in self._params_in]
+        most = max([1, *map(len, self._params_in)])
+        shape = plan.node_size, plan.depth, most
+        size = int(np.prod(shape))
+        node = memory.arena.allocate(size).memory
+        self._known: NDArray[np.uint8] = node[:size].reshape(shape)
+        self._mine = self._known[memory.arena.comm.rank]
+        self._is_backward_over = False  # the backward of this rank, in this segment
+        self._open: set[int] = set()  # parameters that may come later, as others have been told
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget what has happened in the step before."""
+        self.has_failed = self.is_split = False
+        self.updated = self._updated_before = 0
+        self.kept: dict[int, FloatArray] = {}
+        self.twice: set[int] = set()
+
+    def begin_rest(self) -> None:
+        """Get ready for a segment with the rest of a step's gradients, which are put in one round.
+
+        So no bucket may be closed before it has all of its parameters, or the round is over.
+        """
+        self.is_split = False
+        self._expect(range(len(self._numels)))
+
+    def expect(self, params: Iterable[int]) -> None:
+        """Take a bucket for complete once these parameters of it have arrived."""
+        self._expect(params)
+
+    # -- while backward runs -----------------------------------------------------------------------
+
+    def has_closed(self, param: int) -> bool:
+        """Whether the buckets of a parameter that has not arrived have been closed without it."""
+        return any(piece.place < self._num_closed for piece in self._pieces[param])
+
+    def hold(self, param: int) -> None:
+        """Note that this rank has a gradient of a closed bucket, which it will put later."""
+        self._open.add(param)
+
+    def end_backward(self) -> None:
+        """See ``GradRing.end_backward``."""
+        self._reopen()
+        self._is_backward_over = True
+        super().end_backward()
+
+    # -- segments ----------------------------------------------------------------------------------
+
+    def end_segment(self, *, has_more: bool) -> None:
+        """See ``GradRing.end_segment``."""
+        if self._is_over or not self._is_ended:
+            self._reopen()
+        self._is_backward_over = True
+        super().end_segment(has_more=has_more)
+
+    def has_more(self) -> bool:
+        """See ``GradRing.has_more``."""
+        return bool((self._of_segment() & _FILLED).any())
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _reopen(self) -> None:
+        if self._is_ended:
+            self._is_backward_over, self._updated_before = False, self.updated
+            self._open.clear()
+        super()._reopen()
+
+    def _of_segment(self) -> NDArray[np.int64]:
+        flags: NDArray[np.int64] = self._flags.all[:, _HAS_MORE + self._segment % 2]
+        return flags
+
+    def _contents(self, position: int, filling: _Filling | None) -> int:
+        known = self._mine[position % self._depth]
+        for column, (index, _) in enumerate(self._params_in[position % len(self._buckets)]):
+            if filling is not None and index in filling.params:
+                known[column] = _HERE
+            elif self._is_backward_over and index not in self._open:
+                known[column] = _NEVER
+            else:
+                known[column] = _LATER
+                self._open.add(index)
+        return (filling is not None) * _FILLED | self.has_failed * _FAILED
+
+    def _end_contents(self, *, has_more: bool) -> int:
+        return bool(has_more) | self.has_failed * _FAILED
+
+    def _take(self, position: int, are_announced: list[bool]) -> None:
+        is_announced = np.array(are_announced)
+        slot, place = position % self._depth, position % len(self._buckets)
+        contents = self._flags.all[:, _CONTENTS + slot]
+        contents = np.where(is_announced, contents, self._of_segment() & _FAILED)
+        filled = contents & _FILLED != 0
+        if (contents & _FAILED).any() or not filled.any():
+            return
+        params = self._params_in[place]
+        known = self._known[:, slot, : len(params)]
+        if is_announced.all() and (known == _HERE).all() and not self._updated_before:
+            present = self._masks[place]
+        else:
+            known = np.where(is_announced[:, None], known, _NEVER)
+            present = self._select(params, known, position)
+        if present:
+            rows = self._slots.rows(position, place, filled)
+            self._updates.update(self._buckets[place], rows, present)
+            self.updated |= present
+
+    def _select(
+        self,
+        params: list[tuple[int, _Piece]],
+        known: NDArray[np.uint8],
+        position: int,
+    ) -> int:
+        """Return what can be updated of a position, and take out what cannot.
+
+        Args:
+            params: The parameters of the bucket, with their parts in it.
+            known: [node_size, num_params] what each rank has announced.
+            position: The position.
+        """
+        is_here = (known == _HERE).any(axis=0).tolist()
+        is_open = (known == _LATER).any(axis=0).tolist()
+        is_mine = known[self._memory.arena.comm.rank] == _HERE
+        present = 0
+        for column, (index, piece) in enumerate(params):
+            if not is_here[column]:
+                continue
+            if is_open[column]:
+                self.is_split = True
+                if is_mine[column]:
+                    self._keep(index, piece, position)
+            elif self._updated_before >> index & 1:
+                self.twice.add(index)
+            else:
+                present |= 1 << index
+        return present
+
+    def _keep(self, index: int, piece: _Piece, position: int) -> None:
+        """Copy this rank's part of a gradient out of its buffer, for the next segment."""
+        slot = self._slots.mine(position, piece.place)
+        if index not in self.kept:
+            self.kept[index] = np.empty(self._numels[index], slot.dtype)
+        self.kept[index][piece.source] = slot[piece.target]

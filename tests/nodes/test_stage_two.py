@@ -1,0 +1,37 @@
+"""Stage 2 on any nodes has the bits of stage 1; ranks of one machine play several."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.support.nodes import several_nodes, ways_to_the_same_bits
+from tests.support.torch_models import bytes_of
+from tests.torch.test_stage_two import SMALL, assert_same_bits, no_batch_on_the_last, run, unequal
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+def test_bits_are_those_of_stage_one(comm):
+    """In some steps the last rank has no batch: a node of one rank has nothing to send then."""
+    for share in several_nodes(comm):
+        settings = {**SMALL, "share_node": share}
+        assert_same_bits(comm, no_batch_on_the_last, settings=settings, max_grad_norm=0.01)
+
+
+@pytest.mark.any_mpi  # arithmetic
+def test_micro_batches_have_the_same_bits_on_any_nodes(comm):
+    """Ranks run unequally many; each is exchanged."""
+    seen = set()
+    for share in ways_to_the_same_bits(comm):
+        for ring in (SMALL, {}):
+            params, norms, _ = run(
+                comm, unequal, 2, settings={**ring, "share_node": share}, max_grad_norm=0.01
+            )
+            seen.add((*map(bytes_of, params), *norms))
+    assert len(seen) == 1
+
+
+@pytest.mark.any_mpi
+def test_a_narrow_wire_rounds_as_in_stage_one(comm):
+    settings = {**SMALL, "share_node": False, "wire_dtype": "bfloat16"}
+    assert_same_bits(comm, no_batch_on_the_last, settings=settings)
