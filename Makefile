@@ -2,7 +2,7 @@
 #
 #   make test     the tests, with both MPI libraries on 1 to 4 ranks (creates the environments)
 #   make lint     format, style, types, imports and spelling
-#   make docs     links, notes and examples of the README and of docs/
+#   make docs     links, notes and examples of the README and of docs/, then the site, into .test-env/site
 #   make bench    list the benchmarks; CASES="step memory" RANKS=2 measures these on 2 ranks
 #
 # MPI=openmpi uses the environment with Open MPI for the last three.
@@ -29,6 +29,8 @@ lint: $(bin)/python
 
 docs: $(bin)/python
 	$(bin)/python -m pytest tests/docs
+	[ -x .test-env/docs/bin/mkdocs ] || { python3 -m venv .test-env/docs && .test-env/docs/bin/pip install -q '.[docs]'; }
+	.test-env/docs/bin/mkdocs build --quiet --site-dir $(CURDIR)/.test-env/site
 
 bench: $(bin)/python
 	$(if $(RANKS),$(bin)/mpirun -n $(RANKS)) $(bin)/python -m benchmarks $(CASES)

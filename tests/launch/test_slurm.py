@@ -84,8 +84,26 @@ def test_tasks_see_all_gpus_of_their_node(tmp_path, variables, bound, told):
     for name, body in PROGRAMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    settings = (f"PATH={tmp_path}:/usr/bin:/bin", f"SLURM_SUBMIT_DIR={ROOT}", *variables)
+    places = (f"PATH={tmp_path}:/usr/bin:/bin", f"SLURM_SUBMIT_DIR={ROOT}", "SLURM_JOB_ID=7")
+    settings = (*places, *variables)
     job = run(plain(*settings, "bash", LAUNCH / "slurm.sbatch", "true"), tmp_path)
     assert job.returncode == 0, job.stderr
     assert job.stdout.splitlines()[-1] == f"bound: {bound}"
     assert ("slurm.sbatch: --gpus-per-task should be left out; got 1." in job.stderr) == told
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["echo none", 'if [[ $1 == --mpi=list ]]; then echo pmi2; else echo "no PMI" >&2; exit 1; fi'],
+)
+def test_mpirun_starts_the_ranks_where_srun_cannot(tmp_path, answer):
+    """With programs in the place of Slurm's, whose plugins are whatever the machine has."""
+    programs = {"mpirun": 'if [[ $1 == --version ]]; then echo HYDRA; else echo "mpirun $*"; fi'}
+    for name, body in (programs | {"srun": answer}).items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = (f"PATH={tmp_path}:/usr/bin:/bin", f"SLURM_SUBMIT_DIR={ROOT}", "SLURM_NTASKS=2")
+    job = run(plain(*settings, "SLURM_JOB_ID=7", "bash", LAUNCH / "slurm.sbatch", "true"), tmp_path)
+    assert "mpirun -n 2" in job.stdout
+    assert "slurm.sbatch: srun cannot start ranks of" in job.stderr
+    assert "mpirun starts them instead." in job.stderr

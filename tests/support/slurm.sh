@@ -5,8 +5,8 @@
 #   cluster.sh on 1 bash slurm.sh run COMMAND...    sbatch, srun, sinfo ...
 #   slurm.sh check                                  say what is missing, if so
 #
-# It needs Debian's packages slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins, munge and
-# libpmix-dev, whose unversioned libpmix.so srun --mpi=pmix looks for.
+# It needs Debian's packages slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge. With
+# libpmix2 srun lists --mpi=pmix, but can use it only with the unversioned libpmix.so of libpmix-dev.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 dir=/run/slurm # all hosts see the same
