@@ -105,8 +105,9 @@ class Step:
         watch.lap("reduce")
         updated = None if factor is None else agreed.present
         parts.sync.copies.begin_update(updated or 0, changes.mask)
+        later = None if changes or factor is None else parts.prefetch.order()
         if factor is not None:
-            self._update(agreed, factor, changes)
+            self._update(agreed, factor, publishes=later is None)
             parts.rule.commit()  # the commit point: step counts advance here
             parts.registry.bump_version(agreed.present)
             parts.note_update(agreed.present)
@@ -118,6 +119,8 @@ class Step:
             ends = self._first_poisoned(), parts.prefetch.order_digest()
             poisoned, is_same_order, votes = self.consensus.leave(*ends, number)
         parts.memory.acquire()
+        if later is not None:  # all-gather in the next forward; a consensus would wait behind it
+            parts.prefetch.send(later)
         self._show(changes, updated or 0)
         watch.lap("finish")
         result = _Result(norm, factor, copied_nbytes, changes.diverged)
@@ -241,29 +244,26 @@ class Step:
 
     # -- the update and after ----------------------------------------------------------------------
 
-    def _update(self, agreed: AgreedInputs, factor: float, changes: AgreedChanges) -> None:
+    def _update(self, agreed: AgreedInputs, factor: float, *, publishes: bool) -> None:
         """Update all parameters that have a gradient. Collective: every rank.
 
         Args:
             agreed: The inputs.
             factor: On the gradients.
-            changes: What users have written.
+            publishes: Whether to bring them to all nodes as well.
         """
         parts, kernel, averaged = self._parts, self._parts.backend.kernel, self.averaging.is_done
         mean_scale = 1.0 if averaged else parts.sync.reduction.mean_scale
         parts.rule.plan(agreed.present, agreed.hypers, factor / agreed.loss_scale, mean_scale)
         shards = parts.sync.averaged() if averaged else parts.sync.reduced()
-        later = None if changes else parts.prefetch.order()
         for shard in shards:  # reduce-scatter; on one node: where they lie
             plan = self._plan(shard)
             with parts.trace.span("update", shard), parts.memory.state.open(shard.shard) as state:
                 kernel.update(shard.sources, shard.targets, state, plan)
-            if later is None:
+            if publishes:
                 parts.sync.publish(shard)  # all-gather, while the next shard is updated
-        if later is None:
+        if publishes:
             parts.sync.complete()
-        else:
-            parts.prefetch.send(later)  # all-gather, while forward computes
 
     def _plan(self, shard: ReducedShard) -> UpdatePlan:
         """Return the segments and coefficients of a shard in this step."""

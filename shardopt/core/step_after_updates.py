@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from shardopt.core.parts import Parts
-from shardopt.core.shared_params import AgreedChanges, SharedParams, UserChanges
+from shardopt.core.shared_params import SharedParams, UserChanges
 from shardopt.core.step import Step
 from shardopt.errors import CallOrderError
 from shardopt.overlap.updated import OPTION, UpdatedGradients
@@ -57,7 +57,7 @@ class StepAfterUpdates(Step):
     def _read_hypers(self) -> Sequence[Hyperparams]:
         return self._grads.hypers
 
-    def _update(self, agreed: AgreedInputs, factor: float, changes: AgreedChanges) -> None:
+    def _update(self, agreed: AgreedInputs, factor: float, *, publishes: bool) -> None:
         self._grads.commit(agreed.present)
 
     def _require_unchanged(self, when: str, remedy: str) -> UserChanges:

@@ -31,7 +31,7 @@ from shardopt import ShardPolicy
 
 CONTEXT, BATCH = 64, 8
 LR = 2e-3
-"""At the start; it falls linearly to 0, as at a constant one seeds differ by more than contenders."""
+"""At the start; it falls linearly to 0: at a constant one seeds differ by more than contenders."""
 HELD_OUT_ONE_IN, NUM_HELD_OUT = 10, 2048
 _POLICIES: Mapping[str, dict[str, Any]] = {
     FLOAT32: {},

@@ -20,7 +20,7 @@ BACKWARD = "backward"
 STEP_BEHIND = "step of what backward left"
 IN_TURN = "backward, then step: overlap=False"
 OVERLAPPED = "backward and step: overlap=True"
-PASSES = "forward and backward, as long as the wire"
+PASSES = "forward and backward, as long as the wire, and the update alone"
 ARRIVING = "both, step and the wait: prefetch_params=True"
 STEPS_BEFORE_WAIT = 4
 ARRIVING_OFTEN = f"the same with {STEPS_BEFORE_WAIT} steps before the wait"

@@ -88,16 +88,15 @@ class _Job:
     def time_steps(self, policy: ShardPolicy) -> None:
         """Time steps with gradients in place, and count the bytes that the network is given."""
         narrow = replace(policy, wire_dtype="bfloat16")
-        problem, comm = self._problem, self._problem.comm
+        problem = self._problem
         contenders: dict[str, Contender] = {SHARDOPT: Shardopt(problem, policy)}
         contenders[REDUCE_SCATTER] = CONTENDERS[REDUCE_SCATTER](problem)
         if self._has_torch:
             contenders[ZERO_REDUNDANCY] = CONTENDERS[ZERO_REDUNDANCY](problem)
-        part = Problem(MPI.COMM_SELF, problem.numel // comm.size, problem.num_tensors, _THREADS)
         rest: dict[str, Contender] = {
             NARROW_WIRE: Shardopt(problem, narrow),
             NARROW: Shardopt(problem, narrow, "bfloat16"),
-            UPDATE_ALONE: Shardopt(part, policy),
+            UPDATE_ALONE: Shardopt(self._part(), policy),
         }
         steps = {name: contender.step for name, contender in (contenders | rest).items()}
         self._sample({WIRE: self._link.transfer, **steps})
@@ -137,7 +136,14 @@ class _Job:
         problem, comm = self._problem, self._problem.comm
         wire_s = min(slowest_s(self._link.transfer, comm) for _ in range(3))
         runs = {PASSED_WIRE: self._link.transfer}
-        runs[PASSES] = paced.PacedModule(problem, wire_s / 2).backward
+        alone, part = paced.PacedModule(problem, wire_s / 2), Shardopt(self._part(), policy)
+
+        def compute() -> None:
+            alone.zero_grad(set_to_none=False)
+            alone.backward()
+            part.step()
+
+        runs[PASSES] = compute
         optimizers = []
         for prefetches in (False, True):
             model = paced.PacedModule(problem, wire_s / 2)
@@ -151,8 +157,16 @@ class _Job:
             runs[ARRIVING] = _repeated(train, 1, wait)
             runs[ARRIVING_OFTEN] = _repeated(train, STEPS_BEFORE_WAIT, wait)
         self._sample(runs)
+        part.close()
         for optimizer in optimizers:
             optimizer.close()
+
+    def _part(self) -> Problem:
+        """Return the share of a rank, as a problem of its own."""
+        problem = self._problem
+        return Problem(
+            MPI.COMM_SELF, problem.numel // problem.comm.size, problem.num_tensors, _THREADS
+        )
 
     def _bucket_mib(self, policy: ShardPolicy) -> float:
         topology = self._topology
