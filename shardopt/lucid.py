@@ -13,7 +13,8 @@ from lucid.optim import Optimizer as LucidOptimizer
 from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.errors import PartitionError
-from shardopt.params.adapter import ArrayAdapter, array_error, model_error
+from shardopt.params.adapter import array_error, model_error
+from shardopt.params.array_adapter import ArrayAdapter
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.params.model import ModelContent, content_of
 from shardopt.rule import adam, nadam, radam

@@ -11,7 +11,8 @@ from shardopt.comm.consensus import attempt
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.errors import PartitionError
 from shardopt.layout.dtypes import is_floating
-from shardopt.params.adapter import ArrayAdapter, array_error
+from shardopt.params.adapter import array_error
+from shardopt.params.array_adapter import ArrayAdapter
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.rule import adam, nadam, radam
 

@@ -28,7 +28,7 @@ from shardopt.comm.failure import Abort, install_abort_hook
 from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology, make_topology
 from shardopt.core import parts
-from shardopt.core.sharded import sharded_of
+from shardopt.core.sharded_optimizer import sharded_of
 from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.padding import row_numel
 from shardopt.layout.partition import CHUNK_NUMEL

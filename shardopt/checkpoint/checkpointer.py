@@ -30,7 +30,8 @@ from shardopt.checkpoint.snapshot import Layouts
 from shardopt.checkpoint.staging import StagedImage
 from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
-from shardopt.core.sharded import HasCore, Sharded, sharded_of
+from shardopt.core.sharded import Sharded
+from shardopt.core.sharded_optimizer import HasCore, sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 from shardopt.report import tell
 

@@ -38,7 +38,8 @@ from shardopt.checkpoint.report import LoadReport, Restored
 from shardopt.checkpoint.scalars import require_rule, restored_scalars
 from shardopt.checkpoint.tensors import Reviver
 from shardopt.comm.consensus import attempt
-from shardopt.core.sharded import HasCore, Scalars, Sharded, TensorShard, sharded_of
+from shardopt.core.sharded import Scalars, Sharded, TensorShard
+from shardopt.core.sharded_optimizer import HasCore, sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning, DamagedCheckpointError
 from shardopt.layout.state_spec import StateSpec
 from shardopt.report import tell

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shardopt.checkpoint.operation import SaveOperation, SavePlan
-from shardopt.core.sharded import HasCore, sharded_of
+from shardopt.core.sharded_optimizer import HasCore, sharded_of
 
 
 def save(

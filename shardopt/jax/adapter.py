@@ -12,7 +12,8 @@ from shardopt.errors import PartitionError
 from shardopt.jax.arrays import name_of
 from shardopt.jax.model import load_tree, read_tree
 from shardopt.layout.dtypes import DTYPES
-from shardopt.params.adapter import ArrayAdapter, array_error
+from shardopt.params.adapter import array_error
+from shardopt.params.array_adapter import ArrayAdapter
 from shardopt.params.binding import require_like
 
 if TYPE_CHECKING:

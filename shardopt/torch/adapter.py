@@ -16,7 +16,8 @@ from shardopt.torch import devices
 from shardopt.torch.checking import dense_array, require_dense, require_ordinary, require_whole
 from shardopt.torch.module import load_module, read_module
 from shardopt.torch.profiling import annotate
-from shardopt.torch.tensors import as_complex, as_host_array, as_tensor, layout_of
+from shardopt.torch.tensors import as_complex, as_host_array, as_tensor
+from shardopt.torch.views import View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -117,8 +118,8 @@ class _TorchAdapter(Adapter[Tensor]):
     def from_number(self, number: FloatArray) -> Tensor:
         return as_tensor(number)
 
-    def view(self, param: Tensor, array: FloatArray) -> _View:
-        return _View(array, param.is_complex())
+    def view(self, param: Tensor, array: FloatArray) -> View:
+        return View(array, param.is_complex())
 
     def on_grad_ready(self, listener: Callable[[Tensor], None]) -> None:
         self._on_ready = listener
@@ -145,7 +146,7 @@ class _TorchAdapter(Adapter[Tensor]):
     def end_backward(self) -> None:
         pass
 
-    def own_grad(self, param: Tensor, view: _View, *, zeros: bool) -> None:
+    def own_grad(self, param: Tensor, view: View, *, zeros: bool) -> None:
         values = view.tensor()
         param.grad = torch.zeros_like(values) if zeros else values.clone()
 
@@ -179,13 +180,13 @@ class _TorchAdapter(Adapter[Tensor]):
         # Zeros are what is left of a gradient that nobody wants; see [Note: None unless touched].
         return not _others_average() and any(bool(grad.any()) for grad in written)
 
-    def bind_data(self, param: Tensor, view: _View) -> None:
+    def bind_data(self, param: Tensor, view: View) -> None:
         param.data = view.tensor()
 
-    def bind_grad(self, param: Tensor, view: _View) -> None:
+    def bind_grad(self, param: Tensor, view: View) -> None:
         self._show_grad(param, view, is_touched=True)
 
-    def clear_grad(self, param: Tensor, view: _View) -> None:
+    def clear_grad(self, param: Tensor, view: View) -> None:
         self._show_grad(param, view, is_touched=False)
 
     def device(self, param: Tensor) -> str:
@@ -209,13 +210,13 @@ class _TorchAdapter(Adapter[Tensor]):
         self._watch(param).reset(None)  # it may be unfrozen
         param.grad = None
 
-    def holds_data(self, param: Tensor, view: _View) -> bool:
+    def holds_data(self, param: Tensor, view: View) -> bool:
         return view.is_shown_by(param)
 
-    def holds_grad(self, param: Tensor, view: _View) -> bool:
+    def holds_grad(self, param: Tensor, view: View) -> bool:
         return view.is_shown_by(param.grad)
 
-    def is_clear(self, param: Tensor, view: _View) -> bool:
+    def is_clear(self, param: Tensor, view: View) -> bool:
         record = self._records[param]
         if record.is_touched:
             return False
@@ -261,7 +262,7 @@ class _TorchAdapter(Adapter[Tensor]):
     ) -> tuple[Any, Sequence[str]]:
         return load_module(model, content, values)
 
-    def _show_grad(self, param: Tensor, view: _View, *, is_touched: bool) -> None:
+    def _show_grad(self, param: Tensor, view: View, *, is_touched: bool) -> None:
         self._watch(param).reset(view, is_touched=is_touched)
         grad = param.grad
         if grad is None or grad.requires_grad or not view.is_shown_by(grad):
@@ -341,55 +342,12 @@ class _Record:
         self.is_sampled = False
         self.reset(None)
 
-    def reset(self, view: _View | None, *, is_touched: bool = False) -> None:
+    def reset(self, view: View | None, *, is_touched: bool = False) -> None:
         """Forget what backward has done so far."""
         self.view = view
         self.is_touched = is_touched
         self.cleared: object = None
         self.left_by_backward: _Left | None = None
-
-
-class _View:
-    """A part of shared memory, and the layout of a tensor over it.
-
-    Each call of ``tensor`` makes a new tensor, and the layout is kept as plain values, because
-    torch may replace the memory of an existing tensor in place (``model.to()`` that of gradients,
-    ``share_memory()`` even that of the storage).
-
-    Attributes:
-        array: The memory.
-        latest: The tensor made last.
-    """
-
-    __slots__ = ("_complex", "_layout", "array", "latest")
-
-    def __init__(self, array: FloatArray, is_complex: bool) -> None:
-        self.array = array
-        self._complex = is_complex
-        self._layout = layout_of(self.tensor())
-
-    @torch.inference_mode(False)  # so that backward can write to it later
-    def tensor(self) -> Tensor:
-        tensor = as_tensor(self.array)
-        self.latest = as_complex(tensor) if self._complex else tensor
-        return self.latest
-
-    def takes(self, grad: Tensor) -> bool:
-        """Copy a gradient into ``latest``, if it fits and is not there already."""
-        layout = layout_of(grad)
-        if layout[0] == self._layout[0] or layout[1:3] != self._layout[1:3]:
-            return False
-        if self.latest.requires_grad or not self.is_shown_by(self.latest):
-            self.tensor()
-        self.latest.copy_(grad)
-        return True
-
-    def is_shown_by(self, tensor: Tensor | None) -> bool:
-        return (
-            tensor is not None
-            and tensor.layout is torch.strided  # other layouts have no address
-            and layout_of(tensor) == self._layout
-        )
 
 
 def _sample_of(grad: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardopt.errors import CallOrderError, StageWarning
 from shardopt.report import tell
-from shardopt.torch.adapter import _TorchAdapter, _View
+from shardopt.torch.adapter import _TorchAdapter
 from shardopt.torch.average_grad import AverageGrad, Factors
 from shardopt.torch.reducers import watch_wrappers, wrapped_params
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shardopt._typing import FloatArray
     from shardopt.params.adapter import Adapter
     from shardopt.torch.forward import ForwardHooks
+    from shardopt.torch.views import View
 
 _NOT_SHOWN = (
     "p.grad must not be used with policy.stage=2 on several nodes, where it stands for a gradient "
@@ -109,7 +110,7 @@ class _AveragingAdapter(_TorchAdapter):
             grad._read()
         return super().grad(param, name)
 
-    def bind_grad(self, param: Tensor, view: _View) -> None:
+    def bind_grad(self, param: Tensor, view: View) -> None:
         if param not in self._fronts:
             self._watch(param)
         average = self._averages.get(param)
@@ -120,13 +121,13 @@ class _AveragingAdapter(_TorchAdapter):
         self._factors.pop(id(param), None)
         param.grad = average
 
-    def clear_grad(self, param: Tensor, view: _View) -> None:
+    def clear_grad(self, param: Tensor, view: View) -> None:
         self._watch(param)  # its gradient, if it has one, is this rank's own
 
     def unbind_grad(self, param: Tensor) -> None:
         param.grad = None
 
-    def holds_grad(self, param: Tensor, view: _View) -> bool:
+    def holds_grad(self, param: Tensor, view: View) -> bool:
         return self._is_average(param)
 
     def grad_factors(self) -> Mapping[int, tuple[Sequence[float], Sequence[float]]]:
@@ -135,14 +136,14 @@ class _AveragingAdapter(_TorchAdapter):
     def forget_factors(self, param: Tensor) -> None:
         self._factors.pop(id(param), None)
 
-    def own_grad(self, param: Tensor, view: _View, *, zeros: bool) -> None:
+    def own_grad(self, param: Tensor, view: View, *, zeros: bool) -> None:
         factors, values = self._factors.pop(id(param), None), view.tensor()
         values = torch.zeros_like(values) if zeros else values.clone()
         for factor in () if zeros or factors is None else factors.pending:
             values.mul_(factor)
         param.grad = values.to(param.dtype)
 
-    def is_clear(self, param: Tensor, view: _View) -> bool:
+    def is_clear(self, param: Tensor, view: View) -> bool:
         return False
 
     def were_grads_written(self, num_allowed: int) -> bool:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from shardopt._typing import FloatArray
-    from shardopt.torch.adapter import _View
     from shardopt.torch.forward import ForwardHooks
+    from shardopt.torch.views import View
 
 _OPTION = "policy.update_in_backward"
 
@@ -86,7 +86,7 @@ class _UpdatingAdapter(_AveragingAdapter):
             raise _spent("opt.grad")
         return super().grad(param, name)
 
-    def bind_grad(self, param: Tensor, view: _View) -> None:
+    def bind_grad(self, param: Tensor, view: View) -> None:
         self._watch(param)
         spent: Any = self._averages.get(param)
         if spent is None or spent.shape != param.shape or spent.dtype != param.dtype:

@@ -10,7 +10,7 @@ from shardopt import NAdam, Parameter, ShardPolicy
 from shardopt.checkpoint import Checkpointer, load, save
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
 from shardopt.checkpoint.format.reader import read_manifest
-from shardopt.core.sharded import sharded_of
+from shardopt.core.sharded_optimizer import sharded_of
 from shardopt.errors import CheckpointError, CheckpointWarning
 from tests.checkpoint.make_golden import FOLDER, make_groups
 from tests.support.damage import (

@@ -9,7 +9,7 @@ import xxhash
 
 from shardopt.checkpoint import load
 from shardopt.checkpoint.format.manifest import CHUNK_NBYTES, MANIFEST_NAME
-from shardopt.core.sharded import sharded_of
+from shardopt.core.sharded_optimizer import sharded_of
 from shardopt.errors import DamagedCheckpointError
 from tests.support.errors import FORM
 
