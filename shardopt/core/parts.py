@@ -37,8 +37,9 @@ from shardopt.store.device import OnDevice
 from shardopt.store.memory import Memory
 from shardopt.store.residence import InNodeMemory, Residence
 from shardopt.trace import Trace
+from shardopt.transport.assembly import make_sync
 from shardopt.transport.copies import make_copies
-from shardopt.transport.sync import BucketSync, make_sync
+from shardopt.transport.sync import BucketSync
 from shardopt.transport.updating import UpdatingReduction
 
 
@@ -247,6 +248,27 @@ def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: 
     return plan_partition((), num_nodes, node_size, bucket_nbytes)
 
 
+def _make_sync(
+    consensus: Consensus, memory: Memory, cohorts: Cohorts, policy: ShardPolicy, trace: Trace
+) -> BucketSync:
+    """Set up what moves gradients and parameters, and updates them if backward does."""
+    topology, backend, updating = consensus.topology, memory.residence.backend, None
+    if memory.has_one_row and policy.update_in_backward:
+        node_rank, state = topology.node_rank, memory.state
+        updating = UpdatingReduction(backend, node_rank, state, cohorts, trace)
+    return make_sync(
+        topology,
+        backend,
+        make_copies(topology, memory),
+        consensus.collectives,
+        policy.wire_dtype,
+        trace,
+        has_one_row=memory.has_one_row,
+        sums_by_node=policy.accumulate == "node",
+        updating=updating,
+    )
+
+
 def make_parts(
     comm: MPI.Intracomm,
     adapter: Adapter[Any],
@@ -276,38 +298,25 @@ def make_parts(
     tracing = agree_on_trace(consensus, trace, error, call)
     topology, collectives = consensus.topology, consensus.collectives
     with deadline(policy.timeout_s, call, failure):
-        num_cores = cores_per_rank(topology)
-        place = topology.places[topology.rank]
-        arena = consensus.group.arena
+        num_cores, arena = cores_per_rank(topology), consensus.group.arena
         arena.reclaim()  # what dropped optimizers have left
         host = CpuBackend(policy.threads or num_cores)
         offload = policy.offload is not None
         residence, device = _make_residence(device, host, consensus, call, offload=offload)
-        backend = residence.backend
         refused = _why_not(policy, adapter, topology, residence)
         has_one_row = policy.stage == 2 and refused is None
         layout = _plan_layout(topology, policy.bucket_nbytes, has_one_row=has_one_row)
-        in_backward = has_one_row and policy.update_in_backward
         memory = Memory(
-            place, arena, residence, has_one_row=has_one_row, keeps_views=not in_backward
+            topology.places[topology.rank],
+            arena,
+            residence,
+            has_one_row=has_one_row,
+            keeps_views=not (has_one_row and policy.update_in_backward),
         )
         rules = FormRules(policy.optim_bits, policy.master_weights)
         registry = Registry(adapter, layout, residence.holder, device, rules, rule)
-        copies, wire = make_copies(topology, memory), policy.wire_dtype
-        cohorts, updating = Cohorts(layout, policy.seed), None
-        if in_backward:
-            updating = UpdatingReduction(backend, place[1], memory.state, cohorts, trace)
-        sync = make_sync(
-            topology,
-            backend,
-            copies,
-            collectives,
-            wire,
-            trace,
-            has_one_row=has_one_row,
-            sums_by_node=policy.accumulate == "node",
-            updating=updating,
-        )
+        cohorts = Cohorts(layout, policy.seed)
+        sync = _make_sync(consensus, memory, cohorts, policy, trace)
         grads = make_gradients(registry, memory, sync, consensus, policy.ring_nbytes)
         wanted = policy.overlap and not has_one_row  # which sends in backward by itself
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=wanted)
@@ -319,7 +328,7 @@ def make_parts(
         topology=topology,
         consensus=consensus,
         num_cores=num_cores,
-        backend=backend,
+        backend=residence.backend,
         memory=memory,
         registry=registry,
         rule=cohorts,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from shardopt._typing import FloatArray
 from shardopt.errors import PartitionError
 from shardopt.layout.partition import ParamSpec, Partition
+from shardopt.layout.rearranging import rearrange
 from shardopt.layout.state_spec import StateForm
 from shardopt.params.adapter import Adapter
 from shardopt.params.binding import Binding, Departure, require_disjoint, require_like
@@ -136,7 +137,7 @@ def plan_edited(registry: Registry[Any], defaults: Mapping[str, Any]) -> Planned
         members,
         first_group=0,
         first_param=0,
-        partition=registry.partition.rearrange(specs, [member.source for member in members]),
+        partition=rearrange(registry.partition, specs, [member.source for member in members]),
         leaving=leaving,
         departures=[bindings[index].copy_out() for index in leaving],
         kept_regions=registry.partition.regions_with(staying),

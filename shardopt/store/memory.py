@@ -73,6 +73,7 @@ class Memory:
     Attributes:
         arena: As given.
         residence: As given.
+        has_one_row: As given.
         buffers: One for each region.
         state: See ``StateStore``.
         pieces: The memory of parameters and that of state, of one region after another: its layout,
@@ -93,7 +94,7 @@ class Memory:
         self.state = StateStore()
         self.pieces: list[tuple[NodeArrays, PrivateView]] = []
         self.averages: list[tuple[NodeArrays, PrivateView]] = []
-        self._has_one_row, self._keeps_views = has_one_row, keeps_views
+        self.has_one_row, self._keeps_views = has_one_row, keeps_views
         self._place = place
         self.arena = arena
         self.residence = residence
@@ -221,7 +222,7 @@ class Memory:
         """Allocate gradients in node memory, if they are there, and sums or averages."""
         if not self.residence.needs_rows:
             return {"rows": (), "own_grads": None, "sums": {}}, []
-        if self._has_one_row:
+        if self.has_one_row:
             layout = plan_average_arrays(partition, [index])
             piece = self._share(layout, private=True)
             # Nothing is kept: what backward averages next is to be seen in pages once written.

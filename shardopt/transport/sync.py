@@ -11,25 +11,17 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from shardopt._typing import FloatArray
-from shardopt.backends.base import Backend, Rows
+from shardopt.backends.base import Rows
 from shardopt.comm.collectives import Collectives
-from shardopt.comm.topology import Topology
 from shardopt.layout.partition import Partition, Shard
 from shardopt.layout.span import Span
 from shardopt.layout.traffic import Traffic
 from shardopt.store.buffers import ShardBuffers
-from shardopt.trace import OFF, Trace
 from shardopt.transport.all_gather import AllGather
 from shardopt.transport.averaging import AveragedGrads
 from shardopt.transport.buckets import BucketPlan
 from shardopt.transport.copies import Copies
-from shardopt.transport.local import LocalTransport
-from shardopt.transport.mpi import MpiTransport
-from shardopt.transport.node_sums import NodeSums
-from shardopt.transport.reduce_scatter import ReduceScatter
-from shardopt.transport.reduction import InPlaceReduction, Reduction
-from shardopt.transport.ring import RingReduction
-from shardopt.transport.ring_exchange import RingExchange
+from shardopt.transport.reduction import Reduction
 
 T = TypeVar("T")
 
@@ -387,44 +379,3 @@ class BucketSync:
     def _awaited_ranks(self) -> list[int]:
         nodes = {*self.reduction.awaited[1], *self._all_gather.awaited[1]}
         return [self._transport.ranks[node] for node in sorted(nodes)]
-
-
-def make_sync(
-    topology: Topology,
-    backend: Backend,
-    copies: Copies,
-    collectives: Collectives,
-    wire_dtype: str | None,
-    trace: Trace = OFF,
-    *,
-    has_one_row: bool = False,
-    sums_by_node: bool = False,
-    updating: InPlaceReduction | None = None,
-) -> BucketSync:
-    """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
-
-    Args:
-        topology: The ranks.
-        backend: Computes.
-        copies: To and from the devices of this node.
-        collectives: For waits.
-        wire_dtype: As in ``ShardPolicy``.
-        trace: Shows buckets on their way.
-        has_one_row: See ``Memory``.
-        sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.
-        updating: The reduction if parameters are updated in backward.
-    """
-    place = topology.node, topology.node_rank
-    averages = AveragedGrads(backend, *place)
-    if topology.num_nodes == 1:
-        on_node = RingReduction if has_one_row else InPlaceReduction
-        in_place = updating or on_node(backend, place[1], trace)
-        all_gather = AllGather(LocalTransport(topology.rank), backend)
-        piece_numel = backend.kernel.piece_numel if copies.are_beside else None
-        return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
-    transport = MpiTransport(topology, collectives.number)
-    of_ring = NodeSums if sums_by_node else RingExchange
-    kind: type[RingExchange | ReduceScatter] = of_ring if has_one_row else ReduceScatter
-    reduction = kind(transport, backend, place, wire_dtype, trace)
-    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
-    return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)

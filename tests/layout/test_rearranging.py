@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from shardopt.errors import PartitionError
 from shardopt.layout.footprint import plan_memory
 from shardopt.layout.partition import CHUNK_NUMEL, ParamSpec, plan_partition
+from shardopt.layout.rearranging import rearrange
 from shardopt.layout.span import Span
 from tests.layout.test_partition import bucket_sizes, owners, spec_lists, worlds
 
@@ -90,7 +91,7 @@ def test_what_stays_keeps_its_place_and_all_else_holds(specs, more, world, bucke
     before = plan_partition(specs, *world, bucket_nbytes).extend(more)
     for round_ in (2, 3):
         specs, sources = data.draw(edits(before, first=100 * round_))
-        after = before.rearrange(specs, sources)
+        after = rearrange(before, specs, sources)
         assert_is_a_partition(after, specs)
         assert_finds_what_is_there(after, data)
         old, new = parts_of_nodes(before), parts_of_nodes(after)
@@ -107,23 +108,23 @@ def test_what_stays_keeps_its_place_and_all_else_holds(specs, more, world, bucke
 @settings(max_examples=30)
 def test_an_edit_that_changes_nothing_does_not(specs, world, bucket_nbytes):
     before = plan_partition(specs, *world, bucket_nbytes)
-    assert before.rearrange(specs, range(len(specs))) == before
+    assert rearrange(before, specs, range(len(specs))) == before
 
 
 def test_a_new_parameter_may_have_the_name_of_one_that_leaves():
     old = [ParamSpec("w", (2,), "float32", 0), ParamSpec("b", (3,), "float32", 0)]
     before = plan_partition(old, 1, 1, 1)
     new = [ParamSpec("w", (9000,), "float32", 0), old[1]]
-    after = before.rearrange(new, [None, 1])
+    after = rearrange(before, new, [None, 1])
     assert [(param.spec, param.region) for param in after.params] == [(new[0], 1), (new[1], 0)]
     with pytest.raises(PartitionError, match="unique; got 'w' for"):
-        before.rearrange([*old, new[0]], [0, 1, None])
+        rearrange(before, [*old, new[0]], [0, 1, None])
 
 
 def test_what_has_left_needs_neither_gradients_nor_state():
     old = [ParamSpec(name, (CHUNK_NUMEL,), "float32", 0) for name in "abc"]
     before = plan_partition(old, 1, 2, 1)
-    after = before.rearrange([old[2]], [2])
+    after = rearrange(before, [old[2]], [2])
     report = plan_memory(after)
     assert report.params_node_nbytes == 3 * 4 * CHUNK_NUMEL  # which users may have views of
     assert report.grads_node_nbytes == 2 * 4 * CHUNK_NUMEL

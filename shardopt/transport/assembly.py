@@ -1,0 +1,58 @@
+"""The choice of what moves gradients and parameters, by the nodes of a job and its policy."""
+
+from shardopt.backends.base import Backend
+from shardopt.comm.collectives import Collectives
+from shardopt.comm.topology import Topology
+from shardopt.trace import OFF, Trace
+from shardopt.transport.all_gather import AllGather
+from shardopt.transport.averaging import AveragedGrads
+from shardopt.transport.copies import Copies
+from shardopt.transport.local import LocalTransport
+from shardopt.transport.mpi import MpiTransport
+from shardopt.transport.node_sums import NodeSums
+from shardopt.transport.reduce_scatter import ReduceScatter
+from shardopt.transport.reduction import InPlaceReduction
+from shardopt.transport.ring import RingReduction
+from shardopt.transport.ring_exchange import RingExchange
+from shardopt.transport.sync import BucketSync
+
+
+def make_sync(
+    topology: Topology,
+    backend: Backend,
+    copies: Copies,
+    collectives: Collectives,
+    wire_dtype: str | None,
+    trace: Trace = OFF,
+    *,
+    has_one_row: bool = False,
+    sums_by_node: bool = False,
+    updating: InPlaceReduction | None = None,
+) -> BucketSync:
+    """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
+
+    Args:
+        topology: The ranks.
+        backend: Computes.
+        copies: To and from the devices of this node.
+        collectives: For waits.
+        wire_dtype: As in ``ShardPolicy``.
+        trace: Shows buckets on their way.
+        has_one_row: See ``Memory``.
+        sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.
+        updating: The reduction if parameters are updated in backward.
+    """
+    place = topology.node, topology.node_rank
+    averages = AveragedGrads(backend, *place)
+    if topology.num_nodes == 1:
+        on_node = RingReduction if has_one_row else InPlaceReduction
+        in_place = updating or on_node(backend, place[1], trace)
+        all_gather = AllGather(LocalTransport(topology.rank), backend)
+        piece_numel = backend.kernel.piece_numel if copies.are_beside else None
+        return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
+    transport = MpiTransport(topology, collectives.number)
+    of_ring = NodeSums if sums_by_node else RingExchange
+    kind: type[RingExchange | ReduceScatter] = of_ring if has_one_row else ReduceScatter
+    reduction = kind(transport, backend, place, wire_dtype, trace)
+    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
+    return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)
