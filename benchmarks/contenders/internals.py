@@ -298,7 +298,7 @@ class Place(NamedTuple):
 
 def num_cores(opt: NAdam) -> int:
     """Return the cores that this rank's optimizer uses."""
-    return opt.core.num_cores
+    return opt.core.parts.num_cores
 
 
 def saves_in_flight(opt: NAdam) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shardopt.errors import HyperparamsError
+from shardopt.overlap.updated import OPTION
 from shardopt.policy import ShardPolicy
 from shardopt.rule.hyperparams import as_real
 from shardopt.store.memory import Memory
@@ -55,11 +56,11 @@ class Clipping:
         return self.policy.check_finite
 
 
-def as_max_grad_norm(value: object) -> float | None:
+def as_max_grad_norm(value: object, policy: ShardPolicy) -> float | None:
     """Return a norm to clip to as a float, or None.
 
     Raises:
-        HyperparamsError: It is neither a positive number nor None.
+        HyperparamsError: It is neither a positive number nor None, or cannot be had.
     """
     if value is None:
         return None
@@ -68,5 +69,10 @@ def as_max_grad_norm(value: object) -> float | None:
         raise HyperparamsError(
             f"max_grad_norm must be > 0 or None; got {norm!r}. Leave it out, or set None, not to "
             "clip."
+        )
+    if policy.update_in_backward:
+        raise HyperparamsError(
+            f"max_grad_norm must be None with {OPTION}; got {norm}. The norm is known only after "
+            "backward, which updates: leave the option out to clip."
         )
     return norm

@@ -166,8 +166,8 @@ class FrontEnd:
         self.core.states.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: Any) -> None:
-        """See ``core.Optimizer.add_param_group``. Collective: every rank."""
-        self.core.add_param_group(param_group)
+        """See ``GroupCalls.add``. Collective: every rank."""
+        self.core.groups.add(param_group)
 
     def load_params(self, values: Mapping[str, Any] | None) -> list[str]:
         """See ``ParamCalls.load_params``. Collective: every rank."""

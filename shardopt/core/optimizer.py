@@ -1,22 +1,22 @@
 """The optimizer that the front end of every framework has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from shardopt._version import __version__
 from shardopt.comm.consensus import Description, Outcome, attempt
 from shardopt.comm.failure import Abort
 from shardopt.comm.topology import Topology
 from shardopt.compiling import warn_of_cache_problems
+from shardopt.core.averaging import Averaging
 from shardopt.core.clipping import as_max_grad_norm
+from shardopt.core.group_calls import GroupCalls
 from shardopt.core.listeners import BackgroundWork, StepListener
 from shardopt.core.param_calls import ParamCalls
 from shardopt.core.parts import make_parts
-from shardopt.core.regrouping import RegroupCall, Regrouping
 from shardopt.core.shared_params import SharedParams, UserChanges
 from shardopt.core.state_calls import StateCalls
 from shardopt.core.state_view import StateView
@@ -32,10 +32,10 @@ from shardopt.errors import (
 from shardopt.layout.footprint import MemoryReport, plan_memory
 from shardopt.layout.partition import Partition
 from shardopt.layout.ring import plan_ring
-from shardopt.overlap.updated import OPTION, UpdatedGradients
+from shardopt.overlap.updated import UpdatedGradients
 from shardopt.params.adapter import Adapter, P
 from shardopt.params.group_values import update_groups
-from shardopt.params.groups import Group, complete_groups, make_group
+from shardopt.params.groups import Group
 from shardopt.params.planning import find_device
 from shardopt.params.writes import UserWrites
 from shardopt.policy import ShardPolicy
@@ -43,7 +43,6 @@ from shardopt.report import (
     StepReport,
     diverged_warning,
     edited_warning,
-    lost_state_warning,
     tell,
 )
 from shardopt.rule.coefficients import StepCount
@@ -85,6 +84,7 @@ class Optimizer(Generic[P]):
         listeners: What is told of each step on this rank.
         parts: Its parts, for checkpoints and those who look inside.
         params: The parameters in the memory of every node.
+        groups: The calls about param groups.
         states: The calls about the optimizer state.
         values: The calls about the values of parameters.
     """
@@ -110,7 +110,7 @@ class Optimizer(Generic[P]):
         self.listeners: list[StepListener] = []
         self._closed = False
         self._is_advised = False  # that gradients should be averaged before they are changed
-        norm, error = attempt(_as_max_grad_norm, max_grad_norm, policy)
+        norm, error = attempt(as_max_grad_norm, max_grad_norm, policy)
         if groups.error is None and error is not None:
             groups = Outcome(None, error)
         call = f"{rule.name}()"
@@ -121,17 +121,17 @@ class Optimizer(Generic[P]):
         writes = UserWrites(self.parts.memory, self.topology.places[self.topology.rank])
         state_view = StateView(self.parts, writes)
         self.params = SharedParams(self.parts, state_view, writes)
+        self.groups = GroupCalls(self, state_view)
         self.states = StateCalls(self, state_view)
         self.values = ParamCalls(self)
         if isinstance(self.parts.grads, UpdatedGradients):
             self._step: Step = StepAfterUpdates(
-                self.parts, self.params, self.parts.grads, self._is_edited
+                self.parts, self.params, self.parts.grads, self.groups.are_edited
             )
         else:
             self._step = Step(self.parts, self.params)
-        self._regrouping = Regrouping(self.parts, self.params, state_view)
         try:
-            self.extend(call, groups)
+            self.groups.extend(call, groups)
         except RankFailureError:
             raise  # releasing needs every rank
         except (ShardoptError, TypeError, ValueError):
@@ -172,7 +172,7 @@ class Optimizer(Generic[P]):
                 calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.take_over_groups("step()", is_step=True)
+        self.groups.take_over("step()", is_step=True)
         before = self.last_step
         call = StepCall(loss_scale, overflowed, error, num_writes)
         with self.parts.trace.span("step", step=before.step + 1):
@@ -215,8 +215,8 @@ class Optimizer(Generic[P]):
             RankMismatchError: Ranks have different loss scales or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.take_over_groups("average_grads()")
-        self._step.averaging.run(loss_scale, self.last_step.step + 1)
+        self.groups.take_over("average_grads()")
+        self.averaging.run(loss_scale, self.last_step.step + 1)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zero this rank's gradients in place, or leave the parameters without.
@@ -227,9 +227,9 @@ class Optimizer(Generic[P]):
         self.require_open()
         parts = self.parts
         self._enter_queue()
-        self._step.averaging.end()
+        self.averaging.end()
         parts.overlap.grads_zeroed()
-        if self._is_edited():
+        if self.groups.are_edited():
             parts.registry.zero_pending(set_to_none=set_to_none)
         parts.grads.zero(set_to_none=set_to_none)
 
@@ -252,80 +252,14 @@ class Optimizer(Generic[P]):
             )
         self.parts.registry.param_groups = groups
 
-    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Add a group of parameters; see ``extend``. Collective: every rank."""
-        group, error = attempt(make_group, param_group, self.defaults)
-        self.extend("add_param_group()", Outcome(None if group is None else [group], error))
+    # -- before a call -----------------------------------------------------------------------------
 
-    def extend(self, call: str, groups: Outcome[list[Group]]) -> None:
-        """Add groups of parameters; those already there keep their state.
-
-        Collective: every rank.
-
-        Args:
-            call: The user's call, for messages.
-            groups: The new groups, complete with every hyperparameter, or the error met in making
-                them.
-
-        Raises:
-            PartitionError: The parameters cannot be laid out, or one is in the optimizer already.
-            HyperparamsError: A hyperparameter is out of range.
-            RankMismatchError: Ranks were given different groups.
-        """
-        self.take_over_groups(call)
-        self._regrouping.add(RegroupCall(call, self.last_step.step, self._settings()), groups)
-        self._step.averaging.repeat()
-
-    def complete_groups(self) -> None:
-        """Complete groups that users have put together, for a call that takes nothing over.
-
-        Raises:
-            PartitionError: One is not a group.
-        """
-        if self._is_edited():
-            complete_groups(self.param_groups, self.defaults)
-
-    def take_over_groups(self, call: str, *, is_step: bool = False) -> None:
-        """Take over groups that users have edited; see [Note: edited param groups].
-
-        A step whose updates backward has made takes nothing over: an edit before its backward has
-        been refused there, and one after it waits for the next call.
-
-        Collective: every rank, if groups were edited on any.
-
-        Args:
-            call: The user's call, for messages.
-            is_step: Whether it takes what backward has updated.
-
-        Raises:
-            CallOrderError: Backward has updated parameters, and this is no step.
-            PartitionError: A new parameter cannot be used.
-            HyperparamsError: A hyperparameter is out of range.
-            CheckpointError: State was assigned to a new parameter that does not fit it.
-            RankMismatchError: Ranks have edited groups differently. The groups are then those from
-                before the edit; likewise with the other errors but the first.
-        """
-        self.require_open()
-        is_edited = self._is_edited()
-        _, error = attempt(self._arrive)
-        if error is None and not is_step:
-            error = attempt(self.require_settled, call).error
-        if error is not None:
-            self.enter_call(call, {}, error)  # the others meet it in whatever they agree on next
-        if not is_edited or (is_step and self.parts.grads.are_updates):
-            return
-        call = f"{call} with edited param_groups"
-        lost = self._regrouping.take_over(RegroupCall(call, self.last_step.step, {}), self.defaults)
-        self._step.averaging.repeat()
-        names = {binding.name for binding in self.parts.registry.bindings}
-        if self.last_step.poisoned_param not in names:
-            self.last_step = self.last_step.without_poison()
-        if lost:
-            tell(lost_state_warning(lost), aloud=self.topology.rank == 0)
-
-    def _is_edited(self) -> bool:
-        """Whether users have edited groups since all ranks have last taken them over."""
-        return self.parts.registry.is_edited(self.defaults)
+    def require_open(self) -> None:
+        """Raise after ``close``."""
+        if self._closed:
+            raise ClosedError(
+                "the optimizer must be open; got a call after close(). Build a new one."
+            )
 
     def require_settled(self, call: str) -> None:
         """Refuse a call while backward has updated some parameters; see ``Gradients``.
@@ -346,7 +280,7 @@ class Optimizer(Generic[P]):
         self.require_open()
         self.parts.prefetch.finish()
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
         """Do all work behind what the user has done so far, with all parameters here."""
         self._enter_queue()
         self.parts.prefetch.finish()
@@ -387,14 +321,9 @@ class Optimizer(Generic[P]):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self.parts.clipping.max_grad_norm = _as_max_grad_norm(value, self.policy)
+        self.parts.clipping.max_grad_norm = as_max_grad_norm(value, self.policy)
 
     # -- for checkpoints ---------------------------------------------------------------------------
-
-    @property
-    def num_cores(self) -> int:
-        """This rank's share of the cores it may run on."""
-        return self.parts.num_cores
 
     @property
     def topology(self) -> Topology:
@@ -405,6 +334,11 @@ class Optimizer(Generic[P]):
     def step_counts(self) -> Sequence[StepCount]:
         """The steps that each parameter has taken."""
         return self.parts.rule.step_counts
+
+    @property
+    def averaging(self) -> Averaging:
+        """Averages gradients before a step."""
+        return self._step.averaging
 
     @property
     def background(self) -> list[BackgroundWork]:
@@ -501,40 +435,12 @@ class Optimizer(Generic[P]):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _settings(self) -> Description:
-        """Return the settings that must be the same on every rank."""
-        policy = self.policy.describe()
-        norm = {"max_grad_norm": self.max_grad_norm}
-        return {"shardopt's version": __version__, **policy, **norm}
-
-    def require_open(self) -> None:
-        """Raise after ``close``."""
-        if self._closed:
-            raise ClosedError(
-                "the optimizer must be open; got a call after close(). Build a new one."
-            )
-
     def _release(self, call: str) -> None:
         self._closed = True
         try:
             self.states.release()
         finally:
             self.parts.free(call)
-
-
-def _as_max_grad_norm(value: object, policy: ShardPolicy) -> float | None:
-    """Return a norm to clip to, or None.
-
-    Raises:
-        HyperparamsError: It is neither a positive number nor None, or cannot be had.
-    """
-    norm = as_max_grad_norm(value)
-    if norm is not None and policy.update_in_backward:
-        raise HyperparamsError(
-            f"max_grad_norm must be None with {OPTION}; got {norm}. The norm is known only after "
-            "backward, which updates: leave the option out to clip."
-        )
-    return norm
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:

@@ -46,7 +46,7 @@ class ParamCalls:
             CheckpointError: A value is missing or has another shape. Nothing has changed then.
             RankMismatchError: Ranks have different values. Likewise.
         """
-        self._core.take_over_groups("load_params()")
+        self._core.groups.take_over("load_params()")
         parts, call, step = self._core.parts, "load_params()", self._core.last_step.step
         parsed, error = attempt(parse_values, values, parts.registry)
         self._core.enter_call(call, {}, error)
@@ -105,7 +105,7 @@ class ParamCalls:
             RankMismatchError: Ranks name different ones.
             HyperparamsError: There is no such rank.
         """
-        self._core.take_over_groups("adopt()")
+        self._core.groups.take_over("adopt()")
         ranks = range(self._core.topology.world_size)
         error: Exception | None = None
         if rank not in ranks:

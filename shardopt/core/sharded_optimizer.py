@@ -146,7 +146,7 @@ class ShardedOptimizer:
 
     def take_over_groups(self, call: str) -> None:
         """See ``Sharded``."""
-        self._core.take_over_groups(call)
+        self._core.groups.take_over(call)
 
     def require_whole(self, call: str) -> None:
         """See ``Sharded``."""

@@ -99,7 +99,7 @@ class StateCalls:
         self._core.require_settled("state_dict()")
         self._core.parts.grads.require_whole("state_dict()")
         self._core.wait_params()
-        self._core.complete_groups()
+        self._core.groups.complete()
         if not self.is_whole and any(count.step for count in self._core.step_counts):
             tell(part_warning(*self._view.home.part), aloud=True)
         return self._view.state_dict(self._state)
@@ -115,7 +115,7 @@ class StateCalls:
         Raises:
             CheckpointError: ``root`` is no rank.
         """
-        self._core.take_over_groups("gather_state_dict()")
+        self._core.groups.take_over("gather_state_dict()")
         ranks, error = range(self._core.topology.world_size), None
         if root not in ranks:
             error = CheckpointError(
@@ -148,7 +148,7 @@ class StateCalls:
             CheckpointError: It is of another model, or shows this optimizer at another step, or
                 ranks together lack a part. Nothing has changed then.
         """
-        self._core.take_over_groups("load_state_dict()")
+        self._core.groups.take_over("load_state_dict()")
         call, collectives, step = (
             "load_state_dict()",
             self._core.parts.collectives,

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from shardopt.comm.consensus import rank_list
 from shardopt.errors import RankMismatchError
 from shardopt.params.writes import Written
+from shardopt.rule.coefficients import StepCount
 
 COUNT_KEYS = ("step", "mu_product")
 RESET_KEY = "state"
@@ -109,6 +110,25 @@ def _done(edit: Written, value: int | None) -> str:
     if edit.key == RESET_KEY:
         return "no reset" if value is None else "a reset of its state"
     return f"no new {edit.key}" if value is None else f"a {edit.key} of {number_of(value)}"
+
+
+def changed_counts(counts: Sequence[StepCount], edits: Mapping[Written, int]) -> list[StepCount]:
+    """Return step counts as they are after some edits.
+
+    Args:
+        counts: One for each parameter.
+        edits: The edits, with the bits of each new count.
+    """
+    changed = list(counts)
+    for (index, key), bits in edits.items():
+        step, mu_product = changed[index].step, changed[index].mu_product
+        if key == RESET_KEY:
+            changed[index] = StepCount()
+        elif key == "step":
+            changed[index] = StepCount(int(number_of(bits)), mu_product)
+        else:
+            changed[index] = StepCount(step, number_of(bits))
+    return changed
 
 
 def bits_of(number: Any) -> int:

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 from shardopt.core.array_memory import overlaps_any
 from shardopt.core.parts import Parts
 from shardopt.core.state_mapping import ABSENT, Entry
-from shardopt.core.state_parsing import require
+from shardopt.core.state_parsing import parse_entry, require
 from shardopt.core.state_view import StateView
 from shardopt.params.planning import PlannedGroups
 
@@ -57,7 +57,7 @@ class StateMoves:
                 self._view.home.is_whole, f"opt.state of {spec.name!r}", rule, "an entry", _ANEW
             )
             group = planned.groups[spec.group - planned.first_group]
-            numbers, arrays = self._view.parse(spec, group, entry)
+            numbers, arrays = parse_entry(entry, spec, group, self._view.home.state, is_whole=True)
             own = {k: a.copy() if overlaps_any(a, views) else a for k, a in arrays.items()}
             shaped = {key: array.reshape(spec.shape) for key, array in own.items()}
             self._view.stored.put(param, {**numbers, **shaped})

@@ -186,7 +186,7 @@ def _parse_piece(entry: Mapping[str, Any], spec: ParamSpec, rule: Rule, *, is_wh
         runs = _parse_slices(entry["slices"], spec)
         shape = (sum(run.numel for run in runs),)
     arrays = {
-        each.key: parse_array(entry[each.key], each, spec.name, shape)
+        each.key: _parse_array(entry[each.key], each, spec.name, shape)
         if each in present
         else np.zeros(sum(run.numel for run in runs), each.value_dtype)
         for each in specs
@@ -202,7 +202,7 @@ def _parse_slices(slices: Any, spec: ParamSpec) -> tuple[Span, ...]:
     return runs
 
 
-def parse_array(value: Any, spec: StateSpec, name: str, shape: tuple[int, ...]) -> FloatArray:
+def _parse_array(value: Any, spec: StateSpec, name: str, shape: tuple[int, ...]) -> FloatArray:
     """Check an array of the state of a parameter, and return it flat.
 
     Raises:
@@ -250,6 +250,45 @@ def parse_step_count(entry: Mapping[str, Any], name: str) -> StepCount:
     return StepCount(int(step), mu_product)
 
 
+def parse_entry(
+    entry: Any, spec: ParamSpec, group: Group, state: OptimizerState, *, is_whole: bool
+) -> tuple[Mapping[str, float], dict[str, FloatArray]]:
+    """Check an entry of ``opt.state`` that a user has put together.
+
+    Args:
+        entry: The entry.
+        spec: Its parameter.
+        group: The param group of that.
+        state: The optimizer's.
+        is_whole: Whether it must have arrays, as this rank shows the whole state.
+
+    Returns:
+        The step count, by key, and the arrays, flat.
+
+    Raises:
+        CheckpointError: It is not what ``opt.state`` has there.
+    """
+    specs, count_keys = spec.state if is_whole else (), state.rule.count_keys
+    keys = [*count_keys, *(each.key for each in specs)]
+    name, rule = f"opt.state of {spec.name!r}", f"be a dict with the keys {', '.join(keys)}"
+    require(isinstance(entry, Mapping), name, rule, f"a {type(entry).__name__}", AS_STATE)
+    hyper = state.rule.from_group(group)
+    try:
+        values = state.read_entry(entry, hyper)
+        require(set(values) == set(keys), name, rule, sorted(values), AS_STATE)
+        numbers = {key: float(values[key]) for key in count_keys}
+        arrays = {
+            each.key: _parse_array(values[each.key], each, spec.name, spec.shape) for each in specs
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        got = f"{type(error).__name__} ({error}) where it was read"
+        raise CheckpointError(f"{name} must {rule}; got {got}. {AS_STATE}.") from error
+    return numbers, arrays
+
+
+AS_STATE = "Put in what opt.state has there, or call opt.reset_state()"
 _OWN_FORMAT = "Pass what state_dict() or gather_state_dict() gave"
 _OTHER_MODEL = "Load it into the optimizer of the model it was saved from"
 _OTHER_RULE = (

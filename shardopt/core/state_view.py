@@ -24,18 +24,14 @@ from shardopt.core.state_edits import (
     HandedOut,
     StateNotes,
     bits_of,
-    number_of,
+    changed_counts,
 )
 from shardopt.core.state_home import StateAtHome
 from shardopt.core.state_mapping import ABSENT, ON_DEMAND, Entry, State
-from shardopt.core.state_parsing import parse_array, parse_step_count, require
+from shardopt.core.state_parsing import AS_STATE, parse_entry, parse_step_count, require
 from shardopt.errors import CheckpointError, PartitionError
-from shardopt.layout.partition import ParamSpec
-from shardopt.params.groups import Group
 from shardopt.params.writes import UserWrites, Written
 from shardopt.rule.coefficients import StepCount
-
-_AS_STATE = "Put in what opt.state has there, or call opt.reset_state()"
 
 
 class StateView:
@@ -200,7 +196,7 @@ class StateView:
             CheckpointError: An entry of ``opt.state`` has been changed into something else.
         """
         registry = self._parts.registry
-        counts, entries = self._changed_counts(self.find_edits()), {}
+        counts, entries = changed_counts(self._parts.rule.step_counts, self.find_edits()), {}
         self.home.bring()
         for number, param in enumerate(state.params):  # edits of groups may be pending
             index = registry.index_of(param)
@@ -289,7 +285,7 @@ class StateView:
             return
         parts = self._parts
         resets = {index for index, key in edits if key == RESET_KEY}
-        counts = self._changed_counts(edits)
+        counts = changed_counts(parts.rule.step_counts, edits)
         for _, arrays in self.home.owned(resets):
             for array in arrays.values():
                 array[:] = 0
@@ -343,15 +339,17 @@ class StateView:
         pending = set(map(id, registry.pending())) if self.notes.surplus else set()
         left = [p for p in self.notes.surplus if p in mapping and id(p) not in pending]
         rule, got = "have entries for the parameters of this optimizer only", f"{left!r:.80}"
-        require(not left, "opt.state", rule, got, _AS_STATE)
+        require(not left, "opt.state", rule, got, AS_STATE)
         resets, changed = set(), {}
+        state, is_whole = self.home.state, self.home.is_whole
         for index in self.notes.dirty:
             entry = mapping.peek(bindings[index].param)
             if entry is ABSENT or (isinstance(entry, Mapping) and not entry):
                 resets |= {index} & self.notes.expected
             elif entry is not None:
                 spec = registry.partition.params[index].spec
-                changed[index] = self.parse(spec, registry.param_groups[spec.group], entry)
+                group = registry.param_groups[spec.group]
+                changed[index] = parse_entry(entry, spec, group, state, is_whole=is_whole)
         if changed:
             self.home.bring()  # what is left alone is to be as it is there
         views = [piece.view for _, piece in self._parts.memory.pieces]
@@ -380,45 +378,3 @@ class StateView:
         self.notes.resets = (self.notes.resets - set(changed)) | resets
         self.notes.dirty.clear()
         self.notes.surplus = [param for param in self.notes.surplus if id(param) in pending]
-
-    def parse(
-        self, spec: ParamSpec, group: Group, entry: Any
-    ) -> tuple[Mapping[str, float], dict[str, FloatArray]]:
-        """Return the step count of an entry that a user has put together, and its arrays, flat."""
-        state = self.home.state
-        specs = spec.state if self.home.is_whole else ()
-        name, count_keys = f"opt.state of {spec.name!r}", state.rule.count_keys
-        keys = [*count_keys, *(each.key for each in specs)]
-        rule = f"be a dict with the keys {', '.join(keys)}"
-        is_dict = isinstance(entry, Mapping)
-        require(is_dict, name, rule, f"a {type(entry).__name__}", _AS_STATE)
-        hyper = state.rule.from_group(group)
-        try:
-            values = state.read_entry(entry, hyper)
-            require(set(values) == set(keys), name, rule, sorted(values), _AS_STATE)
-            numbers = {key: float(values[key]) for key in count_keys}
-            arrays = {
-                each.key: parse_array(values[each.key], each, spec.name, spec.shape)
-                for each in specs
-            }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            got = f"{type(error).__name__} ({error}) where it was read"
-            raise CheckpointError(f"{name} must {rule}; got {got}. {_AS_STATE}.") from error
-        return numbers, arrays
-
-    def _changed_counts(self, edits: Mapping[Written, int]) -> list[StepCount]:
-        """Return all step counts as they are with some edits."""
-        counts = list(self._parts.rule.step_counts)
-        for (index, key), bits in edits.items():
-            if key == RESET_KEY:
-                counts[index] = StepCount()
-            else:
-                number = number_of(bits)
-                step, mu_product = counts[index].step, counts[index].mu_product
-                is_step = key == "step"
-                counts[index] = StepCount(
-                    int(number) if is_step else step, mu_product if is_step else number
-                )
-        return counts

@@ -143,7 +143,7 @@ class ShardedOptimizer(ArrayFrontEnd):
             loss_scale: See ``step``, as for the errors.
             overflowed: Likewise.
         """
-        self.core.take_over_groups("step()")  # before leaves are lent to the adapter
+        self.core.groups.take_over("step()")  # before leaves are lent to the adapter
         views = [leaf.data for leaf in self._leaves]
         if inputs.value is not None:
             for leaf, grad, data in zip(self._leaves, *inputs.value, strict=True):

@@ -204,7 +204,7 @@ class ShardedOptimizer(torch.optim.Optimizer, FrontEnd):
         groups: Outcome[list[Group]] = Outcome(None, error)
         if error is None:
             groups = Outcome([self.param_groups.pop()], None)
-        self.core.extend("add_param_group()", groups)
+        self.core.groups.extend("add_param_group()", groups)
 
     @property  # type: ignore[override,unused-ignore]  # of torch, where it is an attribute
     def param_groups(self) -> list[Group]:
