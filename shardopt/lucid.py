@@ -11,21 +11,19 @@ from lucid.nn import Module, Parameter
 from lucid.optim import Optimizer as LucidOptimizer
 
 from shardopt.comm.consensus import attempt
+from shardopt.core import signatures
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.errors import PartitionError
 from shardopt.params.adapter import array_error, model_error
 from shardopt.params.array_adapter import ArrayAdapter
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.params.model import ModelContent, content_of
-from shardopt.rule import adam, nadam, radam
+from shardopt.rule import nadam
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from mpi4py import MPI
-
     from shardopt._typing import FloatArray
-    from shardopt.policy import ShardPolicy
     from shardopt.rule.hyperparams import Hyperparams
 
 __all__ = ["Adam", "AdamW", "NAdam", "RAdam"]
@@ -33,13 +31,9 @@ __all__ = ["Adam", "AdamW", "NAdam", "RAdam"]
 
 @LucidOptimizer.register  # for isinstance() alone: it inherits none of lucid's methods
 class _LucidOptimizer(InPlaceFrontEnd):
-    """An optimizer of lucid's parameters; ``NAdam`` describes what all have in common.
+    """An optimizer of lucid's parameters; ``NAdam`` describes what all have in common."""
 
-    Args:
-        arguments: Those of the constructor, by name.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def _set_up(self, arguments: Mapping[str, Any]) -> None:
         params, defaults = arguments["params"], defaults_of(self.rule, arguments)
         if isinstance(params, Module):
             params = _named_parameters(params)
@@ -59,34 +53,22 @@ class _LucidOptimizer(InPlaceFrontEnd):
         super().zero_grad(set_to_none)
 
 
-class NAdam(_LucidOptimizer):
+class NAdam(signatures.NAdam, _LucidOptimizer):
     """The NAdam of the paper and of torch, in place of lucid.optim.NAdam, sharded over MPI ranks.
+
+    ``params`` is a module, ``model.parameters()``, (name, parameter) pairs, or dicts with
+    ``params`` and hyperparameters. A module, its ``parameters()`` and pairs give parameters the
+    names that messages and checkpoints show.
 
     ``variant="lucid"`` computes the numbers of lucid.optim.NAdam instead. Those are not NAdam's:
     lucid has no momentum schedule, shrinks ``exp_avg`` by ``1 - momentum_decay`` at every step and
     corrects the bias twice, so that early steps are a third as long.
 
-    Arguments have lucid's order, and lucid's schedulers accept this optimizer. Either optimizer
+    Arguments begin in lucid's order, and lucid's schedulers accept this optimizer. Either optimizer
     loads the state dicts of the other; ``mu_product``, which lucid does not keep, is then computed
     from ``step``.
 
     Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
-
-    Args:
-        params: A module, ``model.parameters()``, (name, parameter) pairs, or dicts with ``params``
-            and hyperparameters. A module, its ``parameters()`` and pairs give parameters the names
-            that messages and checkpoints show.
-        lr: Learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
-        momentum_decay: psi of the momentum schedule.
-        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        decoupled_weight_decay: Decay weights as AdamW does.
-        maximize: Follow the gradient instead of descending it.
-        max_grad_norm: Clip the global norm of the averaged gradient to this.
-        comm: The ranks that train together; None is COMM_WORLD.
-        policy: How to shard.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -98,121 +80,31 @@ class NAdam(_LucidOptimizer):
         ...         opt.step()
     """
 
-    rule = nadam.NAdam
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum_decay: float = 4e-3,
-        *,
-        variant: str = "torch",
-        decoupled_weight_decay: bool = False,
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class Adam(_LucidOptimizer):
+class Adam(signatures.Adam, _LucidOptimizer):
     """The Adam of the paper and of torch, in place of lucid.optim.Adam, sharded over MPI ranks.
 
     ``variant="lucid"`` computes the numbers of lucid.optim.Adam instead, which adds ``eps`` before
     the bias correction: a step is smaller where gradients are as small as ``eps``. All that
     ``NAdam`` says of arguments, calls and state dicts holds here, too.
-
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        amsgrad: Must be False: there is no third moment.
-        variant: The Adam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
     """
 
-    rule = adam.Adam
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        decoupled_weight_decay: bool = False,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class AdamW(_LucidOptimizer):
+class AdamW(signatures.AdamW, _LucidOptimizer):
     """The AdamW of the paper and of torch, in place of lucid.optim.AdamW, sharded over MPI ranks.
 
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        weight_decay: Subtracted from the parameter, times ``lr``.
-        amsgrad: Must be False: there is no third moment.
-        variant: See ``Adam``.
+    All that ``Adam`` says holds here, too.
     """
 
-    rule = adam.AdamW
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class RAdam(_LucidOptimizer):
+class RAdam(signatures.RAdam, _LucidOptimizer):
     """The RAdam of the paper and of torch, in place of lucid.optim.RAdam, sharded over MPI ranks.
 
     ``variant="lucid"`` computes the numbers of lucid.optim.RAdam instead. Those are not RAdam's:
     lucid leaves a divisor out of the rectification, so that steps become up to ``sqrt(rho)`` times
-    as long, 45 times with the default betas.
-
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        variant: The RAdam to follow: ``torch``, ``optax`` or ``lucid``.
+    as long, 45 times with the default betas. All that ``NAdam`` says of arguments, calls and state
+    dicts holds here, too.
     """
-
-    rule = radam.RAdam
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        decoupled_weight_decay: bool = False,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
 
 
 class _LucidAdapter(ArrayAdapter[Parameter]):

@@ -8,21 +8,18 @@ import numpy as np
 
 from shardopt.backends.base import is_on_device
 from shardopt.comm.consensus import attempt
+from shardopt.core import signatures
 from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.errors import PartitionError
 from shardopt.layout.dtypes import is_floating
 from shardopt.params.adapter import array_error
 from shardopt.params.array_adapter import ArrayAdapter
 from shardopt.params.groups import defaults_of, make_groups
-from shardopt.rule import adam, nadam, radam
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mpi4py import MPI
-
     from shardopt._typing import FloatArray
-    from shardopt.policy import ShardPolicy
 
 __all__ = ["Adam", "AdamW", "NAdam", "Parameter", "RAdam"]
 
@@ -60,36 +57,21 @@ class Parameter:
 
 
 class _ArrayOptimizer(InPlaceFrontEnd):
-    """An optimizer of ``Parameter``s.
+    """An optimizer of ``Parameter``s."""
 
-    Args:
-        arguments: Those of the constructor, by name.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def _set_up(self, arguments: Mapping[str, Any]) -> None:
         defaults = defaults_of(self.rule, arguments)
         groups = attempt(make_groups, arguments["params"], defaults)
         self._start(groups, _NumpyAdapter(), defaults, arguments)
 
 
-class NAdam(_ArrayOptimizer):
+class NAdam(signatures.NAdam, _ArrayOptimizer):
     """NAdam as torch.optim.NAdam computes it, sharded over MPI ranks.
 
-    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
+    ``params`` is a sequence of ``Parameter``s, of (name, parameter) pairs, or of dicts with
+    ``params`` and hyperparameters.
 
-    Args:
-        params: Parameters, (name, parameter) pairs, or dicts with ``params`` and hyperparameters.
-        lr: Learning rate.
-        betas: Decay of the first and second moment.
-        eps: Added to the square root of the second moment.
-        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
-        momentum_decay: psi of the momentum schedule.
-        decoupled_weight_decay: Decay weights as AdamW does.
-        variant: The NAdam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``.
-        maximize: Follow the gradient instead of descending it.
-        max_grad_norm: Clip the global norm of the averaged gradient to this.
-        comm: The ranks that train together; None is COMM_WORLD.
-        policy: How to shard.
+    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
 
     Example:
         >>> w = Parameter(np.ones(3, np.float32), "w")
@@ -98,122 +80,17 @@ class NAdam(_ArrayOptimizer):
         ...     opt.step()
     """
 
-    rule = nadam.NAdam
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
+class Adam(signatures.Adam, _ArrayOptimizer):
+    """Adam as torch.optim.Adam computes it, sharded over MPI ranks; see ``NAdam``."""
 
 
-class Adam(_ArrayOptimizer):
-    """Adam as torch.optim.Adam computes it, sharded over MPI ranks.
-
-    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
-
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        weight_decay: Added to the gradient, or subtracted from the parameter when decoupled.
-        amsgrad: Must be False: there is no third moment.
-        decoupled_weight_decay: Decay weights as AdamW does.
-        variant: The Adam to follow: ``torch``, ``keras``, ``optax`` or ``lucid``, of which
-            ``keras`` and ``lucid`` add ``eps`` before the bias correction.
-    """
-
-    rule = adam.Adam
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        decoupled_weight_decay: bool = False,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
+class AdamW(signatures.AdamW, _ArrayOptimizer):
+    """AdamW as torch.optim.AdamW computes it, sharded over MPI ranks; see ``NAdam``."""
 
 
-class AdamW(_ArrayOptimizer):
-    """AdamW as torch.optim.AdamW computes it, sharded over MPI ranks.
-
-    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
-
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        weight_decay: Subtracted from the parameter, times ``lr``.
-        amsgrad: Must be False: there is no third moment.
-        variant: See ``Adam``.
-    """
-
-    rule = adam.AdamW
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class RAdam(_ArrayOptimizer):
-    """RAdam as torch.optim.RAdam computes it, sharded over MPI ranks.
-
-    Collective: construction and most methods; see ``core.Optimizer`` for those and for the errors.
-
-    Args:
-        params: See ``NAdam``, as for all that is not named here.
-        variant: The RAdam to follow: ``torch``, ``optax`` or ``lucid``.
-    """
-
-    rule = radam.RAdam
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        *,
-        variant: str = "torch",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        comm: MPI.Intracomm | None = None,
-        policy: ShardPolicy | None = None,
-    ) -> None:
-        super().__init__(locals())
+class RAdam(signatures.RAdam, _ArrayOptimizer):
+    """RAdam as torch.optim.RAdam computes it, sharded over MPI ranks; see ``NAdam``."""
 
 
 class _NumpyAdapter(ArrayAdapter[Parameter]):

@@ -92,7 +92,7 @@ def test_arguments_stand_in_lucids_order():
         [(p.name, p.default) for p in inspect.signature(cls).parameters.values() if p.kind == 1]
         for cls in (NAdam, optim.NAdam)
     )
-    assert ours == theirs
+    assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.parametrize("case", LUCID)

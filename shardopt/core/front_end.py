@@ -221,7 +221,18 @@ def _mistyped(kind: type[FrontEnd], name: str) -> str | None:
 
 
 class ArrayFrontEnd(FrontEnd):
-    """The front end of a framework whose parameters hold arrays."""
+    """The front end of a framework whose parameters hold arrays.
+
+    Its constructor is one of those in ``signatures``.
+    """
+
+    def _set_up(self, arguments: Mapping[str, Any]) -> None:
+        """Make the parameters into groups, and call ``_start``; each framework in its own way.
+
+        Args:
+            arguments: Those of the constructor, by name.
+        """
+        raise NotImplementedError
 
     def _start(
         self,

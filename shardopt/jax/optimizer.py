@@ -41,13 +41,9 @@ class Inputs(NamedTuple):
 
 
 class ShardedOptimizer(ArrayFrontEnd):
-    """An optimizer of pytrees; ``NAdam`` describes what all have in common.
+    """An optimizer of pytrees; ``NAdam`` describes what all have in common."""
 
-    Args:
-        arguments: Those of the constructor, by name.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def _set_up(self, arguments: Mapping[str, Any]) -> None:
         defaults = defaults_of(self.rule, arguments)
         tree, error = attempt(make_leaves, arguments["params"])
         groups: Outcome[list[Group]] = Outcome(None, error)
