@@ -13,7 +13,6 @@ import mmap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from types import TracebackType
@@ -152,47 +151,6 @@ class Triad:
     def close(self) -> None:
         """End the threads and free the arrays."""
         self._arrays.close()
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryBandwidth:
-    """Bandwidth of memory, in bytes/s; see [Note: two bandwidths].
-
-    Attributes:
-        triad: ``a = b + 3 c``, three elements counted.
-        axpy: ``a = a + 3 c``, three elements counted.
-        copy: ``memcpy``, two elements counted.
-    """
-
-    triad: float
-    axpy: float
-    copy: float
-
-
-def measure_memory(numel: int, dtype: str, num_threads: int, repetitions: int) -> MemoryBandwidth:
-    """Measure triad, axpy and copy, and return the fastest of several repetitions of each.
-
-    Args:
-        numel: Elements of each of three arrays.
-        dtype: NumPy's name of their dtype.
-        num_threads: Number of threads to run on.
-        repetitions: How often each is timed, in turns.
-    """
-    loops = Triad(numel, dtype, num_threads)
-    times_s = [
-        [_time(run) for run in (loops.triad, loops.axpy, loops.copy)] for _ in range(repetitions)
-    ]
-    loops.close()
-    triad_s, axpy_s, copy_s = map(min, zip(*times_s, strict=True))
-    return MemoryBandwidth(
-        loops.nbytes / triad_s, loops.nbytes / axpy_s, loops.copy_nbytes / copy_s
-    )
-
-
-def _time(run: Callable[[], None]) -> float:
-    start_s = time.perf_counter()
-    run()
-    return time.perf_counter() - start_s
 
 
 def _page_aligned(numel: int, dtype: str) -> FloatArray:

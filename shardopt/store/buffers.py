@@ -142,11 +142,6 @@ class ShardBuffers:
         self.region = partition.regions[index]
         self.shards = partition.shards(*place, index)
 
-    @property
-    def owned_numel(self) -> int:
-        """Elements that this rank owns."""
-        return sum(shard.numel for shard in self.shards)
-
     def local(self, span: Span) -> Span:
         """Return a span of the flat index space counted from the start of the region."""
         return span.shift(-self.region.start)

@@ -9,7 +9,7 @@ import pytest
 
 from shardopt.layout.padding import PERIOD_NBYTES, STEP_NBYTES
 from shardopt.measure import memory
-from shardopt.measure.memory import ThreadedArrays, Triad, measure_addition, measure_memory
+from shardopt.measure.memory import ThreadedArrays, Triad, measure_addition
 
 
 def whole(arrays):
@@ -68,12 +68,6 @@ def test_the_bytes_of_an_addition_are_counted(monkeypatch):
     monkeypatch.setattr(memory, "_BLOCK_NUMEL", 100)
     with ThreadedArrays(2, 150, "float64", 1) as arrays:
         assert measure_addition(arrays, 2.0) == 3 * 8 * (100 + 50) / 2.0
-
-
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_measurement_has_all_bandwidths(num_threads):
-    found = measure_memory(10_000, "float32", num_threads, repetitions=2)
-    assert min(found.triad, found.axpy, found.copy) > 0
 
 
 def test_an_addition_needs_no_numba():

@@ -11,7 +11,6 @@ fences is checked by ``tests.support.order``.
 
 import contextlib
 import functools
-import math
 import weakref
 from contextlib import contextmanager
 
@@ -391,7 +390,3 @@ def in_order():
     QUEUE.run()
     if errors := QUEUE.order.take_errors():
         raise OrderError("\n".join(errors[:5]))
-
-
-def numel_of(shapes):
-    return sum(math.prod(shape) for shape in shapes)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from shardopt.cli.trace.reading import Alignment, Event, Run, TraceFile, time_ns
 
-STEP, MEETING, WAIT = "step", "consensus", "wait"
+STEP, MEETING = "step", "consensus"
 SAVES = ("save", "write_file", "hash", "write", "sync", "commit")
 PHASES, INSIDE, BESIDE, OUTSIDE = "phase", "in a step", "beside steps", "between steps"
 
