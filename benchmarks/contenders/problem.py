@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from benchmarks.contenders.names import SHARDOPT
 from benchmarks.harness.placing import FloatArray
+from benchmarks.harness.result import Result, Samples
 
 DTYPE = "float32"
 LR = 2e-3  # torch's default for NAdam
@@ -35,6 +36,26 @@ class Problem:
     threads: int
     grad_size: float = GRAD_SIZE
     group: Any = None
+
+    def result(self, case: str, title: str, samples_s: Samples, **more: Any) -> Result:
+        """Return the result of a case that has trained it.
+
+        Args:
+            case: Its name.
+            title: See ``Result``.
+            samples_s: Likewise.
+            **more: Other fields of ``Result``.
+        """
+        return Result(
+            case=case,
+            title=title,
+            ranks=self.comm.size,
+            threads=self.threads,
+            dtype=DTYPE,
+            numel=self.numel,
+            samples_s=samples_s,
+            **more,
+        )
 
     def bounds(self) -> list[tuple[int, int]]:
         """Return where each tensor begins and ends in the flattened model."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -47,6 +48,24 @@ def add_options(parser: argparse.ArgumentParser, kinds: Mapping[str, type[Any]])
             help=_help(by_case, len(kinds)),
             **several,
         )
+
+
+def parse_job(description: str | None, case: str, kind: type[Any]) -> tuple[Any, Path]:
+    """Parse the arguments of the ranks' side of a case that starts jobs.
+
+    Args:
+        description: What it measures.
+        case: Its name.
+        kind: The dataclass of the options.
+
+    Returns:
+        The options, and the folder for the result.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("out", type=Path, help="folder for the result")
+    add_options(parser, {case: kind})
+    arguments = parser.parse_args()
+    return read_options(kind, arguments), arguments.out
 
 
 def read_options(kind: type[Any], arguments: argparse.Namespace) -> Any:

@@ -8,7 +8,7 @@ from benchmarks.cases.faces import CASE, Options
 from benchmarks.contenders.faces import installed_faces
 from benchmarks.contenders.internals import share_of_cores
 from benchmarks.contenders.names import THROUGH_TORCH_BFLOAT16
-from benchmarks.contenders.problem import DTYPE, Problem, require_alike
+from benchmarks.contenders.problem import Problem, require_alike
 from benchmarks.contenders.torch_env import load_torch
 from benchmarks.harness.result import Result
 from benchmarks.harness.timing import sample
@@ -28,13 +28,9 @@ def measure(options: Options) -> Iterator[Result]:
     for contender in contenders.values():
         contender.close()
     if comm.rank == 0:
-        yield Result(
-            case=CASE.name,
-            title=f"step() by framework: {options.tensors} tensors, time of the slowest rank",
-            ranks=comm.size,
-            threads=threads,
-            dtype=DTYPE,
-            numel=options.numel,
-            samples_s=samples_s,
+        yield problem.result(
+            CASE.name,
+            f"step() by framework: {options.tensors} tensors, time of the slowest rank",
+            samples_s,
             others=others,
         )

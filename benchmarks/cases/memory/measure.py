@@ -11,7 +11,7 @@ from benchmarks.contenders.handing import Handing
 from benchmarks.contenders.internals import share_of_cores
 from benchmarks.contenders.names import NEED_TORCH, STAGE_2, THROUGH_TORCH, THROUGH_TORCH_BFLOAT16
 from benchmarks.contenders.peers import CONTENDERS
-from benchmarks.contenders.problem import DTYPE, Contender, Problem
+from benchmarks.contenders.problem import Contender, Problem
 from benchmarks.contenders.torch_env import gloo, load_torch
 from benchmarks.harness.meter import proportional_set_nbytes, return_freed_memory
 from benchmarks.harness.result import Result
@@ -39,13 +39,10 @@ def measure(options: Options) -> Iterator[Result]:
             reported = [_reported_nbytes(Problem(comm, n, 1, threads)) for n in (1, options.numel)]
             figures[REPORTED] = (reported[1] - reported[0]) / options.numel
     if comm.rank == 0:
-        yield Result(
-            case=CASE.name,
-            title=f"Memory of the node after {STEPS} steps: growth of the summed Pss",
-            ranks=comm.size,
-            threads=threads,
-            dtype=DTYPE,
-            numel=options.numel,
+        yield problem.result(
+            CASE.name,
+            f"Memory of the node after {STEPS} steps: growth of the summed Pss",
+            {},
             figures=figures,
         )
 

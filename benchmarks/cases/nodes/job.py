@@ -1,10 +1,8 @@
 """The ranks' side of ``benchmarks.cases.nodes``."""
 
-import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
@@ -35,9 +33,9 @@ from benchmarks.contenders.internals import Topology, bucket_nbytes, topology_of
 from benchmarks.contenders.names import REDUCE_SCATTER, SHARDOPT, ZERO_REDUNDANCY
 from benchmarks.contenders.ours import Shardopt
 from benchmarks.contenders.peers import CONTENDERS
-from benchmarks.contenders.problem import DTYPE, Contender, Problem, require_alike
+from benchmarks.contenders.problem import Contender, Problem, require_alike
 from benchmarks.contenders.torch_env import gloo, load_torch
-from benchmarks.harness.options import add_options, read_options
+from benchmarks.harness.options import parse_job
 from benchmarks.harness.record import append
 from benchmarks.harness.result import Result, Samples
 from benchmarks.harness.timing import sample, slowest_s
@@ -52,11 +50,7 @@ _MIB = 1 << 20
 
 def main() -> None:
     """Measure on all ranks; rank 0 writes the result into a folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for the result")
-    add_options(parser, {CASE.name: JobOptions})
-    arguments = parser.parse_args()
-    options = read_options(JobOptions, arguments)
+    options, out = parse_job(__doc__, CASE.name, JobOptions)
     comm = MPI.COMM_WORLD
     has_torch = load_torch(_THREADS) is not None
     with topology_of(comm) as topology, gloo(comm, has_torch):
@@ -70,7 +64,7 @@ def main() -> None:
             job.time_prefetch(_policy(options.bucket_mib))
         job.close()
         if comm.rank == 0:
-            append(CASE, job.result(options.rate), arguments.out)
+            append(CASE, job.result(options.rate), out)
 
 
 class _Job:
@@ -184,14 +178,10 @@ class _Job:
         """
         problem, topology = self._problem, self._topology
         nodes, node_size = topology.num_nodes, topology.node_size
-        return Result(
-            case=CASE.name,
-            title=f"{nodes} nodes x {node_size}, links of {rate}; time of the slowest rank",
-            ranks=problem.comm.size,
-            threads=problem.threads,
-            dtype=DTYPE,
-            numel=problem.numel,
-            samples_s=self._samples_s,
+        return problem.result(
+            CASE.name,
+            f"{nodes} nodes x {node_size}, links of {rate}; time of the slowest rank",
+            self._samples_s,
             figures=self._figures,
             settings={"nodes": nodes, "node_size": node_size, "rate": rate},
             others=self._others,

@@ -39,14 +39,10 @@ def measure(options: Options) -> Iterator[Result]:
     for contender in contenders.values():
         contender.close()
     if comm.rank == 0:
-        yield Result(
-            case=CASE.name,
-            title=f"offloaded step(), link of {options.link:g} GB/s, time of the slowest rank",
-            ranks=comm.size,
-            threads=threads,
-            dtype=DTYPE,
-            numel=options.numel,
-            samples_s=samples_s,
+        yield problem.result(
+            CASE.name,
+            f"offloaded step(), link of {options.link:g} GB/s, time of the slowest rank",
+            samples_s,
             settings={"link": options.link},
             others=others,
         )

@@ -1,13 +1,11 @@
 """The ranks' side of ``benchmarks.cases.predict``."""
 
-import argparse
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 from mpi4py import MPI
@@ -28,8 +26,8 @@ from benchmarks.cases.predict import (
 )
 from benchmarks.contenders.internals import Topology, topology_of
 from benchmarks.contenders.ours import Shardopt
-from benchmarks.contenders.problem import DTYPE, Problem
-from benchmarks.harness.options import add_options, read_options
+from benchmarks.contenders.problem import Problem
+from benchmarks.harness.options import parse_job
 from benchmarks.harness.record import append
 from benchmarks.harness.result import Result, Samples
 from benchmarks.harness.timing import sample
@@ -43,11 +41,7 @@ _WARM_UP = 1
 
 def main() -> None:
     """Measure on all ranks; rank 0 writes the result into a folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for the result")
-    add_options(parser, {CASE.name: JobOptions})
-    arguments = parser.parse_args()
-    options = read_options(JobOptions, arguments)
+    options, out = parse_job(__doc__, CASE.name, JobOptions)
     with topology_of(MPI.COMM_WORLD) as topology:
         job = _Job(topology, options)
         job.time_steps()
@@ -55,7 +49,7 @@ def main() -> None:
             job.time_links()
         job.close()
         if topology.rank == 0:
-            append(CASE, job.result(), arguments.out)
+            append(CASE, job.result(), out)
 
 
 class _Metered:
@@ -118,14 +112,10 @@ class _Job:
         """Return what was measured."""
         nodes, node_size = self._topology.num_nodes, self._topology.node_size
         rate = self._options.rate
-        return Result(
-            case=CASE.name,
-            title=f"{nodes} nodes x {node_size}, links of {rate}; time of the slowest rank",
-            ranks=self._comm.size,
-            threads=_THREADS,
-            dtype=DTYPE,
-            numel=self._problem.numel,
-            samples_s=self._samples_s,
+        return self._problem.result(
+            CASE.name,
+            f"{nodes} nodes x {node_size}, links of {rate}; time of the slowest rank",
+            self._samples_s,
             figures=self._figures,
             settings={"nodes": nodes, "node_size": node_size, "rate": rate},
             others=self._others,

@@ -8,7 +8,7 @@ from typing import Any
 from mpi4py import MPI
 
 from benchmarks.cases.stages import CASE, Options, cpu_of
-from benchmarks.cases.training.measure import Text
+from benchmarks.cases.training.measure import Text, training
 from benchmarks.contenders.handing import Handing
 from benchmarks.contenders.internals import share_of_cores
 from benchmarks.contenders.names import (
@@ -104,7 +104,7 @@ class Run:
         learned = {}
         for name, trainer in self.trainers.items():
             losses: list[float] = []
-            self._take(name, _training(trainer, batches, losses), is_timed=is_timed)
+            self._take(name, training(trainer, batches, losses), is_timed=is_timed)
             learned[name] = losses
         if any(losses != learned[THROUGH_TORCH] for losses in learned.values()):
             raise RuntimeError(f"stages must have the same bits; got losses {learned}.")
@@ -118,17 +118,6 @@ class Run:
         if is_timed:
             self.samples_s.setdefault(name, []).append(spent_s / self.steps)
             self.samples_s.setdefault(cpu_of(name), []).append(float(cpu_s) / self.steps)
-
-
-def _training(
-    trainer: Trainer, batches: list[tuple[Any, Any]], losses: list[float]
-) -> Callable[[], None]:
-    """Return a function that trains for a round, and appends the losses."""
-
-    def train() -> None:
-        losses.extend(trainer.step(*batch) for batch in batches)
-
-    return train
 
 
 def _stepping(contender: Handing, steps: int) -> Callable[[], None]:

@@ -60,14 +60,10 @@ def evaluate(problem: Problem, samples_s: Samples, others: float, triad_nbytes: 
         triad_nbytes: Bytes of one rank's triad.
     """
     ranks, numel = problem.comm.size, problem.numel
-    result = Result(
-        case=CASE.name,
-        title=f"step(): {problem.num_tensors} tensors, time of the slowest rank",
-        ranks=ranks,
-        threads=problem.threads,
-        dtype=DTYPE,
-        numel=numel,
-        samples_s=samples_s,
+    result = problem.result(
+        CASE.name,
+        f"step(): {problem.num_tensors} tensors, time of the slowest rank",
+        samples_s,
         others=others,
     )
     step_nbytes = (24 + 4 * ranks) * numel  # moments and params both ways, gradients

@@ -139,7 +139,7 @@ class Run:
         held_out, curves = self.text.held_out(), {}
         for name, trainer in self.trainers.items():
             losses: list[float] = []
-            spent_s = slowest_s(_training(trainer, batches, losses), self.text.comm)
+            spent_s = slowest_s(training(trainer, batches, losses), self.text.comm)
             if is_timed:
                 self.samples_s.setdefault(name, []).append(spent_s / self.steps)
             curves[name] = self.text.mean([*losses, trainer.loss(*held_out)])
@@ -180,7 +180,7 @@ def difference_of(curves: Mapping[str, Any], allowed: float) -> float:
     return largest
 
 
-def _training(
+def training(
     trainer: Trainer, batches: list[tuple[Any, Any]], losses: list[float]
 ) -> Callable[[], None]:
     """Return a function that trains for a round, and appends the losses."""

@@ -9,7 +9,7 @@ from benchmarks.contenders.clamped import ClampedReplica, ClampedShardopt
 from benchmarks.contenders.faces import ShardoptTorch
 from benchmarks.contenders.internals import scan_of, share_of_cores
 from benchmarks.contenders.names import CLAMPED, CLAMPED_REPLICA, THROUGH_TORCH
-from benchmarks.contenders.problem import DTYPE, Contender, Problem, require_alike
+from benchmarks.contenders.problem import Contender, Problem, require_alike
 from benchmarks.contenders.torch_env import load_torch
 from benchmarks.harness.result import Result
 from benchmarks.harness.timing import sample
@@ -40,13 +40,9 @@ def measure(options: Options) -> Iterator[Result]:
     for contender in (*clamped.values(), unwritten):
         contender.close()
     if comm.rank == 0:
-        yield Result(
-            case=CASE.name,
-            title=f"step() and clamp_(): {options.tensors} tensors, time of the slowest rank",
-            ranks=comm.size,
-            threads=threads,
-            dtype=DTYPE,
-            numel=options.numel,
-            samples_s=samples_s,
+        yield problem.result(
+            CASE.name,
+            f"step() and clamp_(): {options.tensors} tensors, time of the slowest rank",
+            samples_s,
             others=others,
         )
