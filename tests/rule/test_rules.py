@@ -1,5 +1,6 @@
 """Hyperparameters and coefficients, without any array."""
 
+import importlib
 import inspect
 import math
 
@@ -13,6 +14,7 @@ from shardopt.rule.coefficients import StepCount
 from shardopt.rule.hyperparams import Hyperparams
 from shardopt.rule.nadam import NAdam, mu_product_at
 from shardopt.rule.rules import HYPERPARAM_NAMES, RULES
+from tests.support.frameworks import require
 from tests.support.papers import PAPERS
 
 
@@ -108,6 +110,18 @@ def test_defaults_are_torchs(name):
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
     for key in set(RULES[name].names()) & set(theirs):
         assert getattr(RULES[name](), key) == theirs[key].default, key
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax", "lucid"])
+def test_constructors_have_the_defaults_of_their_rules(framework):
+    require(framework)
+    front_end = importlib.import_module(f"shardopt.{framework}")
+    for name, rule in RULES.items():
+        arguments = inspect.signature(getattr(front_end, name)).parameters
+        found = {key: arguments[key].default for key in rule.names() if key in arguments}
+        assert getattr(front_end, name).rule is rule
+        assert found == {key: getattr(rule(), key) for key in found}
+        assert set(rule.names()) - set(found) <= {"decoupled_weight_decay"}
 
 
 def test_every_rule_knows_its_hyperparameters():
