@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 Array = NDArray[Any]
 Weights = dict[str, Array]
@@ -59,14 +62,14 @@ class Learner(ABC):
     Attributes:
         shape: As given.
         opt: The framework's optimizer.
+        optimizers: The module with the framework's optimizers.
         framework: The framework's name and version; empty for plain NumPy.
     """
 
-    shape: Shape
-    opt: Any
+    optimizers: ModuleType
     framework = ""
+    opt: Any
 
-    @abstractmethod
     def __init__(
         self,
         shape: Shape,
@@ -75,7 +78,14 @@ class Learner(ABC):
         device: str = "cpu",
         optimizer: str = "NAdam",
         **settings: Any,
-    ) -> None: ...
+    ) -> None:
+        self.shape = shape
+        params = self._build(weights, dtype, device)
+        self.opt = getattr(self.optimizers, optimizer)(params, **settings)
+
+    @abstractmethod
+    def _build(self, weights: Weights, dtype: str, device: str) -> Any:
+        """Make the model, and return what of it the optimizer is to train."""
 
     @staticmethod
     def find_device(choice: str, local_rank: int) -> str:

@@ -20,21 +20,13 @@ Params = dict[str, Any]
 class Learner(base.Learner):
     """The model in JAX; see ``base.Learner``."""
 
+    optimizers = shardopt.jax
     framework = f"JAX {jax.__version__}"
 
-    def __init__(
-        self,
-        shape: Shape,
-        weights: Weights,
-        dtype: str = "float32",
-        device: str = "cpu",
-        optimizer: str = "NAdam",
-        **settings: Any,
-    ) -> None:
+    def _build(self, weights: Weights, dtype: str, device: str) -> Any:
         jax.config.update("jax_platforms", "cpu")  # as the optimizer runs on the CPU
-        self.shape = shape
         self.params = jax.tree.map(partial(jnp.asarray, dtype=dtype), as_tree(weights))
-        self.opt = getattr(shardopt.jax, optimizer)(self.params, **settings)
+        return self.params
 
     @staticmethod
     def limit_threads(count: int) -> None:

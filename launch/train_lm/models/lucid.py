@@ -37,24 +37,14 @@ SMALLEST_PROBABILITY = 1e-30
 class Learner(base.Learner):
     """The model in lucid; see ``base.Learner``."""
 
+    optimizers = shardopt.lucid
     framework = f"lucid {version('lucid-dl')}"
 
-    def __init__(
-        self,
-        shape: Shape,
-        weights: Weights,
-        dtype: str = "float32",
-        device: str = "cpu",
-        optimizer: str = "NAdam",
-        **settings: Any,
-    ) -> None:
-        self.shape = shape
+    def _build(self, weights: Weights, dtype: str, device: str) -> Any:
         with np.errstate(all="ignore"):  # nn.Linear converts uninitialised memory
-            self.model = Transformer(shape)
+            self.model = Transformer(self.shape)
         self.model.load_state_dict({n: w.astype(dtype) for n, w in out_by_in(weights).items()})
-        self.opt = getattr(shardopt.lucid, optimizer)(
-            self.model.state_dict(keep_vars=True).items(), **settings
-        )
+        return self.model.state_dict(keep_vars=True).items()
 
     def logits(self, inputs: Array) -> Array:
         """Run the model forward."""

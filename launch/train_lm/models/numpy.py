@@ -25,18 +25,11 @@ from train_lm.models.base import NORM_EPS, Array, Shape, Weights, rotary_angles,
 class Learner(base.Learner):
     """The model in NumPy; see ``base.Learner``."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        weights: Weights,
-        dtype: str = "float32",
-        device: str = "cpu",
-        optimizer: str = "NAdam",
-        **settings: Any,
-    ) -> None:
-        self.shape = shape
-        self.model = Transformer(shape, {n: w.astype(dtype) for n, w in weights.items()})
-        self.opt = getattr(shardopt.numpy, optimizer)(self.model.parameters(), **settings)
+    optimizers = shardopt.numpy
+
+    def _build(self, weights: Weights, dtype: str, device: str) -> Any:
+        self.model = Transformer(self.shape, {n: w.astype(dtype) for n, w in weights.items()})
+        return self.model.parameters()
 
     def logits(self, inputs: Array) -> Array:
         """Run the model forward."""

@@ -26,25 +26,17 @@ from train_lm.models.base import (
 class Learner(base.Learner):
     """The model in PyTorch; see ``base.Learner``."""
 
+    optimizers = shardopt.torch
     framework = f"PyTorch {torch.__version__.split('+')[0]}"  # without +cpu
 
-    def __init__(
-        self,
-        shape: Shape,
-        weights: Weights,
-        dtype: str = "float32",
-        device: str = "cpu",
-        optimizer: str = "NAdam",
-        **settings: Any,
-    ) -> None:
-        self.shape = shape
+    def _build(self, weights: Weights, dtype: str, device: str) -> Any:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             self.framework += f" on {torch.cuda.get_device_name(self.device)}"
-        self.model = Transformer(shape, self.device)
+        self.model = Transformer(self.shape, self.device)
         self.model.load_state_dict({n: torch.from_numpy(w) for n, w in out_by_in(weights).items()})
         self.model.to(self.device, getattr(torch, dtype))
-        self.opt = getattr(shardopt.torch, optimizer)(self.model.named_parameters(), **settings)
+        return self.model.named_parameters()
 
     @staticmethod
     def limit_threads(count: int) -> None:
