@@ -1,4 +1,4 @@
-"""``python -m benchmarks plot``: the newest results as pictures."""
+"""``python -m benchmarks plot``: the newest results, and planned memory, as pictures."""
 
 import argparse
 import sys
@@ -17,11 +17,11 @@ def main(words: Sequence[str]) -> None:
     """Draw the plots of a case."""
     parser = report_parser("plot", "Draw the newest results of a case.")
     parser.add_argument(
-        "case", nargs="?", choices=tuple(_DRAW), default="step", help="results to draw (step)"
+        "case", nargs="?", choices=tuple(_DRAW), default="step", help="what to draw (step)"
     )
     parser.add_argument("--mpi", default="MPICH", help="library whose times are shown (MPICH)")
     parser.add_argument(
-        "--png", action="store_true", help="draw a PNG beside the SVG; not of scaling"
+        "--png", action="store_true", help="draw a PNG beside the SVG, for step and training"
     )
     parser.add_argument(
         "--to",
@@ -86,8 +86,19 @@ def _draw_scaling(arguments: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def _draw_choosing(arguments: argparse.Namespace) -> list[Path]:
+    """Draw the memory of each setting, which is computed and needs no results."""
+    from benchmarks.report.choosing_plot import draw_choosing  # here: only this needs shardopt
+
+    path: Path = arguments.to or PLOTS_FOLDER / "choosing.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(draw_choosing(), encoding="utf-8")
+    return [path]
+
+
 _DRAW: dict[str, Callable[[argparse.Namespace], list[Path]]] = {
     "step": _draw_steps,
     "training": _draw_training,
     "scaling": _draw_scaling,
+    "choosing": _draw_choosing,
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.cases import CASES
 from benchmarks.commands.options import report_parser
 from benchmarks.harness.record import read
-from benchmarks.report import predictions, scaling, tables
+from benchmarks.report import predictions, scaling, stages, tables
 
 
 def main(words: Sequence[str]) -> None:
@@ -18,6 +18,7 @@ def main(words: Sequence[str]) -> None:
         "--predictions", action="store_true", help="write measured steps beside simulated ones"
     )
     kinds.add_argument("--scaling", action="store_true", help="write those of scaling instead")
+    kinds.add_argument("--stages", action="store_true", help="write stage 2 beside stage 1 instead")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="rewrite the part of FILE between its markers"
     )
@@ -29,6 +30,8 @@ def main(words: Sequence[str]) -> None:
         part, text = predictions.PREDICTIONS, predictions.predictions_text(arguments.results)
     elif arguments.scaling:
         part, text = scaling.PART, scaling.markdown(read(CASES["scaling"], arguments.results))
+    elif arguments.stages:
+        part, text = stages.STAGES, stages.stages_text(arguments.results)
     else:
         place = {} if into is None else {"folder": into.parent}
         part = tables.FIGURES
