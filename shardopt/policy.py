@@ -154,7 +154,7 @@ class ShardPolicy:
         """
         if name not in _NAMES:
             raise AttributeError(
-                f"policy.{name} must be a setting of ShardPolicy; got {value!r}. There are "
+                f"policy.{name} must be a setting of ShardPolicy; got {value!r}. Settings are "
                 f"{', '.join(_NAMES)}."
             )
         if name == "timeout_s":

@@ -6,7 +6,8 @@ from pathlib import Path
 from benchmarks.cases import CASES
 from benchmarks.commands.options import report_parser
 from benchmarks.harness.record import read
-from benchmarks.report import predictions, scaling, stages, tables
+from benchmarks.report import predictions, scaling, tables
+from benchmarks.report.stages import STAGES, stages_text
 
 
 def main(words: Sequence[str]) -> None:
@@ -14,11 +15,11 @@ def main(words: Sequence[str]) -> None:
     parser = report_parser("tables", "Write the newest results as Markdown tables.")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--targets", action="store_true", help="write the table of targets instead")
+    kinds.add_argument("--stages", action="store_true", help="write stage 2 beside stage 1 instead")
     kinds.add_argument(
         "--predictions", action="store_true", help="write measured steps beside simulated ones"
     )
     kinds.add_argument("--scaling", action="store_true", help="write those of scaling instead")
-    kinds.add_argument("--stages", action="store_true", help="write stage 2 beside stage 1 instead")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="rewrite the part of FILE between its markers"
     )
@@ -26,12 +27,12 @@ def main(words: Sequence[str]) -> None:
     into: Path | None = arguments.into
     if arguments.targets:
         part, text = tables.TARGETS, tables.targets_table(CASES)
+    elif arguments.stages:
+        part, text = STAGES, stages_text(arguments.results)
     elif arguments.predictions:
         part, text = predictions.PREDICTIONS, predictions.predictions_text(arguments.results)
     elif arguments.scaling:
         part, text = scaling.PART, scaling.markdown(read(CASES["scaling"], arguments.results))
-    elif arguments.stages:
-        part, text = stages.STAGES, stages.stages_text(arguments.results)
     else:
         place = {} if into is None else {"folder": into.parent}
         part = tables.FIGURES

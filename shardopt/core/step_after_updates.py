@@ -43,10 +43,10 @@ class StepAfterUpdates(Step):
             raise CallOrderError(
                 f"parameters must not be put into or taken out of param_groups between step() and "
                 f"backward, with {OPTION}; got edited groups. Call opt.adopt(rank=0) on all ranks "
-                "after you have, or add_param_group()."
+                "after an edit, or use add_param_group()."
             )
         self._require_unchanged(
-            "between step() and backward", "Call opt.adopt(rank=0) on all ranks after you have"
+            "between step() and backward", "Call opt.adopt(rank=0) on all ranks after a write"
         )
         self._params.refresh()  # pages that were written to and hold what they held
         return self._parts.registry.read_hypers()

@@ -54,7 +54,8 @@ def _overview(plan: Plan) -> list[tuple[str, str]]:
         *([("moments of 8 bits", _coded(plan))] if plan.coded_numel else []),
         (
             "job",
-            f"{layout.num_nodes} nodes of {layout.node_size} ranks, stage {plan.estimate.stage}",
+            f"{_count(layout.num_nodes, 'node')} of {_count(layout.node_size, 'rank')}, stage "
+            f"{plan.estimate.stage}",
         ),
         ("bucket", f"{text.nbytes(layout.bucket)}, {plan.estimate.num_buckets} of them"),
     ]
@@ -239,3 +240,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
 
 def _paragraph(words: str) -> str:
     return textwrap.fill(words, text.WIDTH, break_on_hyphens=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"

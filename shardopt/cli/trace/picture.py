@@ -89,7 +89,7 @@ def draw_step(run: Run, step: int | None = None) -> str:
     whole = [number for number, found in steps.items() if len(found) == most]
     if step not in steps and (step is not None or not whole):
         traced = text.ranges(steps) or "none"
-        raise TraceError(f"--step must be a step of the trace; got {step}. Traced are {traced}.")
+        raise TraceError(f"--step must be a step of the trace; got {step}. It has {traced}.")
     chosen = whole[len(whole) // 2] if step is None else step
     first = min(start for start, _ in steps[chosen])
     last = max(end for _, end in steps[chosen])

@@ -122,7 +122,7 @@ def test_the_picture_shows_a_step_of_all_ranks(capsys, made, tmp_path):
     titles = [each.text for each in root.iter("{http://www.w3.org/2000/svg}title")]
     assert sum(title.startswith("update 1, bytes 10") for title in titles) == 2
     assert "prefers-color-scheme: dark" in out.read_text(encoding="utf-8")
-    told = "--step must be a step of the trace; got 9. Traced are 1-4."
+    told = "--step must be a step of the trace; got 9. It has 1-4."
     refused(trace(capsys, "picture", made, "-o", out, "--step", 9), told)
 
 
