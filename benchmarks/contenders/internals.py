@@ -43,9 +43,9 @@ from shardopt.params.forms import FormRules
 from shardopt.planner.chart import Chart, Series, draw
 from shardopt.planner.model import evenly
 from shardopt.planner.work import plan_work
-from shardopt.rule import nadam
 from shardopt.rule.coefficients import StepCount
 from shardopt.rule.rounding import Chance, make_salts
+from shardopt.rule.rules import RULES
 from shardopt.transport.copies import CopiesAround
 
 __all__ = [
@@ -109,6 +109,7 @@ class BareKernel:
         threads: Cores to use.
         kernel: That of the device where the arrays are; None for CPUs.
         form: How the state is kept.
+        rule: The optimizer.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class BareKernel:
         threads: int,
         kernel: Kernel | None = None,
         form: StateForm = FULL,
+        rule: str = "NAdam",
     ) -> None:
         self._arrays, self._num_ranks = arrays, num_ranks
         self._kernel: Kernel = kernel or CpuKernel(threads)
@@ -128,17 +130,18 @@ class BareKernel:
         self._targets = Rows.of(arrays.param)
         self._span = Span(0, arrays.param.size)
         self._segments = np.array([[0, arrays.param.size, 0]])
-        self._step_count, self._hyperparams = StepCount(), nadam.NAdam()
+        self._step_count, self._hyperparams = StepCount(), RULES[rule]()
 
-    def update(self) -> None:
-        """Take one step."""
+    def update(self, times: int = 1) -> None:
+        """Take a step, so many times; what is computed on the host before is so only once."""
         self._step_count = self._hyperparams.after_step(self._step_count)
         row = self._hyperparams.coefficients(self._step_count, 1.0, 1 / self._num_ranks)
         coefficients, chance = np.array([row], self._full), None
         if self._rounds_by_chance:
             chance = Chance(make_salts([1], [self._step_count.step]), np.zeros(1, np.int64))
         plan = UpdatePlan(self._span, self._segments, coefficients, chance=chance)
-        self._kernel.update(self._sources, self._targets, self._arrays.state, plan)
+        for _ in range(times):
+            self._kernel.update(self._sources, self._targets, self._arrays.state, plan)
 
     def close(self) -> None:
         """End the threads."""

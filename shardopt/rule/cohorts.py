@@ -7,6 +7,7 @@ import numpy as np
 
 from shardopt._typing import FloatArray, IntArray
 from shardopt.layout.partition import Partition, Shard
+from shardopt.layout.state_spec import BLOCK_NUMEL
 from shardopt.rule.coefficients import NUM_COEFFICIENTS, StepCoefficients, StepCount
 from shardopt.rule.hyperparams import Hyperparams
 from shardopt.rule.rounding import Chance, key_of, make_salts
@@ -153,6 +154,7 @@ class Cohorts:
             params = self.partition.params_at(shard.region, starts)
             keys = [key_of(param.spec.name, self._seed) for param in params]
             places = [start - param.start for start, param in zip(starts, params, strict=True)]
+            assert not any(place % BLOCK_NUMEL for place in places)
             self._keys[at] = keys, np.array(places, np.int64)
         known = self._keys[at]
         steps = [self._planned[row].step for row in segments[:, 2].tolist()]

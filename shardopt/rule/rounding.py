@@ -10,6 +10,11 @@ same as without the interruption, unless a parameter has another name or seed by
 
 The first three make a *salt* of 64 bits, on the host. Of it and the upper 32 bits of the place
 follow 32 bits, which with the lower ones go through a hash whose operations a vector unit has.
+
+One hash serves two elements of a block of 256, one in each half of it: the number of the second is
+that of the first with its upper and lower 16 bits swapped. Rounding takes the upper 16 bits of a
+number for a bfloat16 and the lower 20 for a moment, so where two results share bits, those that
+matter most for one matter least for the other.
 """
 
 from collections.abc import Sequence
@@ -19,6 +24,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shardopt.layout.state_spec import BLOCK_NUMEL
+
 Salts = NDArray[np.uint64]
 
 
@@ -27,7 +34,7 @@ class Chance(NamedTuple):
 
     Attributes:
         salts: [num_segments] of the parameter of each.
-        places: [num_segments] where each begins in its flattened parameter.
+        places: [num_segments] where each begins in its flattened parameter: where a block does.
     """
 
     salts: Salts
@@ -68,7 +75,11 @@ def random_numbers(salt: int, start: int, numel: int) -> NDArray[np.uint32]:
     places = np.arange(start, start + numel, dtype=np.uint64)
     upper = places >> np.uint64(32)
     salts = mixed(np.uint64(salt) + upper * np.uint64(GOLDEN)).astype(np.uint32)
-    return _hashed(places.astype(np.uint32) ^ salts)
+    half = np.uint32(BLOCK_NUMEL // 2)
+    lower = places.astype(np.uint32)
+    numbers = _hashed(lower & ~half ^ salts)
+    swapped = numbers << np.uint32(16) | numbers >> np.uint32(16)
+    return np.where(lower & half, swapped, numbers)
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

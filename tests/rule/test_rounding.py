@@ -30,6 +30,19 @@ def test_all_bits_are_as_often_one_as_zero_and_neighbours_differ():
         assert np.abs(ones - 0.5).max() < 4 * 0.5 / np.sqrt(numel)
 
 
+def test_elements_that_share_a_hash_are_rounded_independently():
+    numbers = random_numbers(3, 256, 1 << 19).reshape(-1, 2, 128)
+    one, other = numbers[:, 0].reshape(-1), numbers[:, 1].reshape(-1)
+    np.testing.assert_array_equal(other, one << np.uint32(16) | one >> np.uint32(16))
+    # What rounds a parameter, and a moment, of both; see [Note: random numbers of updates].
+    used = [bits for each in (one, other) for bits in (each >> 16, each & np.uint32(0xFFFFF))]
+    correlation = np.corrcoef(used) - np.eye(4)
+    assert np.abs(correlation).max() < 1 / 16 + 4 / np.sqrt(one.size)
+    for bits, limit in zip(used, (1 << 16, 1 << 20) * 2, strict=True):
+        mean = (bits.astype(np.float64) + 0.5).mean() / limit
+        assert abs(mean - 0.5) < 4 / np.sqrt(12 * one.size)  # else rounding would be biased
+
+
 def test_salts_depend_on_seed_name_and_step():
     keys = [key_of(name, seed) for name in ("a", "b") for seed in (0, 1)]
     salts = [make_salts([key], [step])[0] for key in keys for step in (1, 2)]

@@ -1,4 +1,4 @@
-"""The CPU kernel with moments of 8 bits, and without masters, against the one in float32."""
+"""The CPU kernel with other states, and for other optimizers, against NAdam's in float32."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ FLOAT32 = "float32"
 CODED = "float32, 8 bits"
 BFLOAT16 = "bfloat16, no masters"
 BFLOAT16_CODED = "bfloat16, no masters, 8 bits"
+OTHER_RULES = "AdamW", "Adam", "RAdam"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Options:
 CASE = Case(
     name="codes",
     package=__name__,
-    measures="the CPU kernel with moments of 8 bits and without masters, against all in float32",
+    measures="the CPU kernel with moments of 8 bits and without masters, and for other optimizers, "
+    "against NAdam's in float32",
     start="python -m benchmarks codes",
     options=Options,
     claim=Claim(NUMEL),
@@ -31,6 +33,7 @@ CASE = Case(
         quotient(CODED, FLOAT32, Target(at_most=1.9)),
         quotient(BFLOAT16, FLOAT32),
         quotient(BFLOAT16_CODED, FLOAT32, Target(at_most=2.4)),
+        *(quotient(rule, FLOAT32) for rule in OTHER_RULES),  # the same code, other coefficients
     ),
     quick=Quick(("--numel", "8192", "--rounds", "11")),
 )

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from shardopt._typing import FloatArray, IntArray
 from shardopt.backends.base import ALL_FINITE, Rows, UpdatePlan
 from shardopt.backends.codes import shaped
-from shardopt.backends.cpu import codes, loops
+from shardopt.backends.cpu import codes, loops, sums
 from shardopt.backends.cpu.copying import copy_past_cache
+from shardopt.backends.cpu.elements import STAND_INS
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype
 from shardopt.layout.partition import CHUNK_NUMEL
@@ -58,15 +59,13 @@ class CpuKernel:
             )
         full, span = compute_dtype(dtype), Span(0, CHUNK_NUMEL)
         grads, param = np.zeros((2, CHUNK_NUMEL), dtype)
-        sums, squares = np.zeros(CHUNK_NUMEL, full), np.zeros(1)
-        sources = [Rows.of(grads), Rows.of(sums)]  # of updates
-        self.reduce(sources[0], None, span, squares)
-        if wire_dtype is None:
-            self.reduce(sources[0], sums, span, squares)
-        else:
+        total, squares = np.zeros(CHUNK_NUMEL, full), np.zeros(1)
+        sources = [Rows.of(grads), Rows.of(total)]  # of updates
+        self.reduce(sources[0], total, span, squares)  # the same code for squares alone
+        if wire_dtype is not None:
             wire = np.zeros(CHUNK_NUMEL, wire_dtype)
             self.reduce(sources.pop(0), wire, span, None)
-            self.reduce(Rows.of(wire), sums, span, squares)
+            self.reduce(Rows.of(wire), total, span, squares)
         state = {
             each.key: shaped(np.zeros(each.nbytes(CHUNK_NUMEL), np.uint8).view(each.dtype), each)
             for each in state_specs(dtype, form)
@@ -97,8 +96,9 @@ class CpuKernel:
                 part = piece.start, piece.stop, plan.segments, plan.coefficients
                 return int(loops.update(grads, params, arrays, partials, part))
             three = tuple(_at_address(state.get(key)) for key in _MOMENTS_AND_MASTER)
+            memory = partials, codes.scratch()
             of_chance = piece.start, piece.stop, plan.segments, *chance, plan.coefficients
-            return int(codes.update(grads, params, three, partials, of_chance))
+            return int(codes.update(grads, params, three, memory, of_chance))
 
         found = [flag for flag in self._run(update_piece, plan.span) if flag != ALL_FINITE]
         if found:
@@ -120,16 +120,17 @@ class CpuKernel:
         factor: float = 1.0,
     ) -> None:
         """See ``Kernel.reduce``."""
-        rows, sums = _by_address(sources), None if out is None else _stand_in(out)
+        rows = _by_address(sources)
+        dtype = _DTYPES[sources.dtype].full if out is None else out.dtype
+        total = np.empty(0, dtype) if out is None else _stand_in(out)
+        squares = np.empty(0) if square_sums is None else square_sums
 
         def reduce_piece(piece: Span) -> None:
-            partials = _partial_sums(sources, sources.dtype if out is None else out.dtype)
+            scratch = _partial_sums(sources, dtype), np.empty(sums.NUM_ACCUMULATORS)
             local = piece.shift(-span.start)
-            part = None if sums is None else sums[local.slice]
             chunks = slice(local.start // CHUNK_NUMEL, local.stop // CHUNK_NUMEL)
-            squares = None if square_sums is None else square_sums[chunks]
             scaled = piece.start, piece.stop, factor
-            loops.reduce(rows, part, partials, scaled, squares)
+            sums.reduce(rows, total[local.slice], scratch, scaled, squares[chunks])
 
         self._run(reduce_piece, span)
 
@@ -170,7 +171,7 @@ class _Dtype:
 
 
 def _stand_in(array: FloatArray) -> FloatArray:
-    return array.view(loops.STAND_INS.get(array.dtype, array.dtype))
+    return array.view(STAND_INS.get(array.dtype, array.dtype))
 
 
 _DTYPES = {np.dtype(dtype): _Dtype.of(dtype) for dtype in DTYPES}

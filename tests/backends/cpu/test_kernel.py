@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shardopt.backends.base import Rows, UpdatePlan
+from shardopt.backends.cpu import elements, loops, sums
 from shardopt.backends.cpu import kernel as cpu
-from shardopt.backends.cpu import loops
 from shardopt.errors import KernelError
 from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
@@ -94,18 +94,18 @@ def test_other_dtypes_are_refused(dtype):
 
 
 CONVERSIONS = [
-    ("bfloat16", loops._widen_bfloat16, loops._narrow_bfloat16),
-    ("float16", loops._widen_float16_by_bits, loops._narrow_float16_by_bits),
-    ("float16", loops._widen_float16, loops._narrow_float16),
+    ("bfloat16", elements.widen_bfloat16, elements.narrow_bfloat16),
+    ("float16", elements.widen_float16_by_bits, elements.narrow_float16_by_bits),
+    ("float16", elements.widen_float16, elements.narrow_float16),
 ]
-if not loops._converts_float16():
+if not elements.converts_float16():
     CONVERSIONS.pop()
 
 
 @pytest.mark.parametrize(("dtype", "widen", "narrow"), CONVERSIONS)
 def test_conversions_are_those_of_numpy(dtype, widen, narrow):
     patterns, values = every_pattern(dtype), hard_to_round(dtype)
-    stand_in = loops.STAND_INS[np.dtype(dtype)]
+    stand_in = elements.STAND_INS[np.dtype(dtype)]
     widened, narrowed = np.empty(patterns.size, np.float32), np.empty(values.size, stand_in)
     widen, narrow = numba.njit(widen), numba.njit(narrow)
 
@@ -123,7 +123,7 @@ def test_conversions_are_those_of_numpy(dtype, widen, narrow):
 
 def assembly(function, *arguments):
     """Compile afresh, not from the cache."""
-    compiled = numba.njit(error_model="numpy")(function.py_func)
+    compiled = numba.njit(error_model="numpy")(getattr(function, "py_func", function))
     compiled(*arguments)
     return "\n".join(compiled.inspect_asm().values())
 
@@ -134,9 +134,9 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for 
 @x86_only
 @pytest.mark.parametrize("dtype", ["float32", *SIXTEEN_BITS])
 def test_the_update_is_vectorised_without_fused_multiply_adds(dtype):
-    param = np.ones(8, dtype).view(loops.STAND_INS.get(np.dtype(dtype), dtype))
+    param = np.ones(8, dtype).view(elements.STAND_INS.get(np.dtype(dtype), dtype))
     code = assembly(
-        loops._update_block, np.ones(8, np.float32), param, *np.ones((4, 11), np.float32)
+        loops.update_block, np.ones(8, np.float32), param, *np.ones((4, 11), np.float32)
     )
     assert re.search(r"\bv?sqrtps\b", code)
     assert not re.search(r"\bvfn?m(add|sub)", code)
@@ -145,12 +145,10 @@ def test_the_update_is_vectorised_without_fused_multiply_adds(dtype):
 @x86_only
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_conversions_are_vectorised(dtype):
-    bits = np.ones(8, loops.STAND_INS[np.dtype(dtype)])
+    bits = np.ones(8, elements.STAND_INS[np.dtype(dtype)])
     values = np.ones(8, np.float32)
-    by_instruction = dtype == "float16" and loops._converts_float16()
+    by_instruction = dtype == "float16" and elements.converts_float16()
     widen = r"\bvcvtph2psx?\b.*[xy]mm" if by_instruction else r"\bv?pslld\b"
     narrow = r"\bvcvtps2ph(x[xy]?)?\b.*[xy]mm" if by_instruction else r"\bv?psrld\b"
-    for function in (loops._add, loops._copy):
-        sources = [bits] * (2 if function is loops._add else 1)
-        assert re.search(widen, assembly(function, *sources, values))
-    assert re.search(narrow, assembly(loops._round, values, bits))
+    assert re.search(widen, assembly(sums._accumulate, values, bits))
+    assert re.search(narrow, assembly(elements.round_to, values, bits))

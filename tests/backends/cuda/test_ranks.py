@@ -70,7 +70,7 @@ class _Case:
         }
         self.whole = Span(0, self.params.size)
         self.coefficients = hard_coefficients(dtype)
-        self._segments = np.array(hard_segments(self.params.size, 3))
+        self._segments = np.array(hard_segments(self.params.size, len(self.coefficients)))
 
     def segments_of(self, span):
         """Return the segments of a shard, counted from its start."""

@@ -8,6 +8,7 @@ from shardopt.layout.dtypes import compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.rule.coefficients import NUM_COEFFICIENTS, StepCoefficients
+from shardopt.rule.rules import RULES
 from tests.support.kernel_arrays import (
     OVERFLOWS,
     Arena,
@@ -51,6 +52,7 @@ def hard_arena(num_sources, dtype, num_targets=1, grad_dtype=None, poison=None):
     arena.param[:] = spread(rng, numel, -4, 2, dtype)
     arena.state["exp_avg"][:] = spread(rng, numel, smallest / 2, 2, full)
     arena.state["exp_avg_sq"][:] = np.abs(spread(rng, numel, smallest, 3, full))
+    arena.state["exp_avg_sq"][rng.integers(0, numel, 40)] = np.inf
     if has_master(dtype):
         masters = arena.param.astype(np.float32)
         masters *= 1 + np.float32(1e-4) * rng.standard_normal(numel).astype(np.float32)
@@ -71,7 +73,11 @@ def hard_segments(numel, num_cohorts):
 
 
 def hard_coefficients(dtype, eps=1e-8):
-    """Return three cohorts: L2, decoupled, and without weight decay."""
+    """Return cohorts of NAdam, with L2, decoupled and no weight decay, and then of other rules.
+
+    ``eps`` is NAdam's. The other cohorts divide by 1 with no second moment (RAdam's first steps),
+    and have eps in other places; the moments of ``hard_arena`` have some that have overflowed.
+    """
     rows = np.concatenate(
         [
             coefficient_rows(dtype, (1, 0.5), mean_scale=1 / 3, lr=0.01, weight_decay=0.1),
@@ -82,15 +88,20 @@ def hard_coefficients(dtype, eps=1e-8):
         ]
     )
     rows[:, StepCoefficients._fields.index("eps")] = eps
-    return rows
+    others = [
+        coefficient_rows(dtype, (1,), (99,), rule=RULES["RAdam"], mean_scale=1 / 3, lr=0.1),
+        coefficient_rows(dtype, (3,), rule=RULES["Adam"], lr=0.01, variant="keras"),
+        coefficient_rows(dtype, (2,), rule=RULES["AdamW"], lr=0.01, weight_decay=0.1),
+    ]
+    return np.concatenate([rows, *others])
 
 
 def assert_same_update(kernel, make_arena, eps=1e-8, segments=None):
     """Compare an update with that of the kernel for CPUs, bit for bit."""
     ours, theirs = make_arena(), make_arena()
     dtype = ours.param.dtype.name
-    table = hard_segments(ours.numel, 3) if segments is None else segments
     rows = hard_coefficients(dtype, eps)
+    table = hard_segments(ours.numel, len(rows)) if segments is None else segments
     found, expected = (
         arena.update(each, table, rows) for arena, each in ((ours, kernel), (theirs, CPU))
     )
