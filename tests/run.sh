@@ -3,8 +3,8 @@
 #
 #   bash tests/run.sh [--all] [--mpi mpich|openmpi] [--ranks "1 2"] [arguments for pytest ...]
 #
-# The tests that want ranks run on 3 with MPICH, or on 2 if a third rank changes nothing. On 1, 2 and
-# 4 ranks, and with Open MPI on 3, run those that such a number or another MPI may change, too.
+# The tests that want ranks run on 3 with MPICH, or on 2 if a third rank changes nothing. On 1 and 4
+# ranks, and with Open MPI on 3, run those that such a number or another MPI may change, too.
 # tests/support/parts.py lists them. --ranks runs all of them on each of its numbers, and --all on 1
 # to 4, with both, in all their combinations.
 #
@@ -14,8 +14,9 @@
 # environment of their own, .test-env/clients, with the releases of tests/clients/requirements.txt.
 #
 # All that must be there is Python 3.11 or newer with venv. The first run makes an environment for
-# each MPI under .test-env; both are made anew when pyproject.toml changes. The tests of the kernel
-# for GPUs, which need no GPU, find NVIDIA's compiler in .test-env/cuda, and use g++ where it is.
+# each MPI under .test-env; all are made anew when the dependencies in pyproject.toml change. The
+# tests of the kernel for GPUs, which need no GPU, find NVIDIA's compiler in .test-env/cuda, and use
+# g++ where it is.
 #
 # PYTHON  the interpreter, python3 unless set
 # TORCH   the PyTorch that results are compared with, as pip takes it; empty for none. Where pip
@@ -47,33 +48,72 @@ while (($#)); do
 done
 if "$clients" && (($# == 0)); then set -- tests/clients; fi
 
-# set_up MPI: make .test-env/MPI, unless it is there and as pyproject.toml wants it.
+# set_up NAME: make .test-env/NAME, unless it is there and as pyproject.toml wants it.
 set_up() {
-    local env=.test-env/$1 extras=$1,test,lint,plot,jax files=(pyproject.toml) more=() lucid=$lucid
-    local stamp
+    local env=.test-env/$1 extras=$1,test,lint,plot,jax list='' stamp
     if [[ $1 == clients ]]; then
-        extras=mpich,test lucid='' files+=(tests/clients/requirements.txt)
-        more=(--no-compile -r "${files[1]}") # little of them is imported
+        extras=mpich,test list=tests/clients/requirements.txt
     fi
-    stamp="$PWD $("$python" --version) $torch $lucid $(cat "${files[@]}" | cksum)"
-    if [[ -f $env/stamp && $(<"$env/stamp") == "$stamp" ]]; then return; fi
+    stamp=$(stamp_of ${list:+"$list"})
+    if is_made "$env" "$stamp"; then return; fi
     echo "making $env (some minutes)"
     rm -rf "$env"
-    "$python" -m venv "$env"
-    if ! "$env/bin/python" -m pip install -e ".[$extras]" ${torch:+"$torch"} \
-        ${more[@]+"${more[@]}"} >"$env/pip.log" 2>&1 </dev/null; then
+    start_from_another "$1" || "$python" -m venv "$env"
+    # Of what is installed little is imported, so it is compiled when it is.
+    if ! "$env/bin/python" -m pip install --no-compile -e ".[$extras]" ${torch:+"$torch"} \
+        ${list:+-r "$list"} >"$env/pip.log" 2>&1 </dev/null; then
         tail -n 30 "$env/pip.log"
         return 1
     fi
-    # lucid asks for Python 3.12 but runs on 3.11 with what tests/test_lucid.py lends it, and for
-    # hundreds of megabytes that only its data sets need.
-    if [[ $lucid ]] && ! {
-        "$env/bin/python" -m pip install 'mlx[cpu]' &&
-            "$env/bin/python" -m pip install --no-deps --ignore-requires-python "$lucid"
-    } >>"$env/pip.log" 2>&1 </dev/null; then
-        echo "$env has no lucid, so its tests are skipped; $env/pip.log says why" >"$env/missing"
-    fi
+    if [[ $lucid && $1 != clients ]]; then add_lucid "$env"; fi
     echo "$stamp" >"$env/stamp"
+}
+
+# stamp_of FILE...: print what an environment depends on, with files that list more of it.
+stamp_of() {
+    local wanted
+    wanted=$({ sed '/^\[tool\./,$d' pyproject.toml && cat /dev/null "$@"; } | cksum)
+    echo "$PWD $("$python" --version) $torch $lucid $wanted"
+}
+
+# is_made ENV STAMP: whether an environment is there, and not out of date.
+is_made() { [[ -f $1/stamp && $(<"$1/stamp") == "$2" ]]; }
+
+# start_from_another NAME: copy the environment of another MPI without its MPI, if there is one. Files
+# are shared, so this takes seconds, and pip then finds nearly all that is needed.
+start_from_another() {
+    local env=.test-env/$1 other stamp
+    stamp=$(stamp_of)
+    for other in mpich openmpi; do
+        if [[ $other == "$1" ]] || ! is_made ".test-env/$other" "$stamp"; then continue; fi
+        cp -al ".test-env/$other" "$env" && rm -f "$env"/{stamp,missing,pip.log} &&
+            grep -rlI "$PWD/.test-env/$other" "$env/bin" | xargs -d '\n' \
+                sed -i "s|$PWD/.test-env/$other|$PWD/$env|g" &&
+            "$env/bin/python" -m pip uninstall --quiet --yes "$other" && return
+        rm -rf "$env"
+    done
+    return 1
+}
+
+# add_lucid ENV: it asks for Python 3.12 but runs on 3.11 with what tests/test_lucid.py lends it, and
+# for hundreds of megabytes that only its data sets need.
+add_lucid() {
+    if ! {
+        "$1/bin/python" -m pip install --no-compile 'mlx[cpu]' &&
+            "$1/bin/python" -m pip install --no-compile --no-deps --ignore-requires-python "$lucid"
+    } >>"$1/pip.log" 2>&1 </dev/null; then
+        echo "$1 has no lucid, so its tests are skipped; $1/pip.log says why" >"$1/missing"
+    fi
+}
+
+# compile_kernels NAME: what most tests need, before tests that begin at once each compile it.
+compile_kernels() {
+    ".test-env/$1/bin/python" - <<'END' >/dev/null 2>&1 || true # the tests will tell
+from shardopt.backends.cpu.kernel import CpuKernel
+
+for dtype in "float32", "bfloat16":
+    CpuKernel().prepare(dtype)
+END
 }
 
 # set_up_cuda: make .test-env/cuda, unless it is there and as tests/support/cuda wants it.
@@ -99,10 +139,13 @@ count() {
 
 logs=.test-env/logs
 begun=()
+row='%-22s %7s %7s %8s %8s  %s\n'
 summary=()
 notes=()
+failures=()
 total_passed=0
 total_failed=0
+total_skipped=0
 
 # run TITLE COMMAND...: run one pytest, and add a line to the summary.
 run() {
@@ -140,42 +183,47 @@ record() {
     echo "$status $((SECONDS - start_s))" >"$log.end"
 }
 
-# sum_up TITLE: add a line to the summary.
+# sum_up TITLE: add a line to the summary, and the tests that failed to those it ends with.
 sum_up() {
-    local title=$1 log=$logs/$1 status seconds note='' last_line passed failed
+    local title=$1 log=$logs/$1 status seconds note='' last_line passed failed skipped line
     read -r status seconds <"$log.end"
     last_line=$(grep -E '^=+ .* in [0-9.]+s.* =+' "$log" | tail -n 1 || true)
     passed=$(count passed)
     failed=$(($(count failed) + $(count error errors)))
+    skipped=$(count skipped)
+    while read -r line; do failures+=("$title: $line"); done < <(
+        sed -nE '/^=+ short test summary info =+$/,$s/^(FAILED|ERROR) //p' "$log"
+    )
     if ((status == 5 && selected)); then
         note='nothing selected'
     elif [[ $status != 0 || -z $last_line ]]; then
-        note="exit code $status"
-        ((failed > 0)) || failed=1 # the run itself
+        if ((failed == 0)); then # the run itself
+            failed=1 note="exit code $status"
+            failures+=("$title: $note, see $log")
+        fi
     fi
     total_passed=$((total_passed + passed))
     total_failed=$((total_failed + failed))
-    summary+=("$(printf '%-20s %5d passed %5d failed %5d skipped %5d s  %s' "$title" \
-        "$passed" "$failed" "$(count skipped)" "$seconds" "$note")")
+    total_skipped=$((total_skipped + skipped))
+    # shellcheck disable=SC2059  # the format of every line
+    summary+=("$(printf "$row" "$title" "$passed" "$failed" "$skipped" "$seconds" "$note")")
 }
 
 trap 'trap "" TERM; kill 0; exit 130' INT # what was begun, too
 rm -rf "$logs"
 mkdir -p "$logs"
-pids=()
-for mpi in "${mpis[@]}"; do
-    set_up "$mpi" &
-    pids+=($!)
-done
-if ! "$clients"; then set_up_cuda & pids+=($!); fi
-for pid in "${pids[@]}"; do wait "$pid"; done
+if ! "$clients"; then set_up_cuda & fi
+set_up "${mpis[0]}"
+if (($# == 0)); then compile_kernels "${mpis[0]}" & fi
+for mpi in "${mpis[@]:1}"; do set_up "$mpi"; done
+wait
 
 set -a
 source tests/mpi.env
 set +a
 unset PYTHONDONTWRITEBYTECODE # many a container sets it; every rank would compile every test anew
 selected=$#
-pytest=(-m pytest --color=no -p no:cacheprovider -rs --durations 8 "$@")
+pytest=(-m pytest --color=no -p no:cacheprovider -rfEs --durations 8 "$@")
 if "$everything"; then pytest+=(--thorough); fi
 
 # numbers_of MPI: print the numbers of ranks to run with it.
@@ -230,6 +278,14 @@ done
 
 if [[ -f .test-env/cuda/missing ]]; then notes+=("$(<.test-env/cuda/missing)"); fi
 printf '\n==== summary ====\n'
-printf '%s\n' "${summary[@]}" ${notes[@]+"${notes[@]}"}
-echo "$total_passed passed, $total_failed failed"
+# shellcheck disable=SC2059
+printf "$row" '' passed failed skipped seconds ''
+printf '%s\n' "${summary[@]}"
+# shellcheck disable=SC2059
+printf "$row" all "$total_passed" "$total_failed" "$total_skipped" "$SECONDS" ''
+if ((${#notes[@]})); then printf '\n%s\n' "${notes[@]}"; fi
+if ((${#failures[@]})); then
+    printf '\nfailed (what they printed is in %s):\n' "$logs"
+    printf '  %s\n' "${failures[@]}"
+fi
 ((total_failed == 0 && total_passed > 0))

@@ -13,11 +13,12 @@ from benchmarks import ROOT
 from benchmarks.cases import CASES
 from benchmarks.cases.checkpoint import STEP, beside
 from benchmarks.contenders.names import DCP, FOREACH, NEED_TORCH, SHARDOPT, STEP_PEERS, TORCH_SAVE
+from tests.conftest import Mpirun
 
 PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 ENVIRONMENT = {"PYTHONPATH": PATHS}
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-LIMIT_S = 100  # frameworks are slow to import on a busy machine
+LIMIT_S = 200  # a machine may be busy
 SETTINGS = {
     "checkpoint": {"nbytes_per_rank": 128 << 10},
     "training": {"context": 8, "batch": 1, "learning_rate": 5e-4, "steps": 2},
@@ -45,52 +46,102 @@ def require_recorded(folder: Path, name: str) -> dict:
     return line
 
 
-@pytest.mark.any_mpi
-def test_cases_of_one_rank(mpirun, tmp_path):
-    words = ("--numel", "4096", "--rounds", "1", "--tensors", "3", "--threads", "1")
-    words += ("--out", tmp_path)
-    job = mpirun(1, "-m", "benchmarks", "kernel", "codes", "overhead", *words, env=ENVIRONMENT,
-                 timeout_s=LIMIT_S)  # fmt: skip
+# -- one job runs many commands, as it takes seconds to import what they need ----------------------
+
+ONE_AFTER_THE_OTHER = """
+import json
+import runpy
+import sys
+from pathlib import Path
+
+for module, words in json.loads(Path("commands.json").read_text()):
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__")
+"""
+TINY = ("--numel", "4096", "--tensors", "3", "--rounds", "1")
+GPU_CASES = ("gpu_kernel", "gpu_overhead", "gpu_memory", "gpu_offload")
+SMALL_MODEL = ("--layers", "1", "--width", "32", "--context", "8")
+LOSS = ("loss", "--steps", "2", "--seeds", "0", "1", "--width", "32", "--pieces", "pieces.jsonl")
+ON_ONE_RANK = {  # by folder of the results: the words
+    "kernel": ("kernel", "codes", "overhead", *TINY, "--threads", "1"),
+    "gpu": (*GPU_CASES, *TINY, "--device", "stand-in"),
+}
+ON_TWO_RANKS = {
+    "vectors": ("step", "faces", *["writes"] * HAS_TORCH, *TINY),
+    "memory": ("memory", "--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS),
+    "checkpoint": ("checkpoint", "--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", "."),
+}
+if HAS_TORCH:
+    # It goes on where it stopped, or it would not come to its end.
+    ON_ONE_RANK |= {f"loss, {most} pieces": (*LOSS, "--at-most", most) for most in ("3", "9")}
+    ON_TWO_RANKS["training"] = ("training", *SMALL_MODEL, "--steps", "2", "--rounds", "1")
+OF_SEVERAL_HOSTS = {  # jobs that the commands start on hosts
+    "nodes": ("--numel", "4096", "--rounds", "1", "--bucket-mib", "1"),
+    "predict": ("--numel", "512", "--rounds", "1", "--rate", "1gbit"),
+}
+
+
+def run_all(folder: Path, num_ranks: int, commands):
+    """Run ``python -m`` with each of some words, in one job."""
+    (folder / "commands.json").write_text(json.dumps(commands))
+    mpirun = Mpirun(folder)
+    job = mpirun(num_ranks, source=ONE_AFTER_THE_OTHER, env=ENVIRONMENT, timeout_s=LIMIT_S)
     assert job.returncode == 0, job.output
-    kernel = require_recorded(tmp_path, "kernel")
+    return folder, job
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory):
+    """The folder of a job, and what became of it."""
+    commands = [("benchmarks", (*words, "--out", out)) for out, words in ON_ONE_RANK.items()]
+    return run_all(tmp_path_factory.mktemp("one"), 1, commands)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    commands = [("benchmarks", (*words, "--out", out)) for out, words in ON_TWO_RANKS.items()]
+    for name, words in OF_SEVERAL_HOSTS.items():
+        commands.append((f"benchmarks.cases.{name}.job", (name, *words)))
+    return run_all(tmp_path_factory.mktemp("two"), 2, commands)
+
+
+@pytest.mark.mpirun
+@pytest.mark.any_mpi
+def test_cases_of_one_rank(on_one_rank):
+    folder, job = on_one_rank
+    kernel = require_recorded(folder / "kernel", "kernel")
     assert kernel["settings"] == {"sources": 1}
     assert len(kernel["samples_s"]["kernel"]) == 1
-    require_recorded(tmp_path, "codes")
-    require_recorded(tmp_path, "overhead")
+    require_recorded(folder / "kernel", "codes")
+    require_recorded(folder / "kernel", "overhead")
     assert "kernel GB/s / triad GB/s" in job.stdout
 
 
+@pytest.mark.mpirun
 @pytest.mark.any_mpi
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
-def test_the_loss_is_measured_piece_by_piece(mpirun, tmp_path):
-    pieces = tmp_path / "pieces.jsonl"
-    words = ("--steps", "2", "--seeds", "0", "1", "--width", "32", "--pieces", pieces)
-    for at_most, num_done in (3, 3), (9, 10):
-        job = mpirun(1, "-m", "benchmarks", "loss", *words, "--at-most", str(at_most), "--out",
-                     tmp_path, env=ENVIRONMENT, timeout_s=LIMIT_S)  # fmt: skip
-        assert job.returncode == 0, job.output
-        assert len(pieces.read_text().splitlines()) == num_done
-    line = json.loads((tmp_path / "loss.jsonl").read_text())
+def test_the_loss_is_measured_piece_by_piece(on_one_rank):
+    folder, _ = on_one_rank
+    assert not (folder / "loss, 3 pieces").exists()
+    assert len((folder / "pieces.jsonl").read_text().splitlines()) == 10
+    line = json.loads((folder / "loss, 9 pieces" / "loss.jsonl").read_text())
     assert line["settings"] == {"steps": 2, "seeds": [0, 1]}
     assert 4 < line["figures"]["float32: mean"] < 7
 
 
+@pytest.mark.mpirun
 @pytest.mark.any_mpi
-def test_cases_of_gpus_on_what_stands_in_for_one(mpirun, tmp_path):
-    names = ("gpu_kernel", "gpu_overhead", "gpu_memory", "gpu_offload")
-    words = ("--numel", "4096", "--rounds", "1", "--tensors", "3", "--device", "stand-in")
-    job = mpirun(1, "-m", "benchmarks", *names, *words, "--out", tmp_path, env=ENVIRONMENT,
-                 timeout_s=LIMIT_S)  # fmt: skip
-    assert job.returncode == 0, job.output
+def test_cases_of_gpus_on_what_stands_in_for_one(on_one_rank):
+    folder = on_one_rank[0] / "gpu"
     for name in ("gpu_overhead", "gpu_memory"):
-        assert require_recorded(tmp_path, name)["settings"] == {"device": "stand-in"}
-    text = (tmp_path / "gpu_kernel.jsonl").read_text()
+        assert require_recorded(folder, name)["settings"] == {"device": "stand-in"}
+    text = (folder / "gpu_kernel.jsonl").read_text()
     kernels = [json.loads(line) for line in text.splitlines()]
     assert [line["dtype"] for line in kernels] == ["float32", "bfloat16"]
     assert all(ratio["target"] is None for line in kernels for ratio in line["ratios"])
     if HAS_TORCH:
         assert len(kernels[0]["ratios"]) == 3
-        assert len(json.loads((tmp_path / "gpu_offload.jsonl").read_text())["ratios"]) == 2
+        assert len(json.loads((folder / "gpu_offload.jsonl").read_text())["ratios"]) == 2
 
 
 @pytest.mark.any_mpi
@@ -101,57 +152,41 @@ def test_cases_of_one_rank_refuse_two(mpirun, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-TINY = ("--numel", "4096", "--tensors", "3", "--rounds", "1")
-TWO_RANKS = {  # names of cases, one after the other in one job, and the words for them
-    "vectors": (("step", "faces", *["writes"] * HAS_TORCH), TINY),
-    "training": (
-        ("training",),
-        ("--layers", "1", "--width", "32", "--context", "8", "--steps", "2", "--rounds", "1"),
-    ),
-    "memory": (("memory",), ("--numel", "4096", "--tensors", "3", "--skip", *STEP_PEERS)),
-    "checkpoint": (
-        ("checkpoint",),
-        ("--nbytes-per-rank", "128KiB", "--rounds", "1", "--folder", "."),
-    ),
-}
-
-
+@pytest.mark.mpirun
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("job", TWO_RANKS)
-def test_cases_of_two_ranks(mpirun, tmp_path, job):
-    names, words = TWO_RANKS[job]
-    if job == "training" and not HAS_TORCH:
-        pytest.skip("torch is missing")
-    words = (*names, *words, "--out", tmp_path)
-    job = mpirun(2, "-m", "benchmarks", *words, env=ENVIRONMENT, timeout_s=LIMIT_S)
-    assert job.returncode == 0, job.output
+@pytest.mark.parametrize("out", ON_TWO_RANKS)
+def test_cases_of_two_ranks(on_two_ranks, out):
+    folder = on_two_ranks[0] / out
+    names = {name for name in ON_TWO_RANKS[out] if name in CASES}
     for name in names:
-        line = require_recorded(tmp_path, name)
+        line = require_recorded(folder, name)
         assert line["ranks"] == 2
         assert line["settings"] == SETTINGS.get(name, {})
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {f"{name}.jsonl" for name in names}  # nothing else is left
+    files = {path.name for path in folder.iterdir()}
+    assert files == {f"{name}.jsonl" for name in names}
 
 
+@pytest.mark.mpirun
 @pytest.mark.any_mpi
-def test_the_ranks_of_nodes(mpirun, tmp_path):
-    words = (tmp_path, "--numel", "4096", "--rounds", "1", "--bucket-mib", "1")
-    job = mpirun(2, "-m", "benchmarks.cases.nodes.job", *words, env=ENVIRONMENT, timeout_s=LIMIT_S)
-    assert job.returncode == 0, job.output
-    line = require_recorded(tmp_path, "nodes")
+def test_the_ranks_of_nodes(on_two_ranks):
+    line = require_recorded(on_two_ranks[0] / "nodes", "nodes")
     assert line["settings"] == {"nodes": 1, "node_size": 2, "rate": "1gbit"}
 
 
+@pytest.mark.mpirun
 @pytest.mark.any_mpi
-def test_the_ranks_of_predict(mpirun, tmp_path):
-    words = (tmp_path, "--numel", "512", "--rounds", "1", "--rate", "1gbit")
-    job = mpirun(2, "-m", "benchmarks.cases.predict.job", *words, env=ENVIRONMENT,
-                 timeout_s=LIMIT_S)  # fmt: skip
-    assert job.returncode == 0, job.output
-    line = json.loads((tmp_path / "predict.jsonl").read_text())
+def test_the_ranks_of_predict(on_two_ranks):
+    line = json.loads((on_two_ranks[0] / "predict" / "predict.jsonl").read_text())
     assert line["settings"] == {"nodes": 1, "node_size": 2, "rate": "1gbit"}
     assert line["numel"] == 4096
     assert line["figures"]["step: CPU seconds of all ranks"] > 0
+
+
+@pytest.mark.mpirun
+@pytest.mark.any_mpi
+def test_nothing_else_is_left(on_two_ranks):
+    left = {path.name for path in on_two_ranks[0].iterdir()}
+    assert left == {*ON_TWO_RANKS, *OF_SEVERAL_HOSTS, "commands.json", "job.py"}
 
 
 @pytest.mark.long

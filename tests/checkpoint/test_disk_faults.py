@@ -480,7 +480,9 @@ for way in WAYS:
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("make", ["mkfs.ext4 -q", "mkfs.xfs -q"])
+@pytest.mark.parametrize(
+    "make", ["mkfs.ext4 -q", pytest.param("mkfs.xfs -q", marks=pytest.mark.thorough)]
+)
 def test_a_file_system_that_breaks_down_is_refused_and_keeps_what_was_safe(run_on, make):
     run_on(
         2,

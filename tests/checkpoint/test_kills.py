@@ -261,7 +261,7 @@ def test_whoever_is_closed_commits_what_is_under_way(mpirun, tmp_path, closed):
     "block",
     [
         pytest.param("if True", marks=pytest.mark.any_mpi),
-        pytest.param("with checkpointer", marks=pytest.mark.any_mpi),
+        pytest.param("with checkpointer", marks=[pytest.mark.any_mpi, pytest.mark.thorough]),
         "with opt, checkpointer",
     ],
 )

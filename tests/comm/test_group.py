@@ -11,6 +11,7 @@ from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.policy import ShardPolicy
 from shardopt.transport.mpi import NUM_KINDS, MpiTransport
 from tests.support.errors import assert_steps, make_optimizer, refused
+from tests.support.models import UP_TO_THREE_RANKS
 
 MORE_THAN_MPI_HAS = 2100  # communicators, in MPICH
 AGREE = {"step": 1, "phase": "agree"}
@@ -64,6 +65,8 @@ def test_a_duplicate_has_a_group_of_its_own(comm):
     duplicate.Free()
 
 
+@pytest.mark.any_mpi
+@UP_TO_THREE_RANKS
 def test_more_optimizers_can_be_open_than_mpi_has_communicators(comm):
     consensuses = [join(comm) for _ in range(MORE_THAN_MPI_HAS)]
     assert_agree(*consensuses[::500])

@@ -107,47 +107,48 @@ LIVING = {  # while MPI is there; one job runs them all
         print("still there", flush=True)
         print("still there", flush=True)
         """,
-    "with the workers of a DataLoader": """
-        import torch
-        from shardopt.torch import NAdam as TorchNAdam
-
-
-        class Data(torch.utils.data.Dataset):
-            def __init__(self, model):
-                self.model = model  # as collators that tokenise with a model do
-
-            def __len__(self):
-                return 8
-
-            def __getitem__(self, index):
-                with torch.no_grad():
-                    value = self.model.weight.sum().item()
-                    self.model.weight.fill_(100)
-                self.model.zero_grad()
-                self.model.weight.square().sum().backward()
-                return torch.full((4,), 1.0), value
-
-
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 1)
-        with TorchNAdam(model.parameters(), comm=comm, policy=ShardPolicy(timeout_s=20)) as opt:
-            for epoch in range(2):
-                before = model.weight.sum().item()
-                opt.zero_grad()
-                loader = torch.utils.data.DataLoader(
-                    Data(model), batch_size=8, num_workers=1, multiprocessing_context="fork"
-                )
-                for inputs, seen in loader:
-                    require(abs(float(seen[0]) - before) < 1e-6, "a worker saw other weights")
-                    require(not model.weight.grad.any(), "a worker wrote gradients")
-                    model(inputs).sum().backward()
-                    opt.step()
-                require(float(model.weight.detach().max()) < 50, "a worker wrote the weights")
-        print("still there", flush=True)
-        print("still there", flush=True)
-        """,
 }
+
+WORKERS = """
+import torch
+from shardopt.torch import NAdam as TorchNAdam
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, model):
+        self.model = model  # as collators that tokenise with a model do
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            value = self.model.weight.sum().item()
+            self.model.weight.fill_(100)
+        self.model.zero_grad()
+        self.model.weight.square().sum().backward()
+        return torch.full((4,), 1.0), value
+
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+with TorchNAdam(model.parameters(), comm=comm, policy=ShardPolicy(timeout_s=20)) as opt:
+    for epoch in range(2):
+        before = model.weight.sum().item()
+        opt.zero_grad()
+        loader = torch.utils.data.DataLoader(
+            Data(model), batch_size=8, num_workers=1, multiprocessing_context="fork"
+        )
+        for inputs, seen in loader:
+            require(abs(float(seen[0]) - before) < 1e-6, "a worker saw other weights")
+            require(not model.weight.grad.any(), "a worker wrote gradients")
+            model(inputs).sum().backward()
+            opt.step()
+        require(float(model.weight.detach().max()) < 50, "a worker wrote the weights")
+print("still there", flush=True)
+print("still there", flush=True)
+"""
 
 ENDS = {
     "after close and Finalize, in atexit": """
@@ -194,10 +195,17 @@ def test_weights_stay_at_the_end(mpirun, tmp_path, end):
 
 
 def test_weights_stay_while_others_have_them(mpirun, tmp_path):
-    jobs = [name for name in LIVING if "DataLoader" not in name or find_spec("torch")]
-    done = run(mpirun, tmp_path, "".join(textwrap.dedent(LIVING[name]) for name in jobs))
+    done = run(mpirun, tmp_path, "".join(map(textwrap.dedent, LIVING.values())))
     assert done.returncode == 0, done.output
-    assert done.stdout.count("still there") == 4 * len(jobs), done.output
+    assert done.stdout.count("still there") == 4 * len(LIVING), done.output
+
+
+@pytest.mark.any_mpi  # it forks, as the test above does with every MPI
+@pytest.mark.skipif(not find_spec("torch"), reason="needs torch")
+def test_weights_stay_while_the_workers_of_a_loader_have_them(mpirun, tmp_path):
+    done = run(mpirun, tmp_path, WORKERS)
+    assert done.returncode == 0, done.output
+    assert done.stdout.count("still there") == 4, done.output
 
 
 @pytest.mark.any_mpi

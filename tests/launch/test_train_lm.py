@@ -49,6 +49,7 @@ def test_a_short_run_leaves_its_curves_and_its_log(numpy_run):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough  # train_lm/test_resume.py compares two runs of one seed, too
 @pytest.mark.any_mpi
 def test_one_seed_gives_one_run(mpirun, text, expected):
     _, bits = run_briefly(mpirun, text)

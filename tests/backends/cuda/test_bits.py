@@ -53,8 +53,18 @@ def test_an_update_by_ptx(dtype, num_sources, num_targets):
     assert_same_update(ptx_kernel(num_sources + num_targets), make_arena)
 
 
-@pytest.mark.parametrize("architecture", range(len(nvrtc.ARCHITECTURES)))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),  # architectures take turns
+    [
+        pytest.param(
+            dtype,
+            architecture,
+            marks=[pytest.mark.thorough] * ((row - architecture) % len(nvrtc.ARCHITECTURES) != 0),
+        )
+        for row, dtype in enumerate(DTYPES)
+        for architecture in range(len(nvrtc.ARCHITECTURES))
+    ],
+)
 def test_poison_and_no_eps_by_ptx(dtype, architecture):
     poison = np.nan if architecture % 2 else np.inf
     make_arena = functools.partial(hard_arena, 1, dtype, poison=poison)

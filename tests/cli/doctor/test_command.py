@@ -138,7 +138,9 @@ def test_gpus_that_cannot_be_used_are_a_note(run):
 
 
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("way", ["pagemap", "compare", "magic"])
+@pytest.mark.parametrize(
+    "way", ["pagemap", pytest.param("compare", marks=pytest.mark.thorough), "magic"]
+)
 def test_the_way_to_find_written_weights(run, way):
     job = run(1, *DOCTOR, "--quick", "--json", env={"SHARDOPT_WRITE_TRACKING": way})
     content = json.loads(job.stdout)

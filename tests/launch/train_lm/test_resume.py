@@ -83,20 +83,21 @@ def test_on_as_many_ranks_it_is_the_same_run_bit_for_bit(run, tmp_path, framewor
 
 
 @pytest.mark.any_mpi
-def test_on_other_ranks_it_is_the_same_run_but_for_rounding(run, tmp_path):
+@pytest.mark.parametrize(
+    "num_ranks",  # six sequences: shares of two and of one, and all
+    [4, pytest.param(1, marks=pytest.mark.thorough)],
+)
+def test_on_other_ranks_it_is_the_same_run_but_for_rounding(run, tmp_path, num_ranks):
     arguments = ("--steps", "4", "--save-every", "2", "--batch", "3")
     run(2, "straight", *arguments)
-    for num_ranks in 1, 4:  # six sequences: all, and shares of two and of one
-        left = leave_after_two(tmp_path / "straight", f"left{num_ranks}")
-        run(num_ranks, left.name, *arguments)
-        assert steps_in(left) == [1, 2, 3, 4]
-        for key in ("train_bits", "held_out_bits", "grad_norm"):
-            expected = column(tmp_path / "straight", key)
-            assert column(left, key) == pytest.approx(expected, rel=1e-4)
-        assert [line["num_ranks"] for line in read_log(left) if line["kind"] == "start"] == [
-            2,
-            num_ranks,
-        ]
+    left = leave_after_two(tmp_path / "straight", "left")
+    run(num_ranks, left.name, *arguments)
+    assert steps_in(left) == [1, 2, 3, 4]
+    for key in ("train_bits", "held_out_bits", "grad_norm"):
+        expected = column(tmp_path / "straight", key)
+        assert column(left, key) == pytest.approx(expected, rel=1e-4)
+    starts = [line["num_ranks"] for line in read_log(left) if line["kind"] == "start"]
+    assert starts == [2, num_ranks]
 
 
 @pytest.mark.any_mpi
@@ -123,6 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path):
     assert job.stderr.count("must hold a checkpoint that can be loaded") == 1
 
 
+@pytest.mark.any_mpi  # tests/cluster kills ranks with every MPI
 def test_a_rank_that_is_killed_costs_the_steps_since_the_last_save(start, run, tmp_path):
     out = tmp_path / "run"
     with start("--save-every", "20") as started:
@@ -171,6 +173,7 @@ def test_sigusr1_to_one_rank_saves_and_the_run_goes_on(start, tmp_path):
     assert saved_steps(out / "saved") == [saved, steps_in(out)[-1]]
 
 
+@pytest.mark.any_mpi  # test_train_lm.py interrupts every mpirun; that of Open MPI lets nobody save
 def test_an_interrupt_of_mpirun_saves(start, mpirun, tmp_path):
     out = tmp_path / "run"
     with start() as started:
