@@ -31,12 +31,17 @@ class NodeFlags:
         shape = arena.comm.size, line_numel
         memory = arena.allocate(np.dtype(np.int64).itemsize * shape[0] * shape[1]).memory
         lines = memory.view(np.int64)[: shape[0] * shape[1]].reshape(shape)
+        self._lines = lines
         self.all = lines[:, :num_fields]
         self.mine = self.all[arena.comm.rank]
 
     def publish(self) -> None:
         """Show the others what this rank has written to ``mine``."""
         full_fence()
+
+    def snapshot(self) -> bytes:
+        """Return what all flags are by now, to be compared with another look, without a fence."""
+        return self._lines.tobytes()
 
     def acquire(self) -> None:
         """See in ``all`` what the others have published by now."""

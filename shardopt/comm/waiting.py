@@ -47,19 +47,21 @@ def wait_until(
             check(now - start)
 
 
-def wait_briefly(test: Callable[[], bool], limit_s: float) -> bool:
+def wait_briefly(test: Callable[[], bool], limit_s: float, *, yields: bool = True) -> bool:
     """Wait until ``test`` returns True, or for ``limit_s`` seconds at most; return which it was.
 
     Args:
         test: Whether the wait is over; called over and over, so it may also make progress.
         limit_s: The longest time.
+        yields: Whether to yield the core at first, rather than to nap: that costs the core's time,
+            and is worth it only where an early end is worth something.
     """
     start = time.monotonic()
     while not any(test() for _ in range(LOOKS)):
         waited_s = time.monotonic() - start
         if waited_s > limit_s:
             return False
-        if waited_s < _YIELD_FOR_S:
+        if yields and waited_s < _YIELD_FOR_S:
             os.sched_yield()
         else:
             time.sleep(_NAP_S)

@@ -22,8 +22,8 @@ from shardopt.layout.partition import Partition, plan_partition
 from shardopt.layout.ring import ring_bucket_nbytes
 from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
-from shardopt.overlap.averaged import make_gradients
 from shardopt.overlap.backward import Overlap, make_overlap
+from shardopt.overlap.gradients import make_gradients
 from shardopt.overlap.prefetch import Prefetch, make_prefetch
 from shardopt.params.adapter import Adapter
 from shardopt.params.forms import FormRules

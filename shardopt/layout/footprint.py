@@ -21,6 +21,9 @@ the node and parameters and gradients in both."""
 class MemoryReport:
     """The memory that training takes, in bytes; activations are not counted.
 
+    Nor are the Python objects that each rank has beside its arrays: some 10 KiB for each parameter,
+    and 3 KiB for each bucket.
+
     What belongs to a node is in memory that its ranks share or, with the placement ``cuda``, on
     their GPUs: all of it but staging buffers, of which the host has the memory. What the host holds
     of GPUs beside that is not counted: one copy of the parameters; where GPUs are staged or there

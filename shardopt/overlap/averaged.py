@@ -3,35 +3,27 @@
 import functools
 import operator
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import xxhash
-
-from shardopt._typing import FloatArray, IntArray
+from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Consensus, attempt
 from shardopt.comm.exit_hook import ExitHook, mpi_is_usable
-from shardopt.comm.node_memory.comparing import changed
-from shardopt.errors import CallOrderError, HyperparamsError, StageWarning
+from shardopt.errors import CallOrderError, HyperparamsError
 from shardopt.layout.dtypes import has_master
 from shardopt.layout.ring import plan_ring
 from shardopt.layout.span import Span
+from shardopt.overlap.average_edits import AverageEdits
 from shardopt.overlap.progress import drain
 from shardopt.overlap.ring import GradRing, advance_all
-from shardopt.overlap.updated import UpdatedGradients
-from shardopt.params.gradients import Gradients, RowGradients, UpdatedBySteps
+from shardopt.params.gradients import UpdatedBySteps
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
-from shardopt.report import tell
 from shardopt.store.memory import Memory
 from shardopt.transport.ring import RingReduction
 from shardopt.transport.sync import BucketSync
-from shardopt.transport.updating import UpdatingReduction
 
-_MUCH_NBYTES = 1 << 20
-_PIECE_NUMEL = 1 << 16  # of averages that are compared, which stay in cache
 _PHASE = "gradients"
 _CALLS = "step(), average_grads() or another call that needs all gradients"
 _READ = "p.grad, which needs as many backwards on all ranks"
@@ -87,10 +79,9 @@ class AveragedGradients(UpdatedBySteps):
         self._averaged: set[int] = set()  # parameters with averages to which this rank contributed
         self._zeroed: list[int] = []  # the round after which averages were forgotten last
         self._changed: list[str] = []  # parameters whose gradients were replaced or removed
-        self._written: list[tuple[int, Span, int]] = []
-        self._factors: dict[int, Sequence[float]] = {}  # on averages; they are still to be written
+        self._edits = AverageEdits(registry, memory)
         self._error: Exception | None = None
-        self._is_read = self._has_warned = False
+        self._is_read = False
         self._sent = 0  # the position up to which sums of nodes have been exchanged
         self._has_met = False  # other ranks, who may have averages, since all were forgotten
         adapter = registry.adapter
@@ -160,7 +151,7 @@ class AveragedGradients(UpdatedBySteps):
                 self._note(f"those of {names} were replaced by views of them")
         elif gone:
             self._note(f"those of {names} were replaced or removed and others were not")
-        elif self._averaged and self._are_shown and (found := self._find_changed()):
+        elif self._averaged and self._are_shown and (found := self._edits.params(self._averaged)):
             name = bindings[min(found)].name
             self._note(f"that of {name!r} was written to before another backward")
         elif self._averaged and self._are_shown and self._reduction.holds_sums:
@@ -235,49 +226,30 @@ class AveragedGradients(UpdatedBySteps):
             self._meet(step, has_more=False)
             for index in own:
                 registry.bindings[index].bind_grad()
-        edits, more = attempt(self._find_edits, {*gone, *own})
-        self._written, self._factors = edits or ([], {})
+        more = attempt(self._edits.find, self._averaged, {*gone, *own}).error
         self.late_nbytes, self._ring.late_nbytes = self._ring.late_nbytes, 0
         self.waited_s, self._ring.waited_s = self._ring.waited_s, 0.0
         for found in (self._error, error, more):
             if found is not None:
                 raise found
-        self._warn_of_copies()
+        self._edits.warn_of_copies()
         copied_nbytes = sum(grad.nbytes for grad in own.values())
         return mask_of(self._averaged), copied_nbytes
 
     def describe(self, loss_scale: float) -> Mapping[str, object]:
         """See ``Gradients.describe``."""
-        digests: dict[int, list[int]] = {}
-        for index, span, digest in self._written:
-            digests.setdefault(index, []).extend((span.start, span.stop, digest))
-        bindings = self._registry.bindings
-        names = {index: bindings[index].name for index in digests}
-        multiplied: dict[str, list[int]] = {}
-        for index, factors in sorted(self._factors.items()):
-            multiplied.setdefault(repr(factors), []).append(index)
         return {
             "loss_scale": loss_scale,
             "the number of backward passes before zero_grad()": self._zeroed,
             "the parameters whose averaged gradients were replaced or removed": self._changed,
-            "the parameters whose averaged gradients were written to": list(names.values()),
-            "the factors by which averaged gradients were multiplied": [
-                (factors, bindings[of[0]].name, mask_of(of)) for factors, of in multiplied.items()
-            ],
-            **{f"what was written to the gradient of {names[i]!r}": d for i, d in digests.items()},
+            **self._edits.describe(),
         }
 
     def adopt_writes(self, present: int) -> None:
         """See ``Gradients.adopt_writes``."""
-        views: list[tuple[Span, FloatArray | None]] = []
-        for index, span, _ in self._written:
-            views.append((span, self._own_average(index, span)))
-        self._reduction.replace(views)
-        self._reduction.multiply(self._factors)
-        for _, view in self._memory.averages:
-            view.refresh()
+        self._edits.apply(self._reduction)
         self._forget_factors(self._averaged)
-        self._written, self._zeroed = [], []
+        self._zeroed = []
         for index, binding in enumerate(self._registry.bindings):
             if present >> index & 1 and index not in self._averaged:  # other ranks had one
                 self._averaged.add(index)
@@ -369,9 +341,7 @@ class AveragedGradients(UpdatedBySteps):
             self._has_met = False
             self._zeroed = [ring.num_rounds]
             self._averaged.clear()
-        for _, view in self._memory.averages:
-            view.find_writes()
-            view.refresh()
+        self._edits.forget()
 
     def _find_own(self) -> dict[int, FloatArray]:
         """Return the gradients that are not views of averages.
@@ -403,133 +373,10 @@ class AveragedGradients(UpdatedBySteps):
         array, _ = attempt(self._registry.adapter.grad, binding.param, binding.name)
         return array is not None and self._registry.may_be_shared(array)
 
-    def _warn_of_copies(self) -> None:
-        """Warn once, alike on all ranks, if each rank has copies of much that users wrote to."""
-        bindings = self._registry.bindings
-        nbytes = sum(span.numel * bindings[i].grad.itemsize for i, span, _ in self._written)
-        if nbytes >= _MUCH_NBYTES and not self._has_warned:
-            self._has_warned = True
-            text = (
-                f"p.grad was written to: each rank keeps {nbytes >> 20} MiB of its own until the "
-                "step. To clip, pass max_grad_norm; to scale, multiply in place by numbers without "
-                "another name for the elements: both take no memory. This is said once."
-            )
-            tell(StageWarning(text), aloud=self._memory.arena.comm.rank == 0)
-
     def _forget_factors(self, params: Iterable[int]) -> None:
         for index in params:
             self._registry.adapter.forget_factors(self._registry.bindings[index].param)
 
-    def _find_changed(self) -> set[int]:
-        """Return the parameters whose averages this rank has multiplied or written to."""
-        writes, factors = self._find_edits()
-        return {*factors, *(index for index, _, _ in writes)}
-
-    def _find_edits(
-        self, replaced: Collection[int] = ()
-    ) -> tuple[list[tuple[int, Span, int]], dict[int, Sequence[float]]]:
-        """Return what this rank has done to averages.
-
-        Args:
-            replaced: Parameters with other gradients, or none: what written pages have of theirs
-                is old.
-
-        Returns:
-            What it has written: the parameter, which part of the flat index space, and a hash of
-            the values there. And by which factors it has multiplied others, or those, in order.
-        """
-        factors, products = self._find_factors()
-        found: list[tuple[int, Span, int]] = []
-        partition = self._registry.partition
-        for region, (layout, view) in enumerate(self._memory.averages):
-            (array,) = layout.arrays
-            start = partition.regions[region].start
-            parts: list[tuple[int, Span]] = []
-            for page in view.find_writes():
-                first, stop = (
-                    (at - array.start) // array.itemsize for at in (page.start, page.stop)
-                )
-                within = Span(max(0, first), min(array.numel, stop)).shift(start)
-                parts += partition.params_in(region, within)
-            parts = [each for each in parts if each[0] not in replaced and each[0] not in products]
-            if not parts:
-                continue
-            nbytes = [array.bytes_of(span.shift(-start)) for _, span in parts]
-            spans: IntArray = np.array([(each.start, each.stop) for each in nbytes], np.int64)
-            for number in np.flatnonzero(changed(view.view, view.shared, spans)).tolist():
-                index, span = parts[number]
-                values = self._own_average(index, span)
-                found.append((index, span, xxhash.xxh3_64_intdigest(values.data)))
-        return found, factors
-
-    def _find_factors(self) -> tuple[dict[int, Sequence[float]], set[int]]:
-        """Return the factors on averages that are to be written, by parameter.
-
-        Returns:
-            The factors; and those parameters whose elements on this rank have some already, which
-            is all that has been written to them.
-        """
-        factors: dict[int, Sequence[float]] = {}
-        products: set[int] = set()
-        bindings, known = self._registry.bindings, self._registry.adapter.grad_factors()
-        for index in sorted(self._averaged) if known else ():
-            written, pending = known.get(id(bindings[index].param), ((), ()))
-            if written and self._is_product(index, written):
-                products.add(index)
-                pending = (*written, *pending)
-            if pending:
-                factors[index] = tuple(pending)
-        return factors, products
-
-    def _is_product(self, index: int, factors: Sequence[float]) -> bool:
-        """Whether a parameter has on this rank its average, multiplied by factors, and no more."""
-        for piece in self._span(index).chunks(_PIECE_NUMEL):
-            product = self._average(index, piece).copy()
-            with np.errstate(all="ignore"):
-                for factor in factors:
-                    product *= product.dtype.type(factor)
-            if product.tobytes() != self._own_average(index, piece).tobytes():
-                return False
-        return True
-
-    def _own_average(self, index: int, span: Span) -> FloatArray:
-        """Return the elements of an average in a span of the flat index space, as this rank's."""
-        own: FloatArray = self._registry.bindings[index].grad.reshape(-1)
-        return own[span.shift(-self._span(index).start).slice]
-
-    def _average(self, index: int, span: Span) -> FloatArray:
-        """Return the same in the row of the node."""
-        partition = self._registry.partition
-        region = partition.params[index].region
-        layout, view = self._memory.averages[region]
-        (array,) = layout.arrays
-        row = view.shared[array.slice].view(array.spec.dtype)
-        return row[span.shift(-partition.regions[region].start).slice]
-
     def _span(self, index: int) -> Span:
         """Return where a parameter is in the flat index space."""
         return self._registry.partition.params[index]
-
-
-def make_gradients(
-    registry: Registry[Any],
-    memory: Memory,
-    sync: BucketSync,
-    consensus: Consensus,
-    ring_nbytes: int | None,
-) -> Gradients:
-    """Return the way that gradients take to the kernel: by rows, or averaged or used in backward.
-
-    Args:
-        registry: The parameters of this rank.
-        memory: Their memory.
-        sync: Sums them.
-        consensus: The ranks.
-        ring_nbytes: As in ``ShardPolicy``.
-    """
-    reduction, collectives = sync.reduction, consensus.collectives
-    if isinstance(reduction, UpdatingReduction):
-        return UpdatedGradients(registry, memory, reduction, collectives, ring_nbytes)
-    if isinstance(reduction, RingReduction):
-        return AveragedGradients(registry, memory, sync, consensus, ring_nbytes)
-    return RowGradients(registry)

@@ -1,6 +1,6 @@
 """The buffers of a ring, in memory that the ranks of a node share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from shardopt.backends.base import Rows
 from shardopt.layout.partition import Partition
 from shardopt.layout.ring import RingPlan
 from shardopt.store.memory import Memory
+
+_MOST_ROWS = 256  # that are kept, of all combinations of buffers
 
 
 class Slots:
@@ -33,7 +35,8 @@ class Slots:
             node[start : start + plan.depth * plan.slot_nbytes].reshape(plan.depth, -1)
             for start in starts
         ]
-        self._node_rank, self._depth = memory.arena.comm.rank, plan.depth
+        self._node_rank = memory.arena.comm.rank
+        self._of_rank[self._node_rank][:] = 0  # memory that is reported is there, and near its core
         regions = [partition.regions[partition.buckets[number].region] for number in buckets]
         sizes = [
             (partition.buckets[number].numel, np.dtype(region.dtype))
@@ -44,8 +47,8 @@ class Slots:
         self._zeros = np.zeros(
             plan.slot_nbytes, np.uint8
         )  # never touched, so that it takes no memory
-        self._rows: dict[tuple[int, int], list[FloatArray]] = {}
-        self._full_rows: dict[tuple[int, int], Rows] = {}
+        self._arrays: dict[tuple[int, int, int], FloatArray] = {}
+        self._full_rows: dict[tuple[tuple[int, ...], int], Rows] = {}
         self.gaps: list[IntArray] = []
         for number in buckets:
             bucket = partition.buckets[number]
@@ -54,26 +57,39 @@ class Slots:
                 is_gap[span.shift(-bucket.start).slice] = False
             self.gaps.append(np.flatnonzero(is_gap))
 
-    def mine(self, position: int, place: int) -> FloatArray:
-        """Return this rank's buffer for a position, as the bucket at a place has it."""
-        return self._arrays(position % self._depth, self._kind_of[place])[self._node_rank]
+    def mine(self, slot: int, place: int) -> FloatArray:
+        """Return a buffer of this rank, as the bucket at a place has it."""
+        return self._array(self._node_rank, slot, self._kind_of[place])
 
-    def rows(self, position: int, place: int, filled: Iterable[bool]) -> Rows:
-        """Return the buffers of all ranks, and zeros for those that are not filled."""
-        key = position % self._depth, self._kind_of[place]
-        arrays, is_filled = self._arrays(*key), list(filled)
-        if not all(is_filled):
-            zeros = self._zeros[: arrays[0].nbytes].view(arrays[0].dtype)
-            pairs = zip(arrays, is_filled, strict=True)
-            return Rows.of(*[array if has else zeros for array, has in pairs])
+    def all_rows(self, slots: tuple[int, ...], place: int) -> Rows:
+        """Return a buffer of each rank, as the bucket at a place has them."""
+        key = slots, self._kind_of[place]
         if key not in self._full_rows:
+            if len(self._full_rows) >= _MOST_ROWS:
+                self._full_rows.clear()
+            arrays = [self._array(rank, slot, key[1]) for rank, slot in enumerate(slots)]
             self._full_rows[key] = Rows.of(*arrays)
         return self._full_rows[key]
 
-    def _arrays(self, slot: int, kind: int) -> list[FloatArray]:
-        key = slot, kind
-        if key not in self._rows:
+    def rows(self, slots: tuple[int, ...], place: int, filled: Sequence[bool]) -> Rows:
+        """Return the same, and zeros for those ranks whose buffers are not filled."""
+        if all(filled):
+            return self.all_rows(slots, place)
+        kind = self._kind_of[place]
+        numel, dtype = self._kinds[kind]
+        zeros = self._zeros[: numel * dtype.itemsize].view(dtype)
+        ranks = zip(slots, filled, strict=True)
+        return Rows.of(
+            *[
+                self._array(rank, slot, kind) if is_filled else zeros
+                for rank, (slot, is_filled) in enumerate(ranks)
+            ]
+        )
+
+    def _array(self, rank: int, slot: int, kind: int) -> FloatArray:
+        key = rank, slot, kind
+        if key not in self._arrays:
             numel, dtype = self._kinds[kind]
-            nbytes = numel * dtype.itemsize
-            self._rows[key] = [slots[slot, :nbytes].view(dtype) for slots in self._of_rank]
-        return self._rows[key]
+            memory = self._of_rank[rank][slot, : numel * dtype.itemsize]
+            self._arrays[key] = memory.view(dtype)
+        return self._arrays[key]

@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 
 from shardopt.layout.partition import Partition
 from shardopt.layout.ring import RingPlan
-from shardopt.overlap.ring import _CONTENTS, _HAS_MORE, GradRing, _Filling, _Piece
+from shardopt.overlap.filling import Filling, Piece
+from shardopt.overlap.ring import FILLED, GradRing
 from shardopt.store.memory import Memory
 from shardopt.transport.updating import UpdatingReduction
 
 if TYPE_CHECKING:
     from shardopt._typing import FloatArray
 
-_FILLED, _FAILED = 1, 2  # of a position, or of a segment
+_FAILED = 2  # in the contents of a position, or of the end of a segment
 _LATER, _HERE, _NEVER = 0, 1, 2  # a gradient of a rank
 
 
@@ -68,8 +69,9 @@ class UpdateRing(GradRing):
     ) -> None:
         super().__init__(memory, partition, reduction, plan, expected)
         self._updates, self._numels = reduction, [param.numel for param in partition.params]
-        self._masks = [sum(1 << index for index, _ in params) for params in self._params_in]
-        most = max([1, *map(len, self._params_in)])
+        params_in = self._fillings.params_in
+        self._masks = [sum(1 << index for index, _ in params) for params in params_in]
+        most = max([1, *map(len, params_in)])
         shape = plan.node_size, plan.depth, most
         size = int(np.prod(shape))
         node = memory.arena.allocate(size).memory
@@ -102,7 +104,7 @@ class UpdateRing(GradRing):
 
     def has_closed(self, param: int) -> bool:
         """Whether the buckets of a parameter that has not arrived have been closed without it."""
-        return any(piece.place < self._num_closed for piece in self._pieces[param])
+        return any(piece.place < self._num_closed for piece in self._fillings.pieces[param])
 
     def hold(self, param: int) -> None:
         """Note that this rank has a gradient of a closed bucket, which it will put later."""
@@ -125,7 +127,7 @@ class UpdateRing(GradRing):
 
     def has_more(self) -> bool:
         """See ``GradRing.has_more``."""
-        return bool((self._of_segment() & _FILLED).any())
+        return bool((self._board.end_contents() & FILLED).any())
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -135,13 +137,10 @@ class UpdateRing(GradRing):
             self._open.clear()
         super()._reopen()
 
-    def _of_segment(self) -> NDArray[np.int64]:
-        flags: NDArray[np.int64] = self._flags.all[:, _HAS_MORE + self._segment % 2]
-        return flags
-
-    def _contents(self, position: int, filling: _Filling | None) -> int:
+    def _contents(self, position: int, filling: Filling | None) -> int:
         known = self._mine[position % self._depth]
-        for column, (index, _) in enumerate(self._params_in[position % len(self._buckets)]):
+        params = self._fillings.params_in[position % len(self._buckets)]
+        for column, (index, _) in enumerate(params):
             if filling is not None and index in filling.params:
                 known[column] = _HERE
             elif self._is_backward_over and index not in self._open:
@@ -149,34 +148,36 @@ class UpdateRing(GradRing):
             else:
                 known[column] = _LATER
                 self._open.add(index)
-        return (filling is not None) * _FILLED | self.has_failed * _FAILED
+        return (filling is not None) * FILLED | self.has_failed * _FAILED
 
     def _end_contents(self, *, has_more: bool) -> int:
         return bool(has_more) | self.has_failed * _FAILED
 
-    def _take(self, position: int, are_announced: list[bool]) -> None:
-        is_announced = np.array(are_announced)
-        slot, place = position % self._depth, position % len(self._buckets)
-        contents = self._flags.all[:, _CONTENTS + slot]
-        contents = np.where(is_announced, contents, self._of_segment() & _FAILED)
-        filled = contents & _FILLED != 0
-        if (contents & _FAILED).any() or not filled.any():
-            return
-        params = self._params_in[place]
-        known = self._known[:, slot, : len(params)]
-        if is_announced.all() and (known == _HERE).all() and not self._updated_before:
-            present = self._masks[place]
+    def _take(self, position: int) -> None:
+        board, slots, place = self._board, self._slots, position % len(self._buckets)
+        params = self._fillings.params_in[place]
+        known = self._known[:, position % self._depth, : len(params)]
+        are_all_filled = board.count(position, FILLED) == self._node_size
+        if are_all_filled and not self._updated_before and (known == _HERE).all():
+            present, rows = self._masks[place], slots.all_rows(board.slots(position), place)
         else:
-            known = np.where(is_announced[:, None], known, _NEVER)
+            are_announced = board.are_announced(position)
+            contents = np.where(
+                are_announced, board.contents(position), board.end_contents() & _FAILED
+            )
+            filled = contents & FILLED != 0
+            if (contents & _FAILED).any() or not filled.any():
+                return
+            known = np.where(are_announced[:, None], known, _NEVER)
             present = self._select(params, known, position)
+            rows = slots.rows(board.slots(position), place, filled.tolist())
         if present:
-            rows = self._slots.rows(position, place, filled)
             self._updates.update(self._buckets[place], rows, present)
             self.updated |= present
 
     def _select(
         self,
-        params: list[tuple[int, _Piece]],
+        params: list[tuple[int, Piece]],
         known: NDArray[np.uint8],
         position: int,
     ) -> int:
@@ -204,9 +205,9 @@ class UpdateRing(GradRing):
                 present |= 1 << index
         return present
 
-    def _keep(self, index: int, piece: _Piece, position: int) -> None:
+    def _keep(self, index: int, piece: Piece, position: int) -> None:
         """Copy this rank's part of a gradient out of its buffer, for the next segment."""
-        slot = self._slots.mine(position, piece.place)
+        slot = self._fillings.buffer(position)
         if index not in self.kept:
             self.kept[index] = np.empty(self._numels[index], slot.dtype)
         self.kept[index][piece.source] = slot[piece.target]

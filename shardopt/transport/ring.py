@@ -30,13 +30,15 @@ class RingReduction(InPlaceReduction):
 
     Attributes:
         holds_sums: Whether the row holds sums of the node, until averages are shown in it.
+        has_messages: Whether messages of other nodes may make progress possible.
     """
 
-    holds_sums = False
+    holds_sums = has_messages = False
 
     def __init__(self, backend: Backend, node_rank: int, trace: Trace = OFF) -> None:
         super().__init__(backend, node_rank, trace)
         self._plan_of: dict[int, BucketPlan] = {}
+        self._sums_of: dict[int, FloatArray] = {}  # by bucket: hooks need them over and over
         self._partition: Partition | None = None
         self._filled: set[int] = set()  # buckets that hold averages
         self._measured: set[int] = set()  # those of them whose squares are known
@@ -46,6 +48,7 @@ class RingReduction(InPlaceReduction):
         """Take over the plans of a partition; the row holds no averages."""
         self._partition = partition
         self._plan_of = {plan.bucket: plan for plan in self.plans}
+        self._sums_of.clear()
         self.forget()
 
     def has_room(self) -> bool:
@@ -84,11 +87,13 @@ class RingReduction(InPlaceReduction):
             in_bucket: Where the shard begins in them.
         """
         bucket, is_first = plan.bucket, plan.bucket not in self._filled
+        if bucket not in self._sums_of:
+            self._sums_of[bucket] = plan.sums
         squares = self._square_sums[plan.chunks] if self._measures else None
         (self._measured.add if self._measures else self._measured.discard)(bucket)
         self._filled.add(bucket)
-        scale = plan.mean_scale
-        self._accumulate(rows, in_bucket, plan.sums, squares, scale, is_first=is_first)
+        sums, scale = self._sums_of[bucket], plan.mean_scale
+        self._accumulate(rows, in_bucket, sums, squares, scale, is_first=is_first)
 
     def _accumulate(
         self,
@@ -121,6 +126,12 @@ class RingReduction(InPlaceReduction):
             chunks = slice(piece.start // CHUNK_NUMEL, piece.stop // CHUNK_NUMEL)
             of_piece = None if squares is None else squares[chunks]
             kernel.reduce(Rows.of(here, added), here, Span(0, piece.numel), of_piece)
+
+    def free(self) -> None:
+        """See ``Reduction.free``."""
+        super().free()
+        self._plan_of.clear()
+        self._sums_of.clear()
 
     def forget(self) -> None:
         """Have the next average of each bucket replace what is there."""

@@ -69,6 +69,8 @@ class RingExchange(RingReduction):
         trace: Shows buckets on their way, and the sums.
     """
 
+    has_messages = True
+
     def __init__(
         self,
         transport: Transport,
@@ -220,7 +222,6 @@ class RingExchange(RingReduction):
         super().free()
         self._free.clear()
         self._active.clear()
-        self._plan_of.clear()
 
     @property
     def awaited(self) -> tuple[int, list[int]]:

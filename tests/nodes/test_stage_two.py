@@ -5,8 +5,9 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.support.nodes import several_nodes, ways_to_the_same_bits
+from tests.support.stage_two import SMALL, no_batch_on_the_last
 from tests.support.torch_models import bytes_of
-from tests.torch.test_stage_two import SMALL, assert_same_bits, no_batch_on_the_last, run, unequal
+from tests.torch.test_stage_two import assert_same_bits, run, unequal
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -10,9 +10,10 @@ from shardopt.checkpoint import load, save
 from shardopt.errors import CallOrderError, HyperparamsError, PartitionError, RankMismatchError
 from shardopt.torch import NAdam
 from tests.core.test_kept_sums import file_nbytes
+from tests.support.stage_two import NUM_STEPS, SMALL, Net, plain
 from tests.support.torch_models import bytes_of
 from tests.torch import test_stage_two as one_node
-from tests.torch.test_stage_two import NUM_STEPS, SMALL, Net, assert_same_bits, plain, policy, run
+from tests.torch.test_stage_two import assert_same_bits, policy, run
 
 pytestmark = pytest.mark.mpi(min_size=2)
 

@@ -21,13 +21,19 @@ from shardopt.errors import (
 )
 from shardopt.policy import ShardPolicy
 from shardopt.torch import Adam, AdamW, NAdam, RAdam
+from tests.support.stage_two import (
+    NUM_STEPS,
+    SIZES,
+    SMALL,
+    Break,
+    Net,
+    held_up,
+    no_batch_on_the_last,
+    plain,
+)
 from tests.support.torch_models import bytes_of
 
 pytestmark = pytest.mark.mpi(min_size=2)
-
-SIZES = [(40, 120), (120, 80), (80, 60), (60, 3)]
-NUM_STEPS = 3
-SMALL = {"bucket_nbytes": 1, "ring_nbytes": 1}  # a chunk in each bucket, two buckets of each rank
 
 
 def policy(in_backward=True, **settings):
@@ -37,29 +43,6 @@ def policy(in_backward=True, **settings):
     return ShardPolicy(
         stage=stage, update_in_backward=in_backward, timeout_s=60, threads=1, **settings
     )
-
-
-class Net(torch.nn.Module):
-    """Layers, one of them used twice, and one that nothing uses."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.layers = torch.nn.ModuleList(torch.nn.Linear(*size) for size in SIZES)
-            self.unused = torch.nn.Linear(70, 70)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x + self.layers[-1](x.new_ones(60)) * 0.1
-
-    def batch(self, step, rank):
-        generator = torch.Generator().manual_seed(step + 10 * rank)
-        return torch.randn(6, 40, generator=generator).to(self.unused.weight.dtype)
-
-    def loss(self, step, rank):
-        return self(self.batch(step, rank)).square().mean()
 
 
 def groups_of(model):
@@ -100,12 +83,6 @@ def assert_same_bits(comm, program, dtype=None, **settings):
     assert ours[0] != [raw(param.detach()) for param in Net().to(dtype).parameters()]
 
 
-def plain(model, opt, step, comm):
-    opt.zero_grad()
-    model.loss(step, comm.rank).backward()
-    opt.step()
-
-
 @pytest.mark.parametrize("settings", [SMALL, {}, {"bucket_nbytes": 1, "ring_nbytes": 1 << 20}])
 def test_bits_are_those_of_stage_one(comm, settings):
     assert_same_bits(comm, plain, torch.float32, **settings)
@@ -122,13 +99,6 @@ def test_bits_are_those_of_stage_one(comm, settings):
 )
 def test_other_states(comm, dtype, settings):
     assert_same_bits(comm, plain, dtype, **SMALL, **settings)
-
-
-def no_batch_on_the_last(model, opt, step, comm):
-    opt.zero_grad()
-    if comm.rank < comm.size - 1 or step == 1:
-        model.loss(step, comm.rank).backward()
-    opt.step()
 
 
 def other_branches(model, opt, step, comm):
@@ -278,21 +248,11 @@ def test_parameters_that_are_frozen_at_first(comm):
 
 
 def test_backward_goes_on_while_a_rank_is_held_up(comm):
-    """The last rank does not begin before all others have ended their backward."""
-    last = comm.size - 1
+    def counted(model, opt, step, comm):
+        held_up(model, opt, step, comm)
+        assert opt.last_step.late_nbytes > 0 or comm.rank == comm.size - 1
 
-    def held_up(model, opt, step, comm):
-        opt.zero_grad()
-        if comm.rank == last:
-            for rank in range(last):
-                comm.recv(source=rank)
-        model.loss(step, comm.rank).backward()
-        if comm.rank != last:
-            comm.send(None, last)
-        opt.step()
-        assert opt.last_step.late_nbytes > 0 or comm.rank == last
-
-    ours = train(comm, held_up, policy(**SMALL))
+    ours = train(comm, counted, policy(**SMALL))
     assert ours == train(comm, plain, policy(in_backward=False))
 
 
@@ -606,18 +566,6 @@ def test_calls_between_backward_and_step(comm, model, opt, tmp_path):
             call()
     opt.step()
     assert len(opt.state_dict()["state"]) == 10
-
-
-class Break(torch.autograd.Function):
-    """Raises in backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ArithmeticError
 
 
 def test_a_backward_that_raises_on_one_rank(comm, tmp_path):

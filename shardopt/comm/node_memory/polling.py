@@ -61,3 +61,50 @@ def announced_by_all(
         ends[rank] = position
         most = max(most, position)
     return most if num_ended == flags.shape[0] else lowest
+
+
+@compiled(types.int64(_FLAGS, types.int64, types.int64, types.int64))
+def last_of_all(flags: NDArray[np.int64], ended: int, total: int, segment: int) -> int:
+    """Return the last position of any rank once all have ended the segment, or -1.
+
+    Args:
+        flags: As for ``announced_by_all``, as are the others.
+        ended: Likewise.
+        total: Likewise.
+        segment: Likewise.
+    """
+    fence()  # type: ignore[call-arg]
+    for rank in range(flags.shape[0]):
+        if flags[rank, ended] != segment:
+            return -1
+    fence()
+    last = 0
+    for rank in range(flags.shape[0]):
+        last = max(last, int(flags[rank, total]))
+    return last
+
+
+@compiled(types.int64(_FLAGS, _ENDS, types.int64, types.int64, types.int64, types.int64))
+def count_equal(
+    flags: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    position: int,
+    field: int,
+    mask: int,
+    value: int,
+) -> int:
+    """Return how many ranks have announced a position, with a value in some bits of a field.
+
+    Args:
+        flags: As for ``announced_by_all``.
+        ends: As that leaves it.
+        position: The position.
+        field: The field.
+        mask: The bits.
+        value: The value.
+    """
+    found = 0
+    for rank in range(flags.shape[0]):
+        if position < ends[rank] and flags[rank, field] & mask == value:
+            found += 1
+    return found

@@ -54,11 +54,13 @@ class PrivateView:
         self._tracking, self._budget = tracking, budget
         self._address, self._pid = view.ctypes.data, os.getpid()
         num_pages = view.size // PAGE_NBYTES
-        self._written = np.zeros(num_pages, np.bool_)  # in this round, and not kept
-        self._written_before = np.zeros(num_pages, np.bool_)  # in the round before
-        self._kept = np.zeros(num_pages, np.bool_)
-        self._differs = np.zeros(num_pages, np.bool_)  # kept, and found to differ in this round
-        self._equal_rounds = np.zeros(num_pages, np.uint8)  # of kept ones
+        # In one piece, which is large enough to take no memory before a write has been found.
+        flags = np.zeros((5, num_pages), np.bool_)
+        self._written: NDArray[np.bool_] = flags[0]  # in this round, and not kept
+        self._written_before: NDArray[np.bool_] = flags[1]  # in the round before
+        self._kept: NDArray[np.bool_] = flags[2]
+        self._differs: NDArray[np.bool_] = flags[3]  # kept, and found to differ in this round
+        self._equal_rounds = flags[4].view(np.uint8)  # of kept ones
         self._tracked = [Span(0, view.size)]  # where to look for writes
         self._has_kept = self._found_any = self._found_before = False
         tracking.track(self._address, view.size)
