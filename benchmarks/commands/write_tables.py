@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.cases import CASES
 from benchmarks.commands.options import report_parser
 from benchmarks.harness.record import read
-from benchmarks.report import predictions, scaling, tables
+from benchmarks.report import memory, predictions, scaling, tables
 from benchmarks.report.stages import STAGES, stages_text
 
 
@@ -20,6 +20,9 @@ def main(words: Sequence[str]) -> None:
         "--predictions", action="store_true", help="write measured steps beside simulated ones"
     )
     kinds.add_argument("--scaling", action="store_true", help="write those of scaling instead")
+    kinds.add_argument(
+        "--memory", action="store_true", help="write bytes per node and parameter, as planned"
+    )
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="rewrite the part of FILE between its markers"
     )
@@ -33,6 +36,8 @@ def main(words: Sequence[str]) -> None:
         part, text = predictions.PREDICTIONS, predictions.predictions_text(arguments.results)
     elif arguments.scaling:
         part, text = scaling.PART, scaling.markdown(read(CASES["scaling"], arguments.results))
+    elif arguments.memory:
+        part, text = memory.PART, memory.bytes_text()
     else:
         place = {} if into is None else {"folder": into.parent}
         part = tables.FIGURES

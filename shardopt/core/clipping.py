@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from shardopt.combinations import checks_finite, why_not_clip
 from shardopt.errors import HyperparamsError
-from shardopt.overlap.updated import OPTION
 from shardopt.policy import ShardPolicy
 from shardopt.rule.hyperparams import as_real
 from shardopt.store.memory import Memory
@@ -21,18 +21,21 @@ class Clipping:
             gradients alone. May be set between steps, to what ``as_max_grad_norm`` returns.
         policy: Whether to check for inf and NaN.
         memory: Holds the gradients, which overflow easily in float16.
-        sends_float16: Whether sums of gradients are sent in float16, and overflow as easily.
+        num_nodes: Nodes; what is sent between them in float16 overflows as easily.
     """
 
     max_grad_norm: float | None
     policy: ShardPolicy
     memory: Memory
-    sends_float16: bool
+    num_nodes: int
 
     @property
     def needs_norm(self) -> bool:
         """Whether the norm must be known before the update, which takes a pass over gradients."""
-        return self.max_grad_norm is not None or self._checks_finite
+        if self.max_grad_norm is not None:
+            return True
+        has_float16 = self.memory.overflows_easily
+        return checks_finite(self.policy, self.num_nodes, has_float16=has_float16)
 
     def factor(self, norm: float | None) -> float | None:
         """Return the factor on the gradients, or None if the step must be skipped.
@@ -49,12 +52,6 @@ class Clipping:
         factor = self.max_grad_norm / (norm + _CLIP_EPS)
         return 1.0 if factor > 1.0 else factor  # a norm of NaN gives a factor of NaN
 
-    @property
-    def _checks_finite(self) -> bool:
-        if self.policy.check_finite is None:
-            return self.memory.overflows_easily or self.sends_float16
-        return self.policy.check_finite
-
 
 def as_max_grad_norm(value: object, policy: ShardPolicy) -> float | None:
     """Return a norm to clip to as a float, or None.
@@ -70,9 +67,6 @@ def as_max_grad_norm(value: object, policy: ShardPolicy) -> float | None:
             f"max_grad_norm must be > 0 or None; got {norm!r}. Leave it out, or set None, not to "
             "clip."
         )
-    if policy.update_in_backward:
-        raise HyperparamsError(
-            f"max_grad_norm must be None with {OPTION}; got {norm}. The norm is known only after "
-            "backward, which updates: leave the option out to clip."
-        )
+    if (refused := why_not_clip(policy, norm)) is not None:
+        raise refused
     return norm

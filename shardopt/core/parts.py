@@ -1,7 +1,7 @@
 """The parts of an optimizer, put together."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpi4py import MPI
@@ -9,6 +9,7 @@ from mpi4py import MPI
 from shardopt.backends.base import Backend, Device
 from shardopt.backends.cpu.backend import CpuBackend
 from shardopt.backends.devices import HOST, make_device
+from shardopt.combinations import Job, why_not_prefetch, why_not_stage
 from shardopt.comm.collectives import Collectives
 from shardopt.comm.consensus import Consensus, attempt, make_consensus
 from shardopt.comm.failure import FailurePolicy
@@ -17,14 +18,14 @@ from shardopt.comm.topology import Topology
 from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
 from shardopt.core.tracing import Tracing, agree_on_trace, start_trace
-from shardopt.errors import HyperparamsError, RankFailureError
+from shardopt.errors import RankFailureError
 from shardopt.layout.partition import Partition, plan_partition
 from shardopt.layout.ring import ring_bucket_nbytes
 from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
-from shardopt.overlap.backward import Overlap, make_overlap
+from shardopt.overlap.backward import BackwardOverlap, Overlap, make_overlap
 from shardopt.overlap.gradients import make_gradients
-from shardopt.overlap.prefetch import Prefetch, make_prefetch
+from shardopt.overlap.prefetch import NoPrefetch, Prefetch, make_prefetch
 from shardopt.params.adapter import Adapter
 from shardopt.params.forms import FormRules
 from shardopt.params.gradients import Gradients
@@ -64,6 +65,7 @@ class Parts:
         clipping: Clips, and skips steps.
         tracing: The trace of this rank.
         refused: Why the policy cannot be had here, for all ranks to raise, or None.
+        job: What decides on that.
     """
 
     policy: ShardPolicy
@@ -82,6 +84,7 @@ class Parts:
     clipping: Clipping
     tracing: Tracing
     refused: Exception | None
+    job: Job
 
     @property
     def trace(self) -> Trace:
@@ -207,37 +210,6 @@ def _make_device(name: str, arena: Arena, consensus: Consensus, call: str) -> De
     return made
 
 
-def _why_not(
-    policy: ShardPolicy, adapter: Adapter[Any], topology: Topology, residence: Residence
-) -> HyperparamsError | None:
-    """Return why a policy's stage cannot be had, or None if it can."""
-    if policy.accumulate == "node" and topology.num_nodes == 1:
-        return HyperparamsError(
-            "policy.accumulate must be exact on one node, where nothing is exchanged; got node. "
-            "Leave it out."
-        )
-    if policy.stage == 1:
-        return None
-    if policy.update_in_backward and topology.num_nodes > 1:
-        return HyperparamsError(
-            f"policy.update_in_backward must be False with {topology.num_nodes} nodes; got True. "
-            "Leave it out: it is for PyTorch on CPUs, on one node."
-        )
-    sends_nothing = topology.num_nodes > 1 and not policy.overlap
-    reasons = {
-        "parameters on a device": not residence.is_home,
-        "a framework that does not report its gradients": not adapter.shows_averages,
-        "overlap=False on several nodes, which would have to wait for backward": sends_nothing,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            return HyperparamsError(
-                f"policy.stage must be 1 with {reason}; got 2. Leave it out: stage 1 works there. "
-                "Stage 2 is for PyTorch on CPUs, and sends gradients as backward goes."
-            )
-    return None
-
-
 def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: bool) -> Partition:
     """Lay out no parameters yet, in buckets of the policy's size or of a default one."""
     num_nodes, node_size = topology.num_nodes, topology.node_size
@@ -303,7 +275,14 @@ def make_parts(
         host = CpuBackend(policy.threads or num_cores)
         offload = policy.offload is not None
         residence, device = _make_residence(device, host, consensus, call, offload=offload)
-        refused = _why_not(policy, adapter, topology, residence)
+        job = Job(
+            topology.num_nodes,
+            on_device=not residence.is_home,
+            reports_grads=adapter.shows_averages,
+            widens_grads=adapter.widens_grads,
+            reports_forward=adapter.reports_forward,
+        )
+        refused = why_not_stage(policy, job)
         has_one_row = policy.stage == 2 and refused is None
         layout = _plan_layout(topology, policy.bucket_nbytes, has_one_row=has_one_row)
         memory = Memory(
@@ -320,8 +299,11 @@ def make_parts(
         grads = make_gradients(registry, memory, sync, consensus, policy.ring_nbytes)
         wanted = policy.overlap and not has_one_row  # which sends in backward by itself
         overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=wanted)
-        prefetch, error = make_prefetch(collectives, registry, memory, sync, overlap, policy)
-    sends_float16 = topology.num_nodes > 1 and policy.wire_dtype == "float16"
+        job = replace(job, has_thread=isinstance(overlap, BackwardOverlap))
+        refused = refused or why_not_prefetch(policy, job)
+        prefetch: Prefetch = NoPrefetch()
+        if refused is None:
+            prefetch = make_prefetch(collectives, registry, memory, sync, overlap, policy)
     return Parts(
         policy=policy,
         failure=failure,
@@ -336,7 +318,8 @@ def make_parts(
         grads=grads,
         overlap=overlap,
         prefetch=prefetch,
-        refused=refused or error,
-        clipping=Clipping(max_grad_norm, policy, memory, sends_float16),
+        refused=refused,
+        job=job,
+        clipping=Clipping(max_grad_norm, policy, memory, topology.num_nodes),
         tracing=tracing,
     )

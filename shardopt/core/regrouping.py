@@ -15,6 +15,7 @@ from typing import Any
 
 from shardopt._typing import FloatArray
 from shardopt.backends.base import is_on_device
+from shardopt.combinations import why_not_dtype
 from shardopt.comm.consensus import Description, Outcome, attempt
 from shardopt.comm.node_memory.limits import Demand, memory_shortage
 from shardopt.comm.waiting import deadline
@@ -126,7 +127,8 @@ class Regrouping:
         specs = [planned.partition.params[index].spec for index in planned.added]
         for dtype, form in {(spec.dtype, spec.form) for spec in specs}:
             wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
-            parts.grads.check(dtype)
+            if (refused := why_not_dtype(parts.policy, parts.job, dtype)) is not None:
+                raise refused
             parts.backend.kernel.prepare(dtype, wire, num_nodes, form)
         return planned
 

@@ -10,8 +10,7 @@ from typing import Any
 from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Consensus, attempt
 from shardopt.comm.exit_hook import ExitHook, mpi_is_usable
-from shardopt.errors import CallOrderError, HyperparamsError
-from shardopt.layout.dtypes import has_master
+from shardopt.errors import CallOrderError
 from shardopt.layout.ring import plan_ring
 from shardopt.layout.span import Span
 from shardopt.overlap.average_edits import AverageEdits
@@ -91,19 +90,6 @@ class AveragedGradients(UpdatedBySteps):
         self._show(are_shown=False)
 
     # -- the layout --------------------------------------------------------------------------------
-
-    def check(self, dtype: str) -> None:
-        """See ``Gradients.check``: 16 bits do not hold an average."""
-        if has_master(dtype) and self._has_others:
-            raise HyperparamsError(
-                f"policy.stage must be 1 for parameters of 16 bits on several nodes; got 2 with "
-                f"{dtype}. Leave it out: stage 1 works."
-            )
-        if has_master(dtype) and not self._registry.adapter.widens_grads:
-            raise HyperparamsError(
-                f"policy.stage must be 1 for parameters of 16 bits; got 2 with {dtype}. Leave it "
-                "out: stage 1 works. Stage 2 takes a torch that has Tensor.grad_dtype, as 2.13."
-            )
 
     def leave(self, call: str, step: int) -> None:
         """See ``Gradients.leave``."""

@@ -359,7 +359,7 @@ def make_prefetch(
     sync: BucketSync,
     overlap: Overlap,
     policy: ShardPolicy,
-) -> tuple[Prefetch, HyperparamsError | None]:
+) -> Prefetch:
     """Set up the prefetch of parameters, if the policy asks for it and there are other nodes.
 
     Args:
@@ -368,31 +368,11 @@ def make_prefetch(
         memory: Their memory.
         sync: Sends them.
         overlap: Beside backward.
-        policy: How to shard.
-
-    Returns:
-        The prefetch, and why it cannot be had, the same on every rank.
+        policy: How to shard; it can be had.
     """
-    if not policy.prefetch_params:
-        return NoPrefetch(), None
-    reasons = {
-        "parameters on a device": not memory.residence.is_home,
-        "a framework that does not report what forward needs": not registry.adapter.reports_forward,
-    }
-    is_alone = collectives.topology.num_nodes == 1
-    reasons["policy.stage=2, which exchanges gradients without a thread"] = (
-        not is_alone and policy.stage == 2
-    )
-    if not is_alone and isinstance(overlap, BackwardOverlap) and not any(reasons.values()):
+    has_others = collectives.topology.num_nodes > 1
+    if policy.prefetch_params and has_others and isinstance(overlap, BackwardOverlap):
         prefetch = ForwardPrefetch(collectives, registry, memory, sync, overlap, policy)
         registry.adapter.on_params_needed(prefetch)
-        return prefetch, None
-    reasons["an MPI that is not thread-safe (see shardopt doctor)"] = not is_alone
-    for reason, holds in reasons.items():
-        if holds:
-            return NoPrefetch(), HyperparamsError(
-                f"policy.prefetch_params must be False with {reason}; got True. Leave it out: the "
-                "step then waits for all parameters. It is for PyTorch on CPUs, with a module as "
-                "params."
-            )
-    return NoPrefetch(), None
+        return prefetch
+    return NoPrefetch()

@@ -80,14 +80,6 @@ class UpdatedGradients:
 
     # -- the layout --------------------------------------------------------------------------------
 
-    def check(self, dtype: str) -> None:
-        """See ``Gradients.check``: gradients in float16 must be looked at before any update."""
-        if dtype == "float16":
-            raise HyperparamsError(
-                f"{OPTION} must be False for parameters in float16; got True. Their gradients "
-                "overflow easily, and must be looked at before any update: use bfloat16."
-            )
-
     def leave(self, call: str, step: int) -> None:
         """See ``Gradients.leave``; nothing is under way."""
         self._forget_spent()

@@ -21,14 +21,6 @@ class Gradients(Protocol):
     are_averages: bool
     are_updates: bool
 
-    def check(self, dtype: str) -> None:
-        """Refuse parameters of a dtype that this way does not support.
-
-        Raises:
-            HyperparamsError: It does not.
-        """
-        ...
-
     def leave(self, call: str, step: int) -> None:
         """Hand the gradients so far to the framework, as the layout changes. Collective.
 
@@ -152,9 +144,6 @@ class RowGradients(UpdatedBySteps):
 
     def __init__(self, registry: Registry[Any]) -> None:
         self._registry = registry
-
-    def check(self, dtype: str) -> None:
-        """Accept any; see ``Gradients.check``."""
 
     def leave(self, call: str, step: int) -> None:
         """Do nothing: rows keep what they have."""

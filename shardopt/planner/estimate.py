@@ -2,26 +2,35 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from shardopt.combinations import checks_finite
 from shardopt.layout.footprint import MemoryReport, Placement, plan_memory
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
-from shardopt.layout.ring import plan_ring, ring_bucket_nbytes
-from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
+from shardopt.layout.ring import num_ring_staging_buffers, plan_ring, ring_bucket_nbytes
+from shardopt.layout.traffic import (
+    NUM_STAGING_BUFFERS,
+    Traffic,
+    default_bucket_nbytes,
+    plan_traffic,
+)
 from shardopt.planner.machine import Machine
 from shardopt.planner.model import Model
 from shardopt.planner.simulate import (
     BucketTimes,
     Exchange,
     NodeKind,
+    Rules,
     Simulated,
     draw_kinds,
     simulate,
     times_of,
+    wait_in_forward,
 )
 from shardopt.planner.work import averaging_nbytes, plan_work
+from shardopt.policy import ShardPolicy
 
 MEASURED_NODES = 8
 """Node counts beyond this one have not been measured: what is said of them is extrapolated."""
@@ -37,30 +46,26 @@ class Layout:
     Attributes:
         num_nodes: Nodes.
         node_size: Ranks on each node.
-        bucket_nbytes: As in ``ShardPolicy``.
-        wire_dtype: Likewise.
+        policy: How it is sharded.
         placement: Where arrays are.
-        needs_norm: Whether steps measure the norm of the gradient before the update.
+        clips: Whether gradients are clipped to a norm.
         backward_s: Seconds of backward, which overlap hides communication behind; 0 without.
+        forward_s: Seconds of forward, which ``prefetch_params`` hides communication behind.
         slow_share: The share of its nodes that are slow.
         slowdown: The factor that they are slower by, at most.
         stragglers: Nodes that differ from others, beside these.
-        stage: As in ``ShardPolicy``.
-        ring_nbytes: Likewise.
     """
 
     num_nodes: int
     node_size: int
-    bucket_nbytes: int | None = None
-    wire_dtype: str | None = None
+    policy: ShardPolicy = field(default_factory=ShardPolicy)
     placement: Placement = "cpu"
-    needs_norm: bool = False
+    clips: bool = False
     backward_s: float = 0.0
+    forward_s: float = 0.0
     slow_share: float = 0.0
     slowdown: float = 1.0
     stragglers: tuple[NodeKind, ...] = ()
-    stage: int = 1
-    ring_nbytes: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -70,9 +75,9 @@ class Layout:
     @property
     def bucket(self) -> int:
         """Bytes of parameters in a bucket, the default if none are given."""
-        if self.bucket_nbytes is not None:
-            return self.bucket_nbytes
-        if self.stage == 2:
+        if self.policy.bucket_nbytes is not None:
+            return self.policy.bucket_nbytes
+        if self.policy.stage == 2:
             return ring_bucket_nbytes(self.num_nodes, self.node_size)
         return default_bucket_nbytes(self.num_nodes, self.world_size)
 
@@ -82,6 +87,21 @@ class Layout:
         stragglers = self.stragglers[: self.num_nodes]
         others = self.num_nodes - len(stragglers)
         return (*stragglers, *draw_kinds(others, self.slow_share, self.slowdown))
+
+    @property
+    def sends_in_backward(self) -> bool:
+        """Whether gradients leave for other nodes while backward computes others."""
+        policy = self.policy
+        return self.num_nodes > 1 and policy.overlap and policy.accumulate == "exact"
+
+    def needs_norm(self, dtypes: Iterable[str]) -> bool:
+        """Whether steps measure the norm of gradients before the update.
+
+        Args:
+            dtypes: Of the parameters.
+        """
+        has_float16 = "float16" in dtypes
+        return self.clips or checks_finite(self.policy, self.num_nodes, has_float16=has_float16)
 
     @property
     def is_extrapolated(self) -> bool:
@@ -114,8 +134,11 @@ class Estimate:
         simulated: The whole step, after a backward without overlap.
         band_s: The least and the greatest time of a step, if it is extrapolated.
         hidden_s: Seconds of a step that overlap hides behind backward; 0 without backward.
-        averaging_s: Seconds of memory traffic with which backward averages gradients in stage 2; no
-            part of the step. 0 in stage 1.
+        averaging_s: Seconds of memory traffic with which backward averages gradients on a node in
+            stage 2, and updates parameters where it does; no part of the step. 0 in stage 1, and
+            where averages are those of several nodes, whose exchange is part of the step.
+        awaited_s: Seconds that the next forward waits for parameters on their way, with
+            ``prefetch_params``; no part of the step. 0 without.
     """
 
     layout: Layout
@@ -130,6 +153,7 @@ class Estimate:
     band_s: tuple[float, float] | None
     hidden_s: float
     averaging_s: float
+    awaited_s: float
 
 
 def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
@@ -140,34 +164,23 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
         layout: The job.
         machine: Its speeds.
     """
-    partition = _plan(model.specs, layout)
-    moving = _plan(model.trained_specs, layout)  # others are neither sent nor updated
+    partition = lay_out(model.specs, layout)
+    moving = lay_out(model.trained_specs, layout)  # others are neither sent nor updated
     nodes = _extreme_traffic(moving, layout)
     step = StepTimes.of(moving, layout, machine)
     simulated = step.run(layout)
     hidden_s = 0.0
-    if layout.backward_s and layout.num_nodes > 1:
+    if layout.backward_s and layout.sends_in_backward:
         behind = StepTimes.of(moving, layout, machine, backward_s=layout.backward_s)
         hidden_s = simulated.step_s - behind.run(layout, layout.backward_s).step_s
-    ring = plan_ring(partition, layout.ring_nbytes) if layout.stage == 2 else None
-    averaging_s = 0.0
-    if ring is not None:
-        averaging_s = averaging_nbytes(moving) / machine.memory_nbytes_per_s
     band_s = None
     if layout.is_extrapolated:
         low, high = (StepTimes.of(moving, layout, machine.scaled(f)).run(layout) for f in BAND)
         band_s = low.step_s, high.step_s
     return Estimate(
         layout=layout,
-        stage=layout.stage,
-        memory=plan_memory(
-            partition,
-            layout.wire_dtype,
-            model.trained,
-            needs_norm=layout.needs_norm,
-            placement=layout.placement,
-            ring=ring,
-        ),
+        stage=layout.policy.stage,
+        memory=memory_of(partition, layout, model.trained),
         rank_traffic=max(rank for node in nodes for rank in node),
         node_traffic=max(Traffic(*map(sum, zip(*node, strict=True))) for node in nodes),
         num_buckets=len(partition.buckets),
@@ -176,17 +189,49 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
         simulated=simulated,
         band_s=band_s,
         hidden_s=hidden_s,
-        averaging_s=averaging_s,
+        averaging_s=averaging_nbytes(moving, layout.policy) / machine.memory_nbytes_per_s,
+        awaited_s=step.awaited_s(layout),
+    )
+
+
+def memory_of(
+    partition: Partition, layout: Layout, trained: Sequence[bool] | None = None
+) -> MemoryReport:
+    """Compute the memory of a job, as ``memory_report()`` of its optimizer does.
+
+    Args:
+        partition: That of the job.
+        layout: The job.
+        trained: Whether each parameter is trained; None if all are.
+    """
+    policy = layout.policy
+    return plan_memory(
+        partition,
+        policy.wire_dtype,
+        trained,
+        needs_norm=layout.needs_norm(region.dtype for region in partition.regions),
+        placement=layout.placement,
+        ring=plan_ring(partition, policy.ring_nbytes) if policy.stage == 2 else None,
+        sums_by_node=policy.accumulate == "node",
+        has_row=not policy.update_in_backward,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """The times of a step's buckets, latencies and consensus, for one way between nodes."""
+    """The times of a step's buckets, latencies and consensus, for one way between nodes.
+
+    Attributes:
+        buckets: In the order in which gradients are sent.
+        latency_s: Of an exchange between all nodes.
+        consensus_s: Of all agreements of a step.
+        rules: What a bucket must wait for.
+    """
 
     buckets: list[BucketTimes]
     latency_s: float
     consensus_s: float
+    rules: Rules
 
     @classmethod
     def of(
@@ -205,18 +250,38 @@ class StepTimes:
         """
         if exchange == "direct":
             partition, layout, machine = _of_lone_ranks(partition, layout, machine)
-        work = plan_work(partition, layout.wire_dtype, layout.placement, stage=layout.stage)
+        policy = layout.policy
+        work = plan_work(partition, policy, layout.placement)
         times = times_of(
             work, machine, layout.node_size, placement=layout.placement, backward_s=backward_s
         )
         others = layout.num_nodes - 1
         rounds = others if exchange == "ring" else min(1, others)
-        return cls(times, rounds * machine.latency_s, _consensus_s(layout, machine))
+        rules = Rules(
+            sums_first=policy.stage == 2
+            or layout.needs_norm(region.dtype for region in partition.regions),
+            gathers_later=policy.prefetch_params,
+            num_staging=_num_staging(partition, policy),
+        )
+        return cls(times, rounds * machine.latency_s, _consensus_s(layout, machine), rules)
 
     def run(self, layout: Layout, backward_s: float = 0.0) -> Simulated:
         """Simulate the step."""
-        found = simulate(self.buckets, self.latency_s, kinds=layout.kinds, backward_s=backward_s)
+        found = simulate(
+            self.buckets,
+            self.latency_s,
+            kinds=layout.kinds,
+            backward_s=backward_s,
+            rules=self.rules,
+        )
         return Simulated(found.step_s + self.consensus_s, found.computing_s, found.sending_s)
+
+    def awaited_s(self, layout: Layout) -> float:
+        """Return the seconds that a forward waits for parameters that the step has not awaited."""
+        if not self.rules.gathers_later or layout.num_nodes == 1:
+            return 0.0
+        slowdown = max(kind.link_slowdown for kind in layout.kinds)
+        return wait_in_forward(self.buckets, self.latency_s, layout.forward_s, slowdown)
 
     @property
     def phases(self) -> Phases:
@@ -242,13 +307,20 @@ def _extreme_traffic(partition: Partition, layout: Layout) -> list[list[Traffic]
     """
     nodes, lanes = {0, layout.num_nodes - 1}, range(layout.node_size)
     return [
-        [plan_traffic(partition, node, lane, layout.wire_dtype) for lane in lanes]
+        [plan_traffic(partition, node, lane, layout.policy.wire_dtype) for lane in lanes]
         for node in sorted(nodes)
     ]
 
 
-def _plan(specs: Sequence[ParamSpec], layout: Layout) -> Partition:
+def lay_out(specs: Sequence[ParamSpec], layout: Layout) -> Partition:
+    """Return where the elements of parameters are in a job."""
     return plan_partition(specs, layout.num_nodes, layout.node_size, layout.bucket)
+
+
+def _num_staging(partition: Partition, policy: ShardPolicy) -> int:
+    if policy.stage == 1 or partition.num_nodes == 1:
+        return NUM_STAGING_BUFFERS
+    return num_ring_staging_buffers(partition, policy.wire_dtype)
 
 
 def _of_lone_ranks(

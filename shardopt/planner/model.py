@@ -28,12 +28,14 @@ class Model:
         specs: Their shapes and dtypes, in order.
         trained: Whether each is trained.
         embeddings: Names of those that are weights of embeddings, as far as that is known.
+        framework: The package of its arrays, such as ``torch``; None if nobody knows.
     """
 
     source: str
     specs: tuple[ParamSpec, ...]
     trained: tuple[bool, ...]
     embeddings: frozenset[str] = frozenset()
+    framework: str | None = None
 
     @property
     def numel(self) -> int:
@@ -127,7 +129,8 @@ def load_model(target: str) -> Model:
     finally:
         sys.path.remove(folder)
     model = _make(target, list(_shapes_of(made)))
-    return replace(model, embeddings=frozenset(_embeddings_of(made)))
+    embeddings = frozenset(_embeddings_of(made))
+    return replace(model, embeddings=embeddings, framework=_framework_of(made))
 
 
 def _function(path: str, name: str, found: object) -> Callable[[], Any]:
@@ -179,6 +182,17 @@ def _shapes_of(model: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, .
         )
     for key, value in items:
         yield from _shapes_of(value, f"{prefix}.{key}".strip("."))
+
+
+def _framework_of(model: Any) -> str | None:
+    """Return the package that the first of some arrays comes from."""
+    if hasattr(model, "named_parameters"):
+        model = [param for _, param in model.named_parameters()]
+    elif isinstance(model, Mapping):
+        model = list(model.values())
+    if isinstance(model, list | tuple):
+        return next(filter(None, map(_framework_of, model)), None)
+    return type(model).__module__.partition(".")[0]
 
 
 def _embeddings_of(model: Any) -> Iterator[str]:

@@ -159,7 +159,7 @@ def _layout_of(key: str, layout: Layout) -> Layout:
     if key == _STEP:
         return layout
     kib = int(key.removeprefix("step, buckets of ").removesuffix(" KiB"))
-    return replace(layout, bucket_nbytes=kib << 10)
+    return replace(layout, policy=replace(layout.policy, bucket_nbytes=kib << 10))
 
 
 def fit_machine(steps: Sequence[MeasuredStep]) -> Machine:

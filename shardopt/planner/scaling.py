@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shardopt.layout.footprint import plan_memory
+from shardopt.combinations import Job, why_not
 from shardopt.layout.partition import ParamSpec, plan_partition
-from shardopt.planner.estimate import BAND, Layout, StepTimes, merged
+from shardopt.planner.estimate import BAND, Layout, StepTimes, lay_out, memory_of, merged
 from shardopt.planner.machine import Machine
 from shardopt.planner.model import Model
 from shardopt.planner.peers import plan_peers
@@ -57,7 +57,8 @@ class BucketChoice:
         default_s: Seconds of a step with it.
         best_nbytes: The smallest bucket with a step at most 2 % longer than the shortest.
         best_s: Seconds of a step with it.
-        staging_nbytes: Memory of a node beyond what one with the best bucket takes.
+        staging_nbytes: Memory of a node for staging buffers, sums and the ring, beyond what they
+            take with the best bucket.
     """
 
     num_nodes: int
@@ -88,13 +89,16 @@ def scale(model: Model, layout: Layout, machine: Machine, max_nodes: int = MAX_N
 
     Args:
         model: The parameters, the same on every number of nodes.
-        layout: The job; its number of nodes is not used.
+        layout: The job; its number of nodes is not used. Numbers on which its policy cannot be had
+            are left out.
         machine: Its speeds.
         max_nodes: The most nodes.
     """
     counts = [1 << power for power in range(max_nodes.bit_length()) if 1 << power <= max_nodes]
     if machine.link_nbytes_per_s is None:
         counts = [1]
+    dtypes = {spec.dtype for spec in model.specs}
+    counts = [n for n in counts if why_not(layout.policy, Job(n), dtypes) is None]
     points = [_point(model, replace(layout, num_nodes=count), machine) for count in counts]
     choices = [
         choose_bucket(model, replace(layout, num_nodes=count), machine)
@@ -106,7 +110,7 @@ def scale(model: Model, layout: Layout, machine: Machine, max_nodes: int = MAX_N
 
 def _point(model: Model, layout: Layout, machine: Machine) -> Point:
     specs = merged(model.trained_specs)
-    partition = plan_partition(specs, layout.num_nodes, layout.node_size, layout.bucket)
+    partition = lay_out(specs, layout)
     found: list[dict[Exchange, float]] = []
     for factor in (1.0, *(BAND if layout.is_extrapolated else ())):
         scaled = machine.scaled(factor)
@@ -116,8 +120,7 @@ def _point(model: Model, layout: Layout, machine: Machine) -> Point:
                 for name in EXCHANGES
             }
         )
-    whole = plan_partition(model.specs, layout.num_nodes, layout.node_size, layout.bucket)
-    memory = plan_memory(whole, layout.wire_dtype, model.trained, placement=layout.placement)
+    memory = memory_of(lay_out(model.specs, layout), layout, model.trained)
     low, high = found[1:] or (found[0], found[0])
     return Point(
         num_nodes=layout.num_nodes,
@@ -148,7 +151,7 @@ def choose_bucket(model: Model, layout: Layout, machine: Machine) -> BucketChoic
         layout: The job.
         machine: Its speeds.
     """
-    default = replace(layout, bucket_nbytes=None).bucket
+    default = replace(layout, policy=replace(layout.policy, bucket_nbytes=None)).bucket
     times: dict[int, float] = {}
     memory: dict[int, int] = {}
     specs = merged(model.trained_specs)
@@ -156,7 +159,8 @@ def choose_bucket(model: Model, layout: Layout, machine: Machine) -> BucketChoic
         partition = plan_partition(specs, layout.num_nodes, layout.node_size, nbytes)
         if len(partition.buckets) <= _MAX_BUCKETS or nbytes == default:
             times[nbytes] = StepTimes.of(partition, layout, machine).run(layout).step_s
-            memory[nbytes] = plan_memory(partition, layout.wire_dtype).travel_node_nbytes
+            needs = memory_of(partition, layout)
+            memory[nbytes] = needs.travel_node_nbytes + needs.ring_node_nbytes
     best_s = min(times.values())
     best = min(nbytes for nbytes, step_s in times.items() if step_s <= 1.02 * best_s)
     return BucketChoice(

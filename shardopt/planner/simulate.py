@@ -9,6 +9,12 @@ other. Staging buffers and buckets in transit are limited as in ``transport``. L
 at the same time and share its link, so a node's work is the sum of theirs. Not in it: switches that
 are too small, other jobs, caches, and what MPI copies.
 
+In stage 2, and where a norm is measured first, no shard is updated before all sums are there.
+Stage 2 has fewer staging buffers where they would take much memory, and with ``accumulate="node"``
+it sends in the step only. With ``prefetch_params`` a step ends with its last update, and the
+all-gather goes on beside the next forward, whose modules wait each for its own bucket; see
+``wait_in_forward``.
+
 A step begins with an agreement of all ranks, so that a late one holds up all updates, and without
 overlap the exchange of gradients too. With overlap only its own node's gradients are late.
 
@@ -51,6 +57,7 @@ class BucketTimes:
         send_params_s: To send them.
         post_grads_s: In which ranks hand the messages with gradients to MPI.
         post_params_s: The same of parameters.
+        share: Of the elements of all buckets.
     """
 
     ready_s: float
@@ -61,6 +68,7 @@ class BucketTimes:
     send_params_s: float
     post_grads_s: float = 0.0
     post_params_s: float = 0.0
+    share: float = 0.0
 
     @property
     def computing_s(self) -> float:
@@ -86,6 +94,25 @@ class NodeKind:
     slowdown: float = 1.0
     late_s: float = 0.0
     link_slowdown: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What buckets must wait for, beside each other.
+
+    Attributes:
+        sums_first: Whether no shard is updated before all gradients are summed.
+        gathers_later: Whether parameters are sent after the step.
+        num_staging: Buckets of gradients in transit at a time.
+    """
+
+    sums_first: bool = False
+    gathers_later: bool = False
+    num_staging: int = NUM_STAGING_BUFFERS
+
+
+ON_THE_FLY = Rules()
+"""Each bucket goes its way alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +165,7 @@ def times_of(
                 update_s=updated,
                 post_params_s=each.params_messages * message_s,
                 send_params_s=each.params_nbytes / link,
+                share=each.numel / total,
             )
         )
     return times
@@ -149,6 +177,7 @@ def simulate(
     *,
     kinds: Sequence[NodeKind] = (NodeKind(),),
     backward_s: float = 0.0,
+    rules: Rules = ON_THE_FLY,
 ) -> Simulated:
     """Simulate a step; see [Note: what a simulated step is].
 
@@ -157,8 +186,30 @@ def simulate(
         latency_s: Of an exchange between all nodes: a message's, or those around a ring.
         kinds: The kinds of nodes; those that are alike may be named once.
         backward_s: Seconds until updates may begin; 0 if gradients are sent by the step itself.
+        rules: What buckets must wait for.
     """
-    return _Simulation(times, latency_s, sorted(set(kinds)), backward_s).run()
+    return _Simulation(times, latency_s, sorted(set(kinds)), backward_s, rules).run()
+
+
+def wait_in_forward(
+    times: Sequence[BucketTimes], latency_s: float, forward_s: float, link_slowdown: float = 1.0
+) -> float:
+    """Return how long a forward waits for parameters that are sent from its beginning on.
+
+    They are sent in the order in which it needs them, which is the opposite of that of gradients.
+
+    Args:
+        times: The buckets, in the order in which gradients are sent.
+        latency_s: As in ``simulate``.
+        forward_s: Seconds of a forward that waits for nothing.
+        link_slowdown: The factor on what the slowest node sends.
+    """
+    posted_s = sent_s = now_s = 0.0
+    for each in reversed(times):
+        posted_s += each.post_params_s
+        sent_s = max(posted_s, sent_s) + each.send_params_s * link_slowdown
+        now_s = max(now_s, sent_s + latency_s) + each.share * forward_s
+    return max(0.0, now_s - forward_s)
 
 
 class _Simulation:
@@ -170,9 +221,10 @@ class _Simulation:
         latency_s: float,
         kinds: Sequence[NodeKind],
         backward_s: float,
+        rules: Rules,
     ) -> None:
         self._times, self._latency_s, self._backward_s = times, latency_s, backward_s
-        self._kinds = kinds
+        self._kinds, self._rules = kinds, rules
         self._agreed_s = backward_s + max(kind.late_s for kind in kinds)
         self._nodes = nodes = range(len(kinds))
         self._events: list[tuple[float, int, _Handler, int, int]] = []
@@ -182,7 +234,8 @@ class _Simulation:
         self._computed_s = [0.0 for _ in nodes]
         self._waiting: list[deque[int]] = [deque() for _ in nodes]  # for a staging buffer
         self._summed: list[deque[int]] = [deque() for _ in nodes]  # for their update
-        self._num_staging = [NUM_STAGING_BUFFERS for _ in nodes]
+        self._num_summed = [0 for _ in nodes]
+        self._num_staging = [rules.num_staging for _ in nodes]
         self._num_gathering = [0 for _ in nodes]
         self._sent_by = [0 for _ in times]
         self._published_by = [0 for _ in times]
@@ -221,6 +274,7 @@ class _Simulation:
 
     def _be_summed(self, now_s: float, node: int, bucket: int) -> None:
         self._num_staging[node] += 1
+        self._num_summed[node] += 1
         self._summed[node].append(bucket)
         self._start_reducing(now_s, node)  # before updates, so that the link has work
         self._start_updating(now_s, node)
@@ -252,11 +306,16 @@ class _Simulation:
             self._compute(now_s, work_s, self._send_grads, node, bucket)
 
     def _start_updating(self, now_s: float, node: int) -> None:
-        summed = self._summed[node]
+        summed, rules = self._summed[node], self._rules
+        if rules.sums_first and self._num_summed[node] < len(self._times):
+            return
         while summed and now_s >= self._agreed_s and self._num_gathering[node] < MAX_GATHERING:
             self._num_gathering[node] += 1
             bucket = summed.popleft()
             times = self._times[bucket]
+            if rules.gathers_later:
+                self._compute(now_s, times.update_s, self._be_gathered, node, bucket)
+                continue
             work_s = times.update_s + times.post_params_s
             self._compute(now_s, work_s, self._send_params, node, bucket)
 

@@ -12,6 +12,7 @@ from shardopt.layout.partition import ParamSpec, Partition, plan_partition
 from shardopt.layout.state_spec import StateForm, StateSpec
 from shardopt.layout.traffic import LanePart, lane_parts, sends_grads
 from shardopt.planner.machine import Machine
+from shardopt.policy import ShardPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,7 @@ class BucketWork:
 
 
 def plan_work(
-    partition: Partition,
-    wire_dtype: str | None = None,
-    placement: Placement = "cpu",
-    *,
-    stage: int = 1,
+    partition: Partition, policy: ShardPolicy | None = None, placement: Placement = "cpu"
 ) -> list[BucketWork]:
     """Compute the work of a step in the order in which buckets are sent, the last ones first.
 
@@ -83,12 +80,11 @@ def plan_work(
 
     Args:
         partition: The layout of parameters that all have gradients.
-        wire_dtype: As in ``ShardPolicy``.
+        policy: How it is sharded; None takes the defaults. What backward does in stage 2 beside an
+            exchange is not in it; see ``averaging_nbytes``.
         placement: Where arrays are.
-        stage: As in ``ShardPolicy``. In stage 2, on one node, backward has averaged gradients
-            before the step; see ``averaging_nbytes``.
     """
-    num_sources = 1 if stage == 2 else partition.node_size
+    sharding = policy or ShardPolicy()
 
     @cache
     def work_of(numel: int, dtype: str, form: StateForm) -> BucketWork:
@@ -96,8 +92,8 @@ def plan_work(
         nbytes = numel * np.dtype(dtype).itemsize
         alone = plan_partition([spec], partition.num_nodes, partition.node_size, nbytes)
         lanes = range(partition.node_size)
-        parts = [part for lane in lanes for part in lane_parts(alone, lane, wire_dtype)]
-        return _work_of(parts, spec.state, partition, placement, num_sources)
+        parts = [part for lane in lanes for part in lane_parts(alone, lane, sharding.wire_dtype)]
+        return _work_of(parts, spec.state, partition, placement, sharding)
 
     found = []
     for bucket in reversed(partition.buckets):
@@ -106,18 +102,35 @@ def plan_work(
     return found
 
 
-def averaging_nbytes(partition: Partition) -> int:
-    """Return the bytes that a node moves in backward to average gradients in stage 2, at most.
+def averaging_nbytes(partition: Partition, policy: ShardPolicy) -> int:
+    """Return the bytes that a node moves in backward in stage 2, beside an exchange, at most.
 
     Each rank writes its gradients to the ring and all of them are read there, as far as caches do
-    not hold them, and averages are written to one row. Gradients themselves are in cache when
-    backward hands them over.
+    not hold them. Their sums or averages are written to one row, or used for updates. Gradients
+    themselves are in cache when backward hands them over. If each backward is exchanged, all of
+    that belongs to the exchange.
+
+    Args:
+        partition: The layout of parameters that all have gradients.
+        policy: How it is sharded.
     """
+    if policy.stage == 1 or (partition.num_nodes > 1 and policy.accumulate == "exact"):
+        return 0
     moved = 0
     for bucket in partition.buckets:
-        item = np.dtype(partition.regions[bucket.region].dtype).itemsize
-        moved += (2 * partition.node_size + 1) * bucket.numel * item
+        region, numel = partition.regions[bucket.region], bucket.numel
+        item = np.dtype(region.dtype).itemsize
+        moved += 2 * partition.node_size * item * numel
+        if policy.update_in_backward:
+            moved += _written_nbytes(region.dtype, region.state, numel)
+        else:
+            moved += np.dtype(compute_dtype(region.dtype)).itemsize * numel
     return moved
+
+
+def _written_nbytes(dtype: str, state: Sequence[StateSpec], numel: int) -> int:
+    """Return the bytes of parameters and state that updates read and write."""
+    return 2 * (np.dtype(dtype).itemsize * numel + sum(spec.nbytes(numel) for spec in state))
 
 
 def _work_of(
@@ -125,7 +138,7 @@ def _work_of(
     state: Sequence[StateSpec],
     partition: Partition,
     placement: Placement,
-    num_sources: int,
+    policy: ShardPolicy,
 ) -> BucketWork:
     num_nodes, node_size, others = partition.num_nodes, partition.node_size, partition.num_nodes - 1
     numel, own = sum(p.numel for p in parts), [p.shard(others).numel for p in parts]
@@ -134,16 +147,22 @@ def _work_of(
         np.dtype(name).itemsize for name in (dtype, wire_dtype, compute_dtype(dtype))
     )
     add_gpus = partial(_with_gpus, node_size=node_size, placement=placement)
-    written = 2 * item * own_numel + 2 * sum(spec.nbytes(own_numel) for spec in state)
+    written = _written_nbytes(dtype, state, own_numel)
+    if policy.update_in_backward:
+        return BucketWork(numel, Moved(), Moved(), Moved(), 0, 0, 0, 0)
     if num_nodes == 1:
-        moved = Moved(num_sources * item * own_numel + written)
-        updated = add_gpus(moved, shared_nbytes=2 * item * own_numel)
+        source = full if policy.stage == 2 else node_size * item
+        updated = add_gpus(Moved(source * own_numel + written), shared_nbytes=2 * item * own_numel)
         return BucketWork(numel, Moved(), Moved(), updated, 0, 0, 0, 0)
-    reduced_numel = own_numel if sends_grads(dtype, node_size, wire_dtype) else numel
+    reduced_numel, read = numel, node_size * item
+    if policy.stage == 1 and sends_grads(dtype, node_size, wire_dtype):
+        reduced_numel = own_numel
+    if policy.stage == 2:  # through the ring, or from sums in the row
+        read = full if policy.accumulate == "node" else 2 * read
     return BucketWork(
         numel=numel,
         reduced=add_gpus(
-            Moved((node_size * item + wire) * reduced_numel),
+            Moved((read + wire) * reduced_numel),
             shared_nbytes=item * reduced_numel,
             sent_nbytes=wire * (numel - own_numel),
         ),

@@ -63,6 +63,20 @@ def test_the_bucket_that_is_as_good_is_the_one_shown(cost, share):
         assert f"from {choice.default_s:.2f} to {choice.best_s:.2f} s" in PAGE.read_text()
 
 
+def test_settings_that_take_less_memory_are_those_shown(capsys):
+    (command,) = re.findall(
+        r"^    (shardopt plan .*--node-memory.*)$", PAGE.read_text(), re.MULTILINE
+    )
+    assert main(shlex.split(command)[1:]) == 1
+    told = re.sub(r"[─ ]+", " ", capsys.readouterr().out)
+    rows = re.findall(
+        r"^\| `?(.*?)`? \| ([\d.]+ GB) \| (.*?) \| (.*?)\|$", PAGE.read_text(), re.MULTILINE
+    )
+    assert len(rows) == 6
+    for row in rows:
+        assert " ".join(row).strip() in told, row
+
+
 def test_measured_steps_are_those_of_the_results():
     shown = re.search(
         "<!-- predictions begin -->(.*)<!-- predictions end -->", PAGE.read_text(), re.S

@@ -15,6 +15,7 @@ from shardopt.planner.model import Model, evenly
 from shardopt.planner.peers import plan_peers
 from shardopt.planner.saving import daly_interval, plan_saves, young_interval
 from shardopt.planner.simulate import NodeKind
+from shardopt.policy import ShardPolicy
 
 SPEEDS = {"memory_nbytes_per_s": 400e9, "link_nbytes_per_s": 25e9, "disk_nbytes_per_s": 2e9}
 MACHINE = make_machine(SPEEDS, {}, None, 16)
@@ -77,7 +78,7 @@ def test_a_slow_node_makes_all_wait():
 
 
 def test_stage_two_reads_one_row_in_the_step_and_averages_in_backward():
-    one, two = Layout(1, 4), Layout(1, 4, stage=2)
+    one, two = Layout(1, 4), Layout(1, 4, ShardPolicy(stage=2))
     model = evenly(1 << 26, "float32", 64)
     rows, row = (estimate(model, layout, MACHINE) for layout in (one, two))
     assert row.stage == 2
@@ -89,6 +90,66 @@ def test_stage_two_reads_one_row_in_the_step_and_averages_in_backward():
     assert row.averaging_s == pytest.approx(9 * 4 * model.numel / 400e9)
     assert rows.averaging_s == 0
     assert row.node_traffic == (0, 0)
+
+
+def test_stage_two_exchanges_in_backward_and_updates_when_all_has_arrived():
+    model = evenly(1 << 26, "float32", 64)
+    rows = Layout(4, 2, ShardPolicy(bucket_nbytes=8 << 20))
+    row = replace(rows, policy=replace(rows.policy, stage=2))
+    one, two = (estimate(model, layout, MACHINE) for layout in (rows, row))
+    assert two.node_traffic == one.node_traffic
+    assert two.simulated.step_s > one.simulated.step_s
+    assert two.averaging_s == 0
+    assert two.phases.update_s == one.phases.update_s
+    busy = replace(MACHINE, link_nbytes_per_s=1e15, latency_s=0, message_s=0)
+    moved = [estimate(model, layout, busy).phases.reduce_scatter_s for layout in (rows, row)]
+    assert moved[1] - moved[0] == pytest.approx(2 * 4 * model.numel / 400e9)  # into the ring
+    behind = replace(row, backward_s=10.0)
+    left = estimate(model, behind, MACHINE)
+    exchange_s = left.phases.reduce_scatter_s
+    assert left.hidden_s == pytest.approx(exchange_s, rel=0.1)
+    by_node = replace(behind, policy=replace(row.policy, accumulate="node"))
+    sums = estimate(model, by_node, MACHINE)
+    assert sums.hidden_s == 0  # nothing is sent before the step
+    assert sums.averaging_s == pytest.approx((2 * 2 + 1) * 4 * model.numel / 400e9)
+    assert sums.memory.grads_node_nbytes == 4 * model.numel
+    late = replace(rows, backward_s=10.0, policy=replace(rows.policy, overlap=False))
+    assert estimate(model, late, MACHINE).hidden_s == 0
+
+
+def test_updates_in_backward_leave_nothing_for_the_step():
+    policy = ShardPolicy(stage=2, update_in_backward=True)
+    model = evenly(1 << 26, "bfloat16", 64)
+    found = estimate(model, Layout(1, 4, policy), MACHINE)
+    assert found.memory.grads_node_nbytes == 0
+    assert found.simulated.step_s == found.phases.consensus_s
+    moved_nbytes = (2 * 4 * 2 + 2 * (2 + 4 + 4 + 4)) * model.numel  # ring; parameters and state
+    assert found.averaging_s == pytest.approx(moved_nbytes / 400e9)
+    in_step = estimate(model, Layout(1, 4, ShardPolicy(stage=2)), MACHINE)
+    assert in_step.phases.update_s == pytest.approx((4 + 28) * model.numel / 400e9)
+
+
+def test_the_next_forward_hides_the_parameters_that_a_step_has_not_awaited():
+    now = replace(LAYOUT, policy=ShardPolicy())
+    later = replace(now, policy=ShardPolicy(prefetch_params=True))
+    at_once, none, some, all_ = (
+        estimate(MODEL, replace(layout, forward_s=forward_s), MACHINE)
+        for layout, forward_s in ((now, 0.0), (later, 0.0), (later, 0.002), (later, 1.0))
+    )
+    assert at_once.awaited_s == 0
+    assert none.awaited_s == pytest.approx(none.phases.all_gather_s, rel=1e-2)
+    assert none.simulated.step_s + none.awaited_s >= at_once.simulated.step_s
+    assert none.simulated.step_s == all_.simulated.step_s < at_once.simulated.step_s
+    assert none.awaited_s > some.awaited_s > all_.awaited_s > 0
+    assert all_.awaited_s < 0.2 * none.awaited_s  # the first bucket
+    assert all_.memory == at_once.memory
+    assert estimate(MODEL, replace(later, num_nodes=1), MACHINE).awaited_s == 0
+
+
+def test_no_update_comes_before_the_norm_is_known():
+    clipped = estimate(MODEL, replace(LAYOUT, clips=True), MACHINE)
+    assert clipped.simulated.step_s > estimate(MODEL, LAYOUT, MACHINE).simulated.step_s
+    assert clipped.simulated.step_s <= sum(clipped.phases)
 
 
 def test_frozen_parameters_are_neither_sent_nor_updated():

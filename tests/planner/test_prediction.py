@@ -19,6 +19,7 @@ from shardopt.planner.prediction import (
     predict,
     read_steps,
 )
+from shardopt.policy import ShardPolicy
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SPEEDS = {"memory_nbytes_per_s": 20e9, "link_nbytes_per_s": 1e9}
@@ -35,7 +36,14 @@ def measured_on(machine, *, numel=1 << 20, busy_share=0.1):
     """Steps that take what they take on a machine; they are given another one as calibrated."""
     for num_nodes in (2, 4):
         for key, nbytes in BUCKETS.items():
-            step = MeasuredStep(key, Layout(num_nodes, 1, nbytes), numel, 1.0, busy_share, MACHINE)
+            step = MeasuredStep(
+                key,
+                Layout(num_nodes, 1, ShardPolicy(bucket_nbytes=nbytes)),
+                numel,
+                1.0,
+                busy_share,
+                MACHINE,
+            )
             yield replace(step, measured_s=step.simulate(machine))
 
 

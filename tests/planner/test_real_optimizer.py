@@ -51,7 +51,7 @@ def test_memory_of_a_node(comm, dtype, clips):
         policy = ShardPolicy(share_node=share, timeout_s=30)
         with train(model, group, policy=policy, max_grad_norm=norm) as opt:
             topology = opt.core.topology
-            layout = Layout(topology.num_nodes, topology.node_size, needs_norm=clips)
+            layout = Layout(topology.num_nodes, topology.node_size, clips=clips)
             planned = estimate(model, layout, MACHINE)
             assert planned.node_share == pytest.approx(1, rel=0.02)
             assert planned.memory == opt.memory_report()
@@ -71,7 +71,7 @@ def test_bytes_and_messages(comm, dtype, wire_dtype, bucket_nbytes):
         with train(model, comm, policy=policy) as opt:
             topology, report = opt.core.topology, opt.last_step
             ranks = comm.allgather((topology.node, report.sent_nbytes, report.sent_messages))
-        layout = Layout(topology.num_nodes, topology.node_size, bucket_nbytes, wire_dtype)
+        layout = Layout(topology.num_nodes, topology.node_size, policy)
         planned = estimate(model, layout, MACHINE)
         assert planned.rank_traffic == max(tuple(sent) for _, *sent in ranks)
         nodes = [
@@ -100,7 +100,7 @@ def test_memory_of_stage_two(comm, ring_nbytes):
     face = pytest.importorskip("shardopt.torch")
     model = evenly(4 * NUMEL, "float32", 3)
     policy = ShardPolicy(stage=2, ring_nbytes=ring_nbytes, timeout_s=30)
-    layout = Layout(1, comm.size, stage=2, ring_nbytes=ring_nbytes)
+    layout = Layout(1, comm.size, policy)
     planned = estimate(model, layout, MACHINE).memory
     params = [torch.nn.Parameter(torch.ones(spec.shape)) for spec in model.specs]
     group = comm.Dup()

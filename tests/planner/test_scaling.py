@@ -10,6 +10,7 @@ from shardopt.planner.estimate import Layout, estimate
 from shardopt.planner.machine import make_machine
 from shardopt.planner.model import evenly
 from shardopt.planner.scaling import GOOD_SHARE, choose_bucket, scale
+from shardopt.policy import ShardPolicy
 
 MACHINE = make_machine({"memory_nbytes_per_s": 1e11, "link_nbytes_per_s": 5e9}, {}, None, 2)
 MODEL = evenly(1 << 26, "bfloat16", 8)
@@ -77,3 +78,13 @@ def test_a_chart_is_drawn_within_its_axes():
     ends = [text for text in root.iter(f"{name}text") if text.text in ("a < b", "c")][:2]
     assert abs(float(ends[0].get("y")) - float(ends[1].get("y"))) >= 14  # none over the other
     assert "prefers-color-scheme: dark" in root.find(f"{name}style").text
+
+
+def test_nodes_on_which_the_policy_cannot_be_had_are_left_out():
+    policy = ShardPolicy(stage=2, accumulate="node")
+    model = evenly(1 << 24, "float32", 8)
+    found = scale(model, replace(LAYOUT, policy=policy), MACHINE, max_nodes=4)
+    assert [point.num_nodes for point in found.points] == [2, 4]
+    for point in found.points:
+        layout = replace(LAYOUT, num_nodes=point.num_nodes, policy=policy)
+        assert point.node_nbytes == estimate(model, layout, MACHINE).memory.node_nbytes

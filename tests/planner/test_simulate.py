@@ -11,6 +11,7 @@ from shardopt.planner.estimate import Layout, StepTimes
 from shardopt.planner.machine import GPUS, make_machine
 from shardopt.planner.simulate import BucketTimes, NodeKind, draw_kinds, simulate, times_of
 from shardopt.planner.work import plan_work
+from shardopt.policy import ShardPolicy
 
 SPEEDS = {"memory_nbytes_per_s": 100e9, "link_nbytes_per_s": 1e9}
 MACHINE = make_machine(SPEEDS, {}, None, 2)
@@ -143,7 +144,7 @@ def test_ranks_that_are_nodes_of_their_own_send_as_often_as_there_are_of_them():
     """Their link is shared, and what stays on the host does not take it."""
     partition = partition_of(4, 2)
     machine = replace(QUICK, memory_nbytes_per_s=math.inf)
-    layout = Layout(4, 2, bucket_nbytes=partition.bucket_nbytes)
+    layout = Layout(4, 2, ShardPolicy(bucket_nbytes=partition.bucket_nbytes))
     lanes = StepTimes.of(partition, layout, machine).run(layout).step_s
     direct = StepTimes.of(partition, layout, machine, exchange="direct").run(layout).step_s
     assert direct == exactly(2 * lanes)

@@ -46,6 +46,7 @@ SHOWN_BY_TWO = (
     "devices/test_writes.py",
     "jax",  # tests/nodes runs every front end on any number of ranks
     "params",
+    "planner/test_real_settings.py",
     "test_lucid.py",
     "torch",
 )
@@ -111,6 +112,7 @@ ON_RANKS = {
         "devices/test_nodes.py",
         "measure",
         "overlap/test_prefetch.py",
+        "planner/test_real_settings.py",
     ),
     "mpi": (  # messages, communicators, threads within MPI, and how ranks end
         "checkpoint/test_checkpointer.py",

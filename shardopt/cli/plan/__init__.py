@@ -23,21 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("job")
     job.add_argument("--nodes", default="1", metavar="N", help="(default: 1)")
     job.add_argument("--ranks-per-node", default="1", metavar="N", help="(default: 1)")
-    job.add_argument("--bucket", metavar="SIZE", help="such as 16MiB (default: as ShardPolicy)")
-    job.add_argument("--stage", type=int, choices=(1, 2), default=1, help="as in ShardPolicy")
-    job.add_argument("--ring", metavar="SIZE", help="of stage 2 (default: as ShardPolicy)")
-    job.add_argument("--wire-dtype", choices=("bfloat16", "float16"), help="as in ShardPolicy")
-    job.add_argument("--optim-bits", type=int, choices=(8, 32), default=32, help="of the moments")
-    job.add_argument("--no-master-weights", action="store_true", help="bfloat16 without masters")
     job.add_argument("--clip", action="store_true", help="with max_grad_norm")
     job.add_argument("--backward", metavar="TIME", help="of a backward, such as 1.5s, for overlap")
+    job.add_argument("--forward", metavar="TIME", help="of a forward, for --prefetch-params")
     job.add_argument("--slow-nodes", metavar="SHARE:FACTOR", help="such as 0.01:2, simulated")
     job.add_argument("--slow-link", metavar="FACTOR", help="one node's, such as 2, simulated")
     job.add_argument(
         "--late-rank", metavar="TIME", help="one rank's delay, such as 50ms, simulated"
     )
     job.add_argument("--node-mtbf", metavar="TIME", help="mean time between failures, such as 5y")
+    policy = parser.add_argument_group("settings of ShardPolicy, with its defaults")
+    policy.add_argument("--bucket", metavar="SIZE", help="bucket_nbytes, such as 16MiB")
+    policy.add_argument("--wire-dtype", choices=("bfloat16", "float16"))
+    policy.add_argument("--no-overlap", action="store_true", help="overlap=False")
+    policy.add_argument("--prefetch-params", action="store_true")
+    policy.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    policy.add_argument("--update-in-backward", action="store_true", help="with --stage 2")
+    policy.add_argument("--accumulate", choices=("exact", "node"), default="exact")
+    policy.add_argument("--ring", metavar="SIZE", help="ring_nbytes, with --stage 2")
+    policy.add_argument("--optim-bits", type=int, choices=(8, 32), default=32)
+    policy.add_argument("--no-master-weights", action="store_true", help="master_weights=False")
+    policy.add_argument("--check-finite", action="store_true")
+    policy.add_argument("--offload", action="store_true", help="offload='cpu', with --gpu")
     machine = parser.add_argument_group("machine")
+    memory_help = "a node has for training beside activations, such as 256GB"
+    machine.add_argument("--node-memory", metavar="SIZE", help=memory_help)
     machine.add_argument("--calibration", type=Path, metavar="FILE", help="of doctor --calibrate")
     machine.add_argument("--memory-bandwidth", metavar="RATE", help="of a node, such as 400GB/s")
     machine.add_argument("--link", metavar="RATE", help="of a node, each way, such as 200Gbit")
@@ -46,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--message-cost", metavar="TIME", help=cost_help)
     machine.add_argument("--disk", metavar="RATE", help="of a node (default: 1GB/s)")
     machine.add_argument("--gpu", metavar="NAME", help="of each rank: a100, h100, h200, b200, l40s")
-    machine.add_argument("--offload", action="store_true", help="moments in the node's memory")
     parser.add_argument("--scaling", action="store_true", help="simulate 1 to 4096 nodes, too")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it, with --scaling")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -82,7 +91,7 @@ COMMAND = Command(
         "shardopt plan --params 7e9 --dtype bfloat16 --nodes 16 --ranks-per-node 8 \\\n"
         "    --link 200Gbit --memory-bandwidth 400GB/s"
     ),
-    exit_codes=("the plan fits the memory of its GPUs, if it has any", "it does not fit"),
+    exit_codes=("the plan fits the memory given, and that of its GPUs", "it does not fit"),
     add_arguments=add_arguments,
     run=run,
 )

@@ -1,10 +1,11 @@
 """A plan as plain values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardopt.cli.plan.options import Request
+from shardopt.cli.plan.settings import Limits, Setting, plan_settings
 from shardopt.planner.estimate import BAND, MEASURED_NODES, Estimate, estimate
 from shardopt.planner.machine import Machine
 from shardopt.planner.peers import Peer, plan_peers
@@ -33,6 +34,9 @@ class Plan:
         peers: Other ways to train the same.
         saves: Its checkpoints.
         scaling: The job on other numbers of nodes, or None.
+        limits: The memory that there is.
+        settings: The memory of a node with other settings, if a limit of it is given or GPUs are
+            too small; else empty.
     """
 
     source: str
@@ -43,12 +47,13 @@ class Plan:
     peers: list[Peer]
     saves: SavePlan
     scaling: Scaling | None
+    limits: Limits
+    settings: Sequence[Setting]
 
     @property
     def fits(self) -> bool:
-        """Whether the GPUs have enough memory for what is planned; true without GPUs."""
-        gpu = self.machine.gpu
-        return gpu is None or self.estimate.memory.device_rank_nbytes <= gpu.memory_nbytes
+        """Whether nodes and GPUs have enough memory for what is planned, as far as it is known."""
+        return self.limits.fit(self.estimate.memory)
 
     @property
     def times_are(self) -> str:
@@ -63,7 +68,9 @@ class Plan:
         found["memory"] |= sums
         for name in ("rank_traffic", "node_traffic", "phases"):
             found[name] = getattr(self.estimate, name)._asdict()
-        found["layout"]["bucket_nbytes"] = self.estimate.layout.bucket
+        policy = found["layout"].pop("policy")
+        del policy["trace"], policy["timeout_s"]
+        found["layout"] |= policy | {"bucket_nbytes": self.estimate.layout.bucket}
         return {
             "model": {
                 "source": self.source,
@@ -76,6 +83,8 @@ class Plan:
             "saves": asdict(self.saves),
             "scaling": self.scaling and asdict(self.scaling),
             "fits": self.fits,
+            "node_memory_nbytes": self.limits.node_nbytes,
+            "settings": [asdict(each) for each in self.settings],
             "labels": {
                 **LABELS,
                 "times": self.times_are,
@@ -88,13 +97,17 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """Compute a plan."""
     model, layout, machine = request.model, request.layout, request.machine
+    limits, estimated = Limits(request.memory_nbytes, machine.gpu), estimate(model, layout, machine)
+    needs_less = limits.node_nbytes is not None or not limits.fit(estimated.memory)
     return Plan(
         source=model.source,
         numel=model.numel,
         coded_numel=model.coded_numel,
         machine=machine,
-        estimate=estimate(model, layout, machine),
+        estimate=estimated,
         peers=plan_peers(model, layout, machine),
         saves=plan_saves(model, layout, machine, request.node_mtbf_s),
         scaling=scale(model, layout, machine) if request.with_scaling else None,
+        limits=limits,
+        settings=plan_settings(model, layout, limits) if needs_less else (),
     )

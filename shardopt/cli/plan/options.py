@@ -2,20 +2,20 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from shardopt.backends.devices import HOST
-from shardopt.errors import PartitionError, PlanError
-from shardopt.layout.dtypes import DTYPES, has_master
-from shardopt.params.forms import FormRules
+from shardopt.cli.plan.settings import require_combination, with_forms
+from shardopt.errors import HyperparamsError, PartitionError, PlanError
+from shardopt.layout.dtypes import DTYPES
 from shardopt.planner.estimate import Layout
 from shardopt.planner.machine import Machine, find_gpu, make_machine, read_calibration
 from shardopt.planner.model import Model, evenly, load_model, read_safetensors
 from shardopt.planner.simulate import NodeKind
 from shardopt.planner.units import parse_count, parse_nbytes, parse_rate, parse_seconds
+from shardopt.policy import ShardPolicy
 
 _MAX_TENSORS, _MAX_BUCKETS = 1_000_000, 1_000_000
 _T = TypeVar("_T")
@@ -34,6 +34,7 @@ class Request:
         machine: Its speeds.
         node_mtbf_s: Mean time between failures of a node in seconds, or None.
         with_scaling: Whether to simulate other numbers of nodes.
+        memory_nbytes: What a node has, or None if that is not given.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Request:
     machine: Machine
     node_mtbf_s: float | None
     with_scaling: bool
+    memory_nbytes: int | None = None
 
 
 def read_request(options: argparse.Namespace) -> Request:
@@ -50,33 +52,23 @@ def read_request(options: argparse.Namespace) -> Request:
         PlanError: One of them is out of range, or one is missing.
         OSError: A file cannot be read.
     """
-    layout = _read_layout(options)
+    layout, with_scaling = _read_layout(options), options.scaling or options.plot is not None
     try:
-        model = _read_model(options)
-    except PartitionError as error:
+        model = with_forms(_find_model(options), layout)
+        require_combination(model, layout)
+        if with_scaling:
+            require_combination(model, layout, max(2, layout.num_nodes))
+    except (HyperparamsError, PartitionError) as error:
         raise PlanError(str(error)) from None
     _require_few_buckets(model, layout)
-    _require_stage(options, model)
     return Request(
         model=model,
         layout=layout,
         machine=_read_machine(options, layout.num_nodes),
         node_mtbf_s=_optional(parse_seconds, "--node-mtbf", options.node_mtbf),
-        with_scaling=options.scaling or options.plot is not None,
+        with_scaling=with_scaling,
+        memory_nbytes=_optional(parse_nbytes, "--node-memory", options.node_memory),
     )
-
-
-def _read_model(options: argparse.Namespace) -> Model:
-    """Return the model, with its state kept as the options say."""
-    model = _find_model(options)
-    rules = FormRules(options.optim_bits, False if options.no_master_weights else None)
-    device = HOST if options.gpu is None else options.gpu
-    forms = [  # embeddings as NAdam(model) has them
-        rules.form(spec, 32 if spec.name in model.embeddings else rules.optim_bits, device)
-        for spec in model.specs
-    ]
-    specs = [replace(spec, form=form) for spec, form in zip(model.specs, forms, strict=True)]
-    return replace(model, specs=tuple(specs))
 
 
 def _find_model(options: argparse.Namespace) -> Model:
@@ -107,49 +99,57 @@ def _require_few_buckets(model: Model, layout: Layout) -> None:
         )
 
 
-def _require_stage(options: argparse.Namespace, model: Model) -> None:
-    """Refuse what no plan of stage 2 knows."""
-    if options.stage == 1:
-        if options.ring is not None:
-            raise PlanError("--ring must come with --stage 2; got stage 1. Leave it out.")
-        return
-    small = next((spec.dtype for spec in model.specs if has_master(spec.dtype)), None)
-    reasons = {
-        f"--nodes {options.nodes}": options.nodes != "1",
-        f"--gpu {options.gpu}": options.gpu is not None,
-        f"parameters in {small}": small is not None,
-        "--scaling": options.scaling or options.plot is not None,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise PlanError(
-                f"--stage must be 1 with {reason}; got 2. Leave it out: plans know stage 2 on one "
-                "node of CPUs, in 32 or 64 bits."
-            )
-
-
 def _optional(parse: Callable[[str, str], _T], name: str, word: str | None) -> _T | None:
     """Parse a word, if there is one."""
     return None if word is None else parse(name, word)
 
 
+def _read_policy(options: argparse.Namespace) -> ShardPolicy:
+    """Return the policy; what it refuses itself is refused by its own sentence."""
+    try:
+        return ShardPolicy(
+            bucket_nbytes=_optional(parse_nbytes, "--bucket", options.bucket),
+            wire_dtype=options.wire_dtype,
+            master_weights=False if options.no_master_weights else None,
+            optim_bits=options.optim_bits,
+            overlap=not options.no_overlap,
+            prefetch_params=options.prefetch_params,
+            check_finite=options.check_finite or None,
+            offload="cpu" if options.offload else None,
+            stage=options.stage,
+            update_in_backward=options.update_in_backward,
+            ring_nbytes=_optional(parse_nbytes, "--ring", options.ring),
+            accumulate=options.accumulate,
+        )
+    except HyperparamsError as error:
+        raise PlanError(str(error)) from None
+
+
 def _read_layout(options: argparse.Namespace) -> Layout:
     if options.offload and options.gpu is None:
         raise PlanError("--offload must come with --gpu; got none. Name the GPU of each rank.")
+    if options.node_memory is not None and options.gpu is not None and not options.offload:
+        raise PlanError(
+            f"--node-memory must come without --gpu, or with --offload; got {options.node_memory}. "
+            "Leave it out: GPUs hold what training takes."
+        )
+    if options.forward is not None and not options.prefetch_params:
+        raise PlanError(
+            f"--forward must come with --prefetch-params; got {options.forward}. Leave it out: "
+            "nothing else is hidden behind a forward."
+        )
     slow_share, slowdown = _read_slow_nodes(options.slow_nodes)
     return Layout(
         num_nodes=parse_count("--nodes", options.nodes),
         node_size=parse_count("--ranks-per-node", options.ranks_per_node),
-        bucket_nbytes=_optional(parse_nbytes, "--bucket", options.bucket),
-        wire_dtype=options.wire_dtype,
+        policy=_read_policy(options),
         placement="cpu" if options.gpu is None else "offload" if options.offload else "cuda",
-        needs_norm=options.clip,
+        clips=options.clip,
         backward_s=_optional(parse_seconds, "--backward", options.backward) or 0.0,
+        forward_s=_optional(parse_seconds, "--forward", options.forward) or 0.0,
         slow_share=slow_share,
         slowdown=slowdown,
         stragglers=_read_stragglers(options),
-        stage=options.stage,
-        ring_nbytes=_optional(parse_nbytes, "--ring", options.ring),
     )
 
 

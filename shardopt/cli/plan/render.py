@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from shardopt.cli import text
 from shardopt.cli.plan.contents import LABELS, Plan
+from shardopt.cli.plan.settings import TOGETHER, remedies
 from shardopt.planner.estimate import BAND, MEASURED_NODES
 from shardopt.planner.scaling import GOOD_SHARE, Scaling
 
@@ -40,6 +41,8 @@ def render(plan: Plan) -> str:
         ),
         text.titled_table("Checkpoints, by formula", ("", ">value"), _saves(plan)),
     ]
+    if plan.settings:
+        parts.append(_settings(plan))
     if plan.scaling is not None:
         parts += _scaling(plan.scaling)
     return "\n\n".join([*parts, "\n".join(map(_paragraph, _remarks(plan)))])
@@ -91,6 +94,8 @@ def _memory(plan: Plan) -> _Rows:
     }
     if plan.estimate.stage == 1:
         del kinds["ring"], kinds["late gradients"]
+    if plan.estimate.layout.policy.update_in_backward:
+        del kinds["gradients"]
     size = memory.node_size
     rows = [(name, text.nbytes(n), text.nbytes(n // size)) for name, n in kinds.items()]
     if plan.machine.gpu is not None:
@@ -114,12 +119,16 @@ def _times(plan: Plan) -> _Rows:
     if found.band_s is not None:
         low, high = map(text.seconds, found.band_s)
         rows.append(("band of the step", f"{low} to {high}"))
-    if found.stage == 2:
-        rows.append(("averaging in backward", text.seconds(found.averaging_s)))
+    policy = found.layout.policy
+    if found.averaging_s:
+        work = "updates" if policy.update_in_backward else "averaging"
+        rows.append((f"{work} in backward", text.seconds(found.averaging_s)))
     if found.layout.backward_s:
         rows.append(("hidden behind backward", text.seconds(found.hidden_s)))
         left_s = found.simulated.step_s - found.hidden_s
         rows.append(("step after backward", text.seconds(left_s)))
+    if policy.prefetch_params:
+        rows.append(("wait in the next forward", text.seconds(found.awaited_s)))
     return rows
 
 
@@ -135,6 +144,17 @@ def _peers(plan: Plan) -> Iterator[tuple[str, ...]]:
     for peer in plan.peers:
         sizes = (peer.rank_nbytes, peer.node_nbytes, peer.sent_nbytes)
         yield (peer.name, *map(text.nbytes, sizes), text.seconds(peer.step_s))
+
+
+def _settings(plan: Plan) -> str:
+    has_gpus, rows = plan.machine.gpu is not None, []
+    for each in plan.settings:
+        sizes = (each.node_nbytes, each.device_rank_nbytes)[: 1 + has_gpus]
+        shown = ("-" if nbytes is None else text.nbytes(nbytes) for nbytes in sizes)
+        word = "refused" if each.refused else "fits" if each.fits else "too much"
+        rows.append((each.name, *shown, word, each.costs))
+    heads = ("ShardPolicy with", ">node", *([">each GPU"] if has_gpus else ()), "", "costs")
+    return text.titled_table("Bytes per node for each setting, exact", heads, rows)
 
 
 def _saves(plan: Plan) -> _Rows:
@@ -228,14 +248,45 @@ def _remarks(plan: Plan) -> Iterator[str]:
         )
     if gpu is not None:
         yield "Steps on GPUs have not been measured: they cannot beat published bandwidths."
-    if gpu is not None and not plan.fits:
-        need = text.nbytes(found.memory.device_rank_nbytes)
+    if found.stage == 2 and found.layout.sends_in_backward:
         yield (
-            f"Each GPU must hold {need}; {gpu.name} has {text.nbytes(gpu.memory_nbytes)}. Take "
-            "more nodes or --offload."
+            "Stage 2 exchanges gradients in each backward; --backward shows how much of that it "
+            "hides. Of several in a step each sends its gradients, unless --accumulate is node."
         )
+    if found.layout.policy.prefetch_params and not found.layout.forward_s:
+        yield "The wait in the next forward is that of one that takes no time: give --forward."
+    yield from _remarks_on_memory(plan)
     if plan.saves.interval_s is not None:
         yield "The interval is Daly's (2006), from Young's (1974), of the time that training waits."
+
+
+def _remarks_on_memory(plan: Plan) -> Iterator[str]:
+    """Yield what does not fit, and the settings with which it would."""
+    memory, limits = plan.estimate.memory, plan.limits
+    needs = []
+    if limits.gpu is not None and memory.device_rank_nbytes > limits.gpu.memory_nbytes:
+        needs.append(
+            ("Each GPU", memory.device_rank_nbytes, limits.gpu.name, limits.gpu.memory_nbytes)
+        )
+    if limits.node_nbytes is not None and memory.node_nbytes > limits.node_nbytes:
+        needs.append(("Each node", memory.node_nbytes, "it", limits.node_nbytes))
+    for who, need, owner, has in needs:
+        yield f"{who} must hold {text.nbytes(need)}; {owner} has {text.nbytes(has)}."
+    if needs:
+        names = [each.name for each in remedies(plan.settings)]
+        together = next((each for each in plan.settings if each.name == TOGETHER), None)
+        if names:
+            yield f"It fits with one of these, the cheapest first: {'; '.join(names)}."
+        elif together is not None and together.fits:
+            yield "It fits with all of these settings together."
+        else:
+            yield "No setting makes it fit, nor do twice the nodes: take more."
+    refused: dict[str, list[str]] = {}
+    for each in plan.settings:
+        if each.refused is not None:
+            refused.setdefault(each.refused, []).append(each.name)
+    for sentence, names in refused.items():
+        yield f"Refused with {'; '.join(names)}: {sentence}"
 
 
 def _paragraph(words: str) -> str:

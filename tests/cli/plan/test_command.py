@@ -68,15 +68,76 @@ def test_stage_two_has_columns_of_its_own(capsys):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--stage", "2", "--nodes", "2"], "--nodes 2"),
-        (["--stage", "2", "--gpu", "h100"], "--gpu h100"),
-        (["--stage", "2", "--dtype", "bfloat16"], "parameters in bfloat16"),
-        (["--stage", "2", "--scaling"], "--scaling"),
-        (["--ring", "1MiB"], "with --stage 2"),
+        ("--stage 2 --gpu h100", "policy.stage must be 1 with parameters on a device"),
+        ("--stage 2 --nodes 2 --no-overlap", "1 with overlap=False on several nodes"),
+        ("--stage 2 --nodes 2 --dtype float16", "for parameters of 16 bits on several nodes"),
+        ("--stage 2 --dtype bfloat16 --scaling", "for parameters of 16 bits on several nodes"),
+        ("--ring 1MiB", "policy.ring_nbytes must be None with stage=1"),
+        ("--accumulate node", "policy.accumulate must be exact with stage=1"),
+        ("--accumulate node --stage 2", "policy.accumulate must be exact on one node"),
+        ("--update-in-backward", "policy.update_in_backward must be False without stage=2"),
+        ("--update-in-backward --stage 2 --clip", "max_grad_norm must be None"),
+        ("--update-in-backward --stage 2 --nodes 3", "must be False with 3 nodes"),
+        ("--update-in-backward --stage 2 --scaling", "must be False with 2 nodes"),
+        ("--update-in-backward --stage 2 --check-finite", "must be False with check_finite"),
+        ("--update-in-backward --stage 2 --dtype float16", "for parameters in float16"),
+        ("--prefetch-params --no-overlap", "policy.prefetch_params must be False with overlap"),
+        ("--prefetch-params --stage 2 --nodes 2", "must be False with policy.stage=2"),
+        ("--prefetch-params --gpu h100", "must be False with parameters on a device"),
+        ("--forward 1s", "--forward must come with --prefetch-params"),
+        ("--node-memory 1GB --gpu h100", "--node-memory must come without --gpu"),
     ],
 )
-def test_stage_two_is_refused_where_no_plan_knows_it(capsys, words, named):
-    refused(plan(capsys, "--params", "3e7", *words), named)
+def test_what_the_optimizer_refuses_is_refused(capsys, words, named):
+    refused(plan(capsys, "--params", "3e7", *SPEEDS, *words.split()), named)
+
+
+def test_arrays_without_hooks_have_no_stage_two(capsys, tmp_path):
+    script = tmp_path / "script.py"
+    words = ["--model", f"{script}:make_model", *SPEEDS]
+    script.write_text("import numpy\ndef make_model():\n    return {'w': [numpy.zeros(5)]}\n")
+    refused(plan(capsys, *words, "--stage", "2"), "a framework that does not report its gradients")
+    assert plan(capsys, *words).code == 0
+    pytest.importorskip("torch")
+    script.write_text("import torch\ndef make_model():\n    return [torch.zeros(5)]\n")
+    assert plan(capsys, *words, "--stage", "2").code == 0
+
+
+def test_sums_by_node_can_be_left_out_to_fit(capsys):
+    words = ["--params", "3e7", "--nodes", "2", *SPEEDS, "--stage", "2"]
+    found = plan(capsys, *words, "--accumulate", "node", "--node-memory", "1GB", "--json").json
+    exact = plan(capsys, *words, "--json").json["memory"]["node_nbytes"]
+    settings = {each["name"]: each["node_nbytes"] for each in found["settings"]}
+    assert settings['accumulate="exact"'] == exact < found["memory"]["node_nbytes"]
+
+
+def test_the_settings_that_make_it_fit_are_named(capsys):
+    words = ["--params", "3e7", "--dtype", "bfloat16", "--ranks-per-node", "4", *SPEEDS, "--clip"]
+    words += ["--node-memory"]
+    found = plan(capsys, *words, "600MB", "--json")
+    planned, *others = found.json["settings"]
+    assert (found.code, found.json["fits"]) == (1, False)
+    assert planned["node_nbytes"] == found.json["memory"]["node_nbytes"] > 600e6
+    sizes = {each["name"]: each["node_nbytes"] for each in others}
+    for name, more in {
+        "stage=2": ["--stage", "2"],
+        "optim_bits=8": ["--optim-bits", "8"],
+        "master_weights=False": ["--no-master-weights"],
+        "all of these": ["--stage", "2", "--optim-bits", "8", "--no-master-weights"],
+        "2 nodes": ["--nodes", "2"],
+    }.items():
+        memory = plan(capsys, *words, "600MB", *more, "--json").json["memory"]
+        assert sizes.pop(name) == memory["node_nbytes"] < planned["node_nbytes"], name
+    assert sizes == {"stage=2, update_in_backward=True": None}
+    text = plan(capsys, *words, "600MB").stdout
+    assert "Each node must hold 780 MB; it has 600 MB." in text
+    assert "It fits with one of these, the cheapest first: stage=2." in text
+    assert "update_in_backward=True: max_grad_norm must be None with" in text.replace("\n", " ")
+    assert "It fits with all of these settings together." in plan(capsys, *words, "300MB").stdout
+    assert "No setting makes it fit" in plan(capsys, *words, "1MB").stdout
+    rich = plan(capsys, *words, "1TB")
+    assert rich.code == 0
+    assert "Each node must hold" not in rich.stdout
 
 
 def test_embeddings_keep_moments_of_32_bits_as_far_as_they_are_known(capsys, tmp_path):
