@@ -18,8 +18,8 @@ class Job:
     Attributes:
         num_nodes: Nodes.
         on_device: Whether parameters are on a device.
-        reports_grads: Whether the framework reports gradients as backward computes them, and can
-            show averages in their place.
+        shows_averages: Whether the framework can show averages in the place of gradients.
+        reports_grads: Whether it reports gradients as backward computes them.
         widens_grads: Whether it can show averages of 16-bit gradients in float32.
         reports_forward: Whether it reports which parameters a forward is about to read.
         has_thread: Whether a thread may send while others compute.
@@ -27,6 +27,7 @@ class Job:
 
     num_nodes: int
     on_device: bool = False
+    shows_averages: bool = True
     reports_grads: bool = True
     widens_grads: bool = True
     reports_forward: bool = True
@@ -79,17 +80,22 @@ def why_not_stage(policy: ShardPolicy, job: Job) -> HyperparamsError | None:
             f"policy.update_in_backward must be False with {job.num_nodes} nodes; got True. "
             "Leave it out: it is for PyTorch on CPUs, on one node."
         )
+    if policy.update_in_backward and job.shows_averages and not job.reports_grads:
+        return HyperparamsError(
+            "policy.update_in_backward must be False with a framework that does not report its "
+            "gradients; got True. Leave it out: stage 2 works there."
+        )
     sends_nothing = job.num_nodes > 1 and not policy.overlap
     reasons = {
         "parameters on a device": job.on_device,
-        "a framework that does not report its gradients": not job.reports_grads,
+        "parameters of NumPy or CuPy": not job.shows_averages,
         "overlap=False on several nodes, which would have to wait for backward": sends_nothing,
     }
     for reason, holds in reasons.items():
         if holds:
             return HyperparamsError(
                 f"policy.stage must be 1 with {reason}; got 2. Leave it out: stage 1 works there. "
-                "Stage 2 is for PyTorch on CPUs, and sends gradients as backward goes."
+                "Stage 2 is for PyTorch, JAX and lucid on CPUs."
             )
     return None
 

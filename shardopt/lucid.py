@@ -16,6 +16,7 @@ from shardopt.core.front_end import InPlaceFrontEnd
 from shardopt.errors import PartitionError
 from shardopt.params.adapter import array_error, model_error
 from shardopt.params.array_adapter import ArrayAdapter
+from shardopt.params.averaged_arrays import AveragedArrays
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.params.model import ModelContent, content_of
 from shardopt.rule import nadam
@@ -39,7 +40,9 @@ class _LucidOptimizer(InPlaceFrontEnd):
             params = _named_parameters(params)
         names = _names_behind(params)
         groups = attempt(make_groups, params, defaults)
-        self._start(groups, _LucidAdapter(names), defaults, arguments)
+        is_averaging = getattr(arguments["policy"], "stage", 1) == 2
+        adapter = (_AveragingAdapter if is_averaging else _LucidAdapter)(names)
+        self._start(groups, adapter, defaults, arguments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set gradients to None, as lucid does, or zero this rank's gradients in place.
@@ -48,7 +51,7 @@ class _LucidOptimizer(InPlaceFrontEnd):
             set_to_none: Set them to None; ``step`` skips a parameter whose gradient is None on
                 every rank. With False, backward adds to shared memory in place: ``step`` then
                 copies nothing, and no two parameters hold the same array, to which lucid would add
-                twice.
+                twice. In stage 2 it adds to zeros of this rank's own.
         """
         super().zero_grad(set_to_none)
 
@@ -158,6 +161,14 @@ class _LucidAdapter(ArrayAdapter[Parameter]):
         arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in values.items()}
         model.load_state_dict(arrays, strict=False)  # the optimizer has the rest
         return model, []
+
+
+class _AveragingAdapter(AveragedArrays[Parameter], _LucidAdapter):
+    """The same in stage 2; see ``AveragedArrays``."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        AveragedArrays.__init__(self)
+        _LucidAdapter.__init__(self, names)
 
 
 def to_stored(tensor: Tensor) -> tuple[Any, str]:

@@ -64,7 +64,8 @@ class ShardPolicy:
         stage: The parts that are sharded, in the words of ZeRO. 1: the optimizer state; each rank
             of a node has a row of gradients. 2: gradients as well: they are averaged as backward
             goes, on one node into its one row, on several into the shards of their owners; for
-            torch on CPUs. See [Note: gradients averaged in backward].
+            torch on CPUs, and for JAX and lucid there, whose steps average them. See
+            [Note: gradients averaged in backward].
         update_in_backward: Update parameters as backward goes, in stage 2 on one node: as soon as
             all ranks have the gradients of a bucket, which are then let go. There is no row of
             averages, and ``step()`` counts what is done. Gradients cannot be clipped, accumulated,

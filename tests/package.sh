@@ -4,8 +4,8 @@
 #   bash tests/package.sh
 #
 # The sdist and the wheel from it are built and checked. The wheel is installed with MPICH into a fresh
-# environment for every Python from 3.11 on that is there. On the newest two ranks train with it, on
-# the others one rank takes a step. The site is built strictly, and the recipes in launch/ for conda,
+# environment for every Python from 3.11 on that is there. With the newest Python two ranks train,
+# with each of the others one rank takes a step. The site is built strictly, and the recipes in launch/ for conda,
 # Spack and containers are read. Images are built where docker runs. The summary names what was not
 # there.
 set -euo pipefail

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from shardopt.errors import HyperparamsError, PartitionError
+from shardopt.errors import CallOrderError, HyperparamsError, PartitionError, RankMismatchError
 from shardopt.policy import ShardPolicy
 from tests.core.test_golden import LUCID, assert_lucids_numbers, assert_torchs_numbers, ulps
 from tests.support.errors import BOTH_WAYS, POLICY, errs, refused
@@ -697,10 +697,160 @@ def test_edited_param_groups_hold_from_the_next_step_on(comm):
         assert_near(comm, values(model), values(alone))
 
 
+# -- stage 2 ---------------------------------------------------------------------------------------
+
+
+def stage_two(stage=2, **settings):
+    return ShardPolicy(stage=stage, bucket_nbytes=1, timeout_s=20, threads=1, **settings)
+
+
+def two_matrices():
+    rng = np.random.default_rng(0)
+    return [nn.Parameter(rng.standard_normal((60, 90)).astype(np.float32)) for _ in range(2)]
+
+
+def put_grads(params, step, rank, missing=()):
+    rng = np.random.default_rng([step, rank])
+    for index, param in enumerate(params):
+        if index not in missing:
+            param.grad = rng.standard_normal(param.shape).astype(np.float32)
+
+
+def forget_all(params, opt):
+    for param in params:
+        param.grad = None
+
+
+CLEARING = {
+    "zero_grad": lambda params, opt: opt.zero_grad(),
+    "model.zero_grad": forget_all,
+    "in place": lambda params, opt: opt.zero_grad(set_to_none=False),
+}
+
+
 @pytest.mark.mpi
-def test_lucid_keeps_stage_one(comm):
+@pytest.mark.parametrize("share", [True, False], ids=["one node", "nodes"])
+@pytest.mark.parametrize("clearing", CLEARING)
+@pytest.mark.parametrize("averaged", [False, True], ids=["", "averaged"])
+def test_stage_two_has_the_bits_of_stage_one(comm, share, clearing, averaged):
+    """In one step the last rank has no gradients, in another a parameter has none anywhere."""
+
+    def train(stage):
+        params, norms = two_matrices(), []
+        policy = stage_two(stage, share_node=share)
+        with NAdam(params, lr=0.1, max_grad_norm=0.5, comm=comm, policy=policy) as opt:
+            for step in range(4):
+                CLEARING[clearing](params, opt)
+                has_none = step == 1 and comm.size > 1 and comm.rank == comm.size - 1
+                put_grads(params, step, comm.rank, {0, 1} if has_none else {step - 2})
+                if averaged:
+                    opt.average_grads()
+                opt.step()
+                norms.append(opt.last_step.grad_norm)
+        return [value.tobytes() for value in map(np.array, (p.data for p in params))], norms
+
+    assert train(2) == train(1)
+
+
+@pytest.mark.mpi
+def test_lucid_trains_in_stage_two(comm):
+    def train_one(stage):
+        model = Net()
+        with NAdam(model, lr=0.01, comm=comm, policy=stage_two(stage)) as opt:
+            train(model, opt, range(3), split(comm))
+            opt.add_param_group({"params": two_matrices()})
+            train(model, opt, range(3, 5), split(comm))
+            group = opt.param_groups[1]["params"]
+            put_grads(group, 0, comm.rank)
+            opt.step()
+            group.pop()
+            train(model, opt, range(5, 6), split(comm))
+            return [value.tobytes() for value in values(model)], group[0].data.tobytes()
+
+    assert train_one(2) == train_one(1)
+
+
+@pytest.mark.mpi
+def test_gradients_in_stage_two_are_averages_after_the_step(comm):
+    params = two_matrices()
+    with NAdam(params, comm=comm, policy=stage_two()) as opt:
+        put_grads(params, 0, comm.rank, {1} if comm.rank else ())
+        own = params[0].grad
+        assert opt.grad(params[0]) is not own
+        np.testing.assert_array_equal(opt.grad(params[0]), own)
+        opt.step()
+        mean = np.mean(comm.allgather(own), axis=0)
+        np.testing.assert_allclose(params[0].grad, mean, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(opt.grad(params[0]), params[0].grad)
+        assert opt.grad(params[1]) is not None  # rank 0 had one
+        assert not opt.grad(params[1]).flags.writeable
+        opt.zero_grad()
+        assert params[0].grad is opt.grad(params[1]) is None
+    assert params[0].grad is None
+
+
+@pytest.mark.mpi
+def test_a_backward_without_zero_grad_in_stage_two(comm):
+    """lucid adds to the average in place, on each rank something else."""
+    params = two_matrices()
+    with NAdam(params, comm=comm, policy=stage_two()) as opt:
+        put_grads(params, 0, comm.rank)
+        opt.step()
+        (params[0] * float(comm.rank + 1)).sum().backward()
+        if comm.size == 1:
+            opt.step()
+            return
+        with pytest.raises(RankMismatchError, match="gradient of 'param0'"):
+            opt.step()
+        opt.zero_grad()
+        put_grads(params, 0, comm.rank)
+        opt.step()
+        assert opt.last_step.step == 2
+
+
+@pytest.mark.mpi(min_size=2)
+def test_averages_are_hidden_on_nodes(comm):
+    params = two_matrices()
+    with NAdam(params, comm=comm, policy=stage_two(share_node=False)) as opt:
+        put_grads(params, 0, comm.rank)
+        own = [param.grad for param in params]
+        opt.step()
+        uses = [
+            lambda grad: grad * 2,
+            lambda grad: 2 * grad,
+            np.asarray,
+            np.linalg.norm,
+            lambda grad: grad == 0,
+            lambda grad: grad[0],
+            lambda grad: grad.shape,
+            lambda grad: opt.grad(params[0]),
+            lambda grad: bool(grad),
+        ]
+        for use in uses:
+            with pytest.raises(CallOrderError, match="no rank has the whole"):
+                use(params[0].grad)
+        kept = params[0].grad
+        with pytest.raises(lucid.BackwardError):
+            (params[0] * 2.0).sum().backward()
+        opt.zero_grad()
+        for param, grad in zip(params, own, strict=True):
+            param.grad = grad
+        opt.average_grads()
+        mean = np.mean(comm.allgather(own[0]), axis=0)
+        np.testing.assert_allclose(params[0].grad, mean, rtol=1e-5, atol=1e-7)
+        np.testing.assert_array_equal(opt.grad(params[0]), params[0].grad)
+        opt.step()
+        opt.zero_grad()
+        params[0].grad = kept
+        with pytest.raises(CallOrderError, match="an earlier p.grad for 'param0'"):
+            opt.step()
+
+
+@pytest.mark.mpi
+def test_updates_in_backward_are_refused(comm):
+    policy = ShardPolicy(stage=2, update_in_backward=True)
     with pytest.raises(HyperparamsError, match="with a framework that does not report"):
-        NAdam(Net().parameters(), comm=comm, policy=ShardPolicy(stage=2))
+        NAdam(Net().parameters(), comm=comm, policy=policy)
 
 
 OF_LUCID = [

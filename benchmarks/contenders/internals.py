@@ -7,7 +7,7 @@ cores, the devices that it makes, and the parts of a checkpoint that a rank owns
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,27 +20,28 @@ from shardopt.backends.base import Kernel, Rows, UpdatePlan
 from shardopt.backends.codes import shaped
 from shardopt.backends.cpu.kernel import CpuKernel
 from shardopt.backends.cpu.memory import padded_zeros
-from shardopt.backends.devices import HOST, make_device
+from shardopt.backends.devices import make_device
 from shardopt.checkpoint.format.disk import sync_folder
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.checkpoint.format.requests import wanted_slices
+from shardopt.cli.plan.settings import require_combination, with_forms
 from shardopt.comm.failure import Abort, install_abort_hook
 from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology, make_topology
 from shardopt.core import parts
 from shardopt.core.sharded_optimizer import sharded_of
+from shardopt.errors import HyperparamsError
 from shardopt.layout.dtypes import compute_dtype, has_master
-from shardopt.layout.footprint import MemoryReport, plan_memory
+from shardopt.layout.footprint import MemoryReport
 from shardopt.layout.padding import row_numel
-from shardopt.layout.partition import CHUNK_NUMEL, plan_partition
-from shardopt.layout.ring import plan_ring, ring_bucket_nbytes
+from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import FULL, StateForm, StateSpec, state_specs
 from shardopt.layout.traffic import Traffic, default_bucket_nbytes, plan_traffic
 from shardopt.measure.cores import bound_to, cores_per_rank, count_cores
 from shardopt.numpy import NAdam
-from shardopt.params.forms import FormRules
 from shardopt.planner.chart import Chart, Series, draw
+from shardopt.planner.estimate import Layout, lay_out, memory_of
 from shardopt.planner.model import evenly
 from shardopt.planner.work import plan_work
 from shardopt.rule.coefficients import StepCount
@@ -254,23 +255,14 @@ def topology_in(opt: NAdam) -> Topology:
 
 def planned_memory(
     numel: int, dtype: str, num_nodes: int, node_size: int, policy: ShardPolicy
-) -> MemoryReport:
-    """Return the memory that a model of equal tensors takes on each node of CPUs."""
-    rules = FormRules(policy.optim_bits, policy.master_weights)
-    specs = [
-        replace(spec, form=rules.form(spec, policy.optim_bits, HOST))
-        for spec in evenly(numel, dtype, 256).specs
-    ]
-    if policy.stage == 2:
-        nbytes = ring_bucket_nbytes(num_nodes, node_size)
-    else:
-        nbytes = default_bucket_nbytes(num_nodes, num_nodes * node_size)
-    partition = plan_partition(specs, num_nodes, node_size, nbytes)
-    return plan_memory(
-        partition,
-        ring=plan_ring(partition) if policy.stage == 2 else None,
-        has_row=policy.stage == 2 and not policy.update_in_backward,
-    )
+) -> MemoryReport | None:
+    """Return the memory of a model of equal tensors on nodes of CPUs, or None if it is refused."""
+    model, layout = evenly(numel, dtype, 256), Layout(num_nodes, node_size, policy)
+    try:
+        require_combination(model, layout)
+    except HyperparamsError:
+        return None
+    return memory_of(lay_out(with_forms(model, layout).specs, layout), layout)
 
 
 def planned_traffic(opt: NAdam) -> Traffic:

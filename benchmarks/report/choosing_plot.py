@@ -74,23 +74,15 @@ def rows(dtype: str) -> list[Row]:
     for name, stage in stages.items():
         for more, low in (("", {}), (_NAMES[dtype], _LOW[dtype])):
             policy = ShardPolicy(**stage, **low)
-            parts = {
-                num_nodes: None
-                if _is_refused(policy, dtype, num_nodes)
-                else _parts(dtype, num_nodes, policy)
-                for num_nodes in (1, NUM_NODES)
-            }
+            parts = {num_nodes: _parts(dtype, num_nodes, policy) for num_nodes in (1, NUM_NODES)}
             found.append(Row(f"+ {more}" if more else name, parts))
     return found
 
 
-def _is_refused(policy: ShardPolicy, dtype: str, num_nodes: int) -> bool:
-    several = num_nodes > 1
-    return several and (policy.update_in_backward or (policy.stage == 2 and dtype != "float32"))
-
-
-def _parts(dtype: str, num_nodes: int, policy: ShardPolicy) -> list[float]:
+def _parts(dtype: str, num_nodes: int, policy: ShardPolicy) -> list[float] | None:
     report = planned_memory(NUMEL, dtype, num_nodes, NODE_SIZE, policy)
+    if report is None:
+        return None
     return [sum(getattr(report, name) for name in names) / NUMEL for *_, names in _PARTS]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 PART = "bytes"
 
 NUM_NODES, NODE_SIZES = (1, 2, 8), (2, 4, 8)
-_NUMEL, _NUM_TENSORS = 1_000_000_000, 256
+_NUMEL = 1_000_000_000
 _NONE = "–"
 _ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "float32": (
@@ -28,37 +28,29 @@ _ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 def bytes_text() -> str:
     """Write bytes per node and parameter as a table in Markdown."""
-    from shardopt.cli.plan.settings import written  # here: loads NumPy
-
     places = [(nodes, ranks) for nodes in NUM_NODES for ranks in NODE_SIZES]
     head = ["", *(f"{nodes} x {ranks}" for nodes, ranks in places)]
     rows = [head, ["---", *["---:"] * len(places)]]
     for dtype, policies in _ROWS.items():
         for settings in policies:
-            named = written(settings)
+            named = _written(settings)
             cells = _cells(dtype, settings, places)
             rows.append([f"{dtype}{named and f', `{named}`'}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + (
-        f"\n\nNodes x ranks of each; {_NUMEL:,} parameters in {_NUM_TENSORS} equal tensors, with "
+        f"\n\nNodes x ranks of each; {_NUMEL:,} parameters in 256 equal tensors, with "
         f"the ring, staging buffers and late gradients, as `shardopt plan` computes them. {_NONE}: "
         "refused. `python -m benchmarks tables --memory --into docs/memory.md` writes this table."
     )
 
 
-def _cells(dtype: str, settings: Mapping[str, Any], places: list[tuple[int, int]]) -> Iterator[str]:
-    from shardopt.cli.plan.settings import require_combination, with_forms
-    from shardopt.errors import HyperparamsError
-    from shardopt.planner.estimate import Layout, lay_out, memory_of
-    from shardopt.planner.model import evenly
-    from shardopt.policy import ShardPolicy
+def _written(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items()).replace("'", '"')
 
-    model = evenly(_NUMEL, dtype, _NUM_TENSORS)
+
+def _cells(dtype: str, settings: Mapping[str, Any], places: list[tuple[int, int]]) -> Iterator[str]:
+    from benchmarks.contenders.internals import planned_memory  # here: loads NumPy
+    from shardopt import ShardPolicy
+
     for place in places:
-        layout = Layout(*place, ShardPolicy(**settings))
-        try:
-            require_combination(model, layout)
-        except HyperparamsError:
-            yield _NONE
-            continue
-        partition = lay_out(with_forms(model, layout).specs, layout)
-        yield f"{memory_of(partition, layout).node_nbytes / _NUMEL:.2f}"
+        report = planned_memory(_NUMEL, dtype, *place, ShardPolicy(**settings))
+        yield _NONE if report is None else f"{report.node_nbytes / _NUMEL:.2f}"

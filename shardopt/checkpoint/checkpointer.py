@@ -247,7 +247,7 @@ class Checkpointer:
             if step % 1000 == 0 or checkpointer.signalled:
                 checkpointer.save(step, opt)
             if checkpointer.signalled == signal.SIGTERM:
-                break
+                break  # and end with a code other than 0, so that a launcher starts it again
 
         Collective: every rank, from the main thread.
 

@@ -387,6 +387,7 @@ class Optimizer(Generic[P]):
             else None,
             sums_by_node=parts.policy.accumulate == "node",
             has_row=parts.grads.are_averages,
+            has_late=parts.registry.adapter.reports_grads,
         )
 
     def sum_over_ranks(self, values: Sequence[float] | NDArray[Any]) -> NDArray[np.float64]:

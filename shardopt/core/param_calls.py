@@ -60,7 +60,8 @@ class ParamCalls:
 
         In stage 1 it is this rank's own, or the average over all ranks after ``average_grads()``.
         In stage 2 on one node it is the average, of as many backwards as this rank has run, and the
-        call waits for ranks that are behind, as every use of ``p.grad`` does.
+        call waits for ranks that are behind, as every use of ``p.grad`` does; with lucid it is so
+        after ``average_grads()`` or a step, and this rank's own before.
 
         Not collective: each rank may call it by itself.
 

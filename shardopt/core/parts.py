@@ -278,7 +278,8 @@ def make_parts(
         job = Job(
             topology.num_nodes,
             on_device=not residence.is_home,
-            reports_grads=adapter.shows_averages,
+            shows_averages=adapter.shows_averages,
+            reports_grads=adapter.reports_grads,
             widens_grads=adapter.widens_grads,
             reports_forward=adapter.reports_forward,
         )

@@ -14,6 +14,7 @@ from shardopt.jax.model import load_tree, read_tree
 from shardopt.layout.dtypes import DTYPES
 from shardopt.params.adapter import array_error
 from shardopt.params.array_adapter import ArrayAdapter
+from shardopt.params.averaged_arrays import AveragedArrays
 from shardopt.params.binding import require_like
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from shardopt._typing import FloatArray
     from shardopt.params.model import ModelContent
+    from shardopt.policy import ShardPolicy
 
 _ARGUMENTS = {"data": "params", "grad": "grads"}
 _REMEDIES = {
@@ -87,6 +89,15 @@ class JaxAdapter(ArrayAdapter[Leaf]):
     ) -> tuple[Any, Sequence[str]]:
         """See ``Adapter.load_model``."""
         return load_tree(model, params, content, values), []
+
+
+class _AveragingAdapter(AveragedArrays[Leaf], JaxAdapter):
+    """The same in stage 2; see ``AveragedArrays``."""
+
+
+def make_adapter(policy: ShardPolicy | None) -> JaxAdapter:
+    """Return a new adapter for a policy; each optimizer needs its own."""
+    return _AveragingAdapter() if getattr(policy, "stage", 1) == 2 else JaxAdapter()
 
 
 def make_leaves(params: Any) -> tuple[list[Leaf], Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.front_end import ArrayFrontEnd
 from shardopt.core.optimizer import Optimizer
-from shardopt.jax.adapter import JaxAdapter, flatten_like, make_leaves, require_untraced
+from shardopt.jax.adapter import flatten_like, make_adapter, make_leaves, require_untraced
 from shardopt.jax.arrays import aligned_copy
 from shardopt.params.groups import defaults_of, make_groups
 from shardopt.policy import ShardPolicy
@@ -50,7 +50,7 @@ class ShardedOptimizer(ArrayFrontEnd):
         if tree is not None:
             self._leaves, self._structure = tree
             groups = attempt(make_groups, self._leaves, defaults)
-        self._start(groups, JaxAdapter(), defaults, arguments)
+        self._start(groups, make_adapter(arguments["policy"]), defaults, arguments)
 
     @property
     def params(self) -> Any:
@@ -151,6 +151,8 @@ class ShardedOptimizer(ArrayFrontEnd):
         finally:  # a step that raised adopts nothing
             for leaf, view in zip(self._leaves, views, strict=True):
                 leaf.data, leaf.grad = view, None
+            if self.core.parts.grads.are_averages:  # they are not for the next step
+                attempt(self.core.zero_grad)
 
 
 def raise_on_all(
@@ -159,7 +161,7 @@ def raise_on_all(
     """Raise an error of this rank on all ranks, which build an optimizer. Collective."""
     Optimizer(
         Outcome(None, error),
-        adapter=JaxAdapter(),
+        adapter=make_adapter(policy),
         rule=rule,
         defaults={},
         max_grad_norm=None,

@@ -103,6 +103,7 @@ def plan_memory(
     ring: RingPlan | None = None,
     sums_by_node: bool = False,
     has_row: bool = True,
+    has_late: bool = True,
 ) -> MemoryReport:
     """Compute the memory that ``partition`` takes on each node, padding included.
 
@@ -118,6 +119,8 @@ def plan_memory(
         sums_by_node: Whether a node sums several backwards before it exchanges them; see
             ``ShardPolicy.accumulate``.
         has_row: Whether stage 2 has a row of averages, as it has unless backward updates.
+        has_late: Whether gradients that find no room in the ring are kept for it alone, as they are
+            where backward hands them over; see ``Adapter.reports_grads``.
     """
     regions, num_nodes = partition.regions, partition.num_nodes
     params_nbytes = grads_nbytes = averages_nbytes = sums_nbytes = 0
@@ -142,6 +145,7 @@ def plan_memory(
     sharded_nbytes = moments_nbytes + masters_nbytes + sums_nbytes
     on_devices = {"cuda": each_nbytes + sharded_nbytes // partition.world_size}
     on_devices |= {"cpu": 0, "offload": each_nbytes}
+    late_rank_nbytes = _late_rank_nbytes(partition, trained) if has_late else 0
     num_copies = partition.node_size if placement == "cuda" else 1
     num_rows = partition.node_size
     if ring is not None:
@@ -151,7 +155,7 @@ def plan_memory(
         params_node_nbytes=params_nbytes * num_copies,
         grads_node_nbytes=(averages_nbytes if ring else grads_nbytes) * num_rows,
         ring_node_nbytes=ring.nbytes if ring else 0,
-        late_node_nbytes=_late_rank_nbytes(partition, trained) * ring.node_size if ring else 0,
+        late_node_nbytes=late_rank_nbytes * ring.node_size if ring else 0,
         moments_node_nbytes=moments_nbytes // num_nodes,
         masters_node_nbytes=masters_nbytes // num_nodes,
         travel_node_nbytes=sums_nbytes // num_nodes

@@ -198,6 +198,9 @@ class AveragedGradients(UpdatedBySteps):
             gone = []
         has_more = self._meet(step, has_more=bool(own))
         self._has_met = True
+        if gone and len(gone) == len(self._averaged) and not registry.adapter.reports_grads:
+            self._restart()  # nobody has told of the backward whose gradients took their places
+            gone = []
         self._changed = [registry.bindings[index].name for index in gone]
         self._reduction.replace([(self._span(index), None) for index in gone])
         self._averaged.difference_update(gone)
@@ -206,8 +209,10 @@ class AveragedGradients(UpdatedBySteps):
             if self._are_shown and self._reduction.holds_sums and self._averaged:
                 self._note('average_grads() and other gradients behind it (accumulate="node")')
             self._show(are_shown=False)
-            for index, grad in own.items():
-                self._ring.put(index, grad)
+            if own:  # all of them in one round, as the sums of each are rounded by themselves
+                self._ring.expect(own)
+            for index in sorted(own, reverse=True):  # the order of travel
+                self._ring.put(index, own[index])
                 self._averaged.add(index)
             self._meet(step, has_more=False)
             for index in own:

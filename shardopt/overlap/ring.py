@@ -106,10 +106,26 @@ class GradRing:
         self._num_closed = 0  # buckets of the present round, from the first
         self._gave_up_at = -1
         self._seen = b""
-        self._expect(expected)
+        self.expect(expected)
         _rings.add(self)
 
     # -- while backward runs -----------------------------------------------------------------------
+
+    def expect(self, params: Iterable[int]) -> None:
+        """Take a bucket for complete, in a round that begins, once these parameters are there.
+
+        Those that come later begin another round, whose sums are added to the averages and rounded
+        by themselves.
+
+        Args:
+            params: Those of which this rank has gradients; after a round they are those of it.
+        """
+        self._expected = frozenset(params)
+        self._counts = [
+            sum(index in self._expected for index, _ in present)
+            for present in self._fillings.params_in
+        ]
+        self._missing = list(self._counts)
 
     def put(self, param: int, grad: FloatArray) -> None:
         """Hand over this rank's gradient of a parameter, which must not change afterwards."""
@@ -138,7 +154,7 @@ class GradRing:
         if not self._arrived:
             return
         if self._arrived != self._expected:
-            self._expect(self._arrived)
+            self.expect(self._arrived)
         self._arrived.clear()
         self._missing, self._num_closed = list(self._counts), 0
         self._skip_to(self._base + len(self._buckets))
@@ -233,6 +249,9 @@ class GradRing:
         if self._announced == self._base:
             self._board.end()
         self._is_over = self._board.total() == self._summed and self._reduction.is_idle
+        while self._is_over and self._restarts:  # behind which nothing has come
+            self._reduction.forget()
+            self._restarts.pop()
         return self._is_over
 
     def has_more(self) -> bool:
@@ -255,9 +274,6 @@ class GradRing:
         total = self._board.total()
         assert total is not None
         self._base = self._announced = total
-        while self._restarts:
-            self._reduction.forget()
-            self._restarts.pop()
         self._board.begin(total)
         self._is_ended, self._is_over, self.num_rounds = False, False, 0
         self._passes.begin(self._board.segment)
@@ -274,15 +290,6 @@ class GradRing:
         """End rounds up to a position."""
         self.num_rounds += (base - self._base) // len(self._buckets)
         self._base = base
-
-    def _expect(self, params: Iterable[int]) -> None:
-        """Take a bucket for complete once these parameters of it have arrived."""
-        self._expected = frozenset(params)
-        self._counts = [
-            sum(index in self._expected for index, _ in present)
-            for present in self._fillings.params_in
-        ]
-        self._missing = list(self._counts)
 
     def _make_room(self) -> None:
         """Place what waits, and wait for other ranks if they are behind this one."""

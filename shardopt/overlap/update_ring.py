@@ -94,11 +94,7 @@ class UpdateRing(GradRing):
         So no bucket may be closed before it has all of its parameters, or the round is over.
         """
         self.is_split = False
-        self._expect(range(len(self._numels)))
-
-    def expect(self, params: Iterable[int]) -> None:
-        """Take a bucket for complete once these parameters of it have arrived."""
-        self._expect(params)
+        self.expect(range(len(self._numels)))
 
     # -- while backward runs -----------------------------------------------------------------------
 

@@ -90,9 +90,12 @@ class Layout:
 
     @property
     def sends_in_backward(self) -> bool:
-        """Whether gradients leave for other nodes while backward computes others."""
-        policy = self.policy
-        return self.num_nodes > 1 and policy.overlap and policy.accumulate == "exact"
+        """Whether gradients leave for other nodes while backward computes others.
+
+        Those on devices do not, nor do those that a framework does not report.
+        """
+        policy, is_home = self.policy, self.placement == "cpu"
+        return self.num_nodes > 1 and is_home and policy.overlap and policy.accumulate == "exact"
 
     def needs_norm(self, dtypes: Iterable[str]) -> bool:
         """Whether steps measure the norm of gradients before the update.
@@ -170,7 +173,7 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
     step = StepTimes.of(moving, layout, machine)
     simulated = step.run(layout)
     hidden_s = 0.0
-    if layout.backward_s and layout.sends_in_backward:
+    if layout.backward_s and layout.sends_in_backward and model.has_hooks:
         behind = StepTimes.of(moving, layout, machine, backward_s=layout.backward_s)
         hidden_s = simulated.step_s - behind.run(layout, layout.backward_s).step_s
     band_s = None
@@ -180,7 +183,7 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
     return Estimate(
         layout=layout,
         stage=layout.policy.stage,
-        memory=memory_of(partition, layout, model.trained),
+        memory=memory_of(partition, layout, model),
         rank_traffic=max(rank for node in nodes for rank in node),
         node_traffic=max(Traffic(*map(sum, zip(*node, strict=True))) for node in nodes),
         num_buckets=len(partition.buckets),
@@ -194,26 +197,25 @@ def estimate(model: Model, layout: Layout, machine: Machine) -> Estimate:
     )
 
 
-def memory_of(
-    partition: Partition, layout: Layout, trained: Sequence[bool] | None = None
-) -> MemoryReport:
+def memory_of(partition: Partition, layout: Layout, model: Model | None = None) -> MemoryReport:
     """Compute the memory of a job, as ``memory_report()`` of its optimizer does.
 
     Args:
         partition: That of the job.
         layout: The job.
-        trained: Whether each parameter is trained; None if all are.
+        model: All parameters, if the partition is of them; else all are taken to be trained.
     """
     policy = layout.policy
     return plan_memory(
         partition,
         policy.wire_dtype,
-        trained,
+        None if model is None else model.trained,
         needs_norm=layout.needs_norm(region.dtype for region in partition.regions),
         placement=layout.placement,
         ring=plan_ring(partition, policy.ring_nbytes) if policy.stage == 2 else None,
         sums_by_node=policy.accumulate == "node",
         has_row=not policy.update_in_backward,
+        has_late=model is None or model.has_hooks,
     )
 
 

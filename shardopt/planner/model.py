@@ -16,6 +16,7 @@ from shardopt.layout.dtypes import DTYPES
 from shardopt.layout.partition import ParamSpec
 
 _SAFETENSORS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_FRAMEWORKS = {"torch", "jax", "jaxlib", "lucid", "numpy", "cupy"}
 _MAX_HEADER_NBYTES = 100 << 20  # safetensors' own limit
 
 
@@ -36,6 +37,16 @@ class Model:
     trained: tuple[bool, ...]
     embeddings: frozenset[str] = frozenset()
     framework: str | None = None
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether its framework reports gradients and reads of parameters, if nobody knows it."""
+        return self.framework in (None, "torch")
+
+    @property
+    def shows_averages(self) -> bool:
+        """Whether its framework can show averages in the place of gradients, if nobody knows it."""
+        return self.has_hooks or self.framework in ("jax", "jaxlib", "lucid")
 
     @property
     def numel(self) -> int:
@@ -185,14 +196,22 @@ def _shapes_of(model: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, .
 
 
 def _framework_of(model: Any) -> str | None:
-    """Return the package that the first of some arrays comes from."""
+    """Return the package that the first of some arrays comes from, or None if nobody knows.
+
+    For an object of a user's own class that is the package of a class that it extends, or of the
+    array that it holds.
+    """
     if hasattr(model, "named_parameters"):
         model = [param for _, param in model.named_parameters()]
     elif isinstance(model, Mapping):
         model = list(model.values())
     if isinstance(model, list | tuple):
         return next(filter(None, map(_framework_of, model)), None)
-    return type(model).__module__.partition(".")[0]
+    packages = (kind.__module__.partition(".")[0] for kind in type(model).__mro__)
+    found = next((package for package in packages if package in _FRAMEWORKS), None)
+    if found is None and hasattr(model, "data") and hasattr(model.data, "dtype"):
+        return _framework_of(model.data)
+    return found
 
 
 def _embeddings_of(model: Any) -> Iterator[str]:

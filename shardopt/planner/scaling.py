@@ -120,7 +120,7 @@ def _point(model: Model, layout: Layout, machine: Machine) -> Point:
                 for name in EXCHANGES
             }
         )
-    memory = memory_of(lay_out(model.specs, layout), layout, model.trained)
+    memory = memory_of(lay_out(model.specs, layout), layout, model)
     low, high = found[1:] or (found[0], found[0])
     return Point(
         num_nodes=layout.num_nodes,

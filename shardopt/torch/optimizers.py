@@ -31,8 +31,9 @@ class NAdam(ShardedOptimizer):
     without a gradient. The moments are sharded over the ranks, but each rank of a node addresses
     all of them: ``state`` and ``state_dict`` are as torch's.
 
-    With ``ShardPolicy(stage=2)`` ``p.grad`` is the average over all ranks after backward, in
-    float32 for parameters of 16 bits, and None after ``zero_grad()``; see
+    With ``ShardPolicy(stage=2)`` on one node, ``p.grad`` is the average over all ranks after
+    backward, in float32 for parameters of 16 bits, and None after ``zero_grad()``. On several nodes
+    it raises when it is used, unless ``average_grads`` has come before; see
     [Note: what p.grad is in stage 2].
 
     Parameters in bfloat16 or float16 have a float32 master in the shard of their owner, and their

@@ -97,8 +97,8 @@ RUNS = {"jax": JaxRun, "lucid": LucidRun}
 def make(request, comm):
     """Make runs of one framework on ranks that share as told."""
     require(request.param)
-    return lambda share, seed=0: RUNS[request.param](
-        comm, ShardPolicy(share_node=share, **POLICY), seed
+    return lambda share, seed=0, stage=1: RUNS[request.param](
+        comm, ShardPolicy(stage=stage, share_node=share, **POLICY), seed
     )
 
 
@@ -109,10 +109,10 @@ def bits(comm, run):
     return mine
 
 
-def test_bits_do_not_depend_on_nodes(comm, make):
+def test_bits_depend_on_neither_nodes_nor_stage(comm, make):
     found = []
-    for share in ways_to_the_same_bits(comm):
-        run = make(share)
+    for share, stage in itertools.product(ways_to_the_same_bits(comm), (1, 2)):
+        run = make(share, stage=stage)
         with run.opt as opt:
             start = bits(comm, run)
             run.train(range(4))
@@ -128,7 +128,7 @@ def test_bits_do_not_depend_on_nodes(comm, make):
 def test_a_run_goes_on_on_other_nodes(comm, make, mpi_tmp_path):
     ways = ways_to_the_same_bits(comm)
     for saving, loading in zip(ways, ways[1:] + ways[:1], strict=True):
-        run, resumed = make(saving), make(loading, seed=9)
+        run, resumed = make(saving, stage=2), make(loading, seed=9)
         with run.opt, resumed.opt:
             run.train(range(3))
             resumed.train(range(50, 52))

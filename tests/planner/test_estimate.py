@@ -68,6 +68,15 @@ def test_a_long_backward_hides_the_exchange_of_gradients_but_for_the_last_bucket
     assert estimate(MODEL, replace(layout, num_nodes=1), MACHINE).hidden_s == 0
 
 
+def test_backward_hides_nothing_of_gradients_that_nobody_reports():
+    layout = replace(LAYOUT, backward_s=10.0)
+    assert estimate(replace(MODEL, framework="torch"), layout, MACHINE).hidden_s > 0
+    assert estimate(replace(MODEL, framework="jax"), layout, MACHINE).hidden_s == 0
+    for placement in ("cuda", "offload"):
+        gpus = replace(MACHINE, gpu=GPUS["h100"])
+        assert estimate(MODEL, replace(layout, placement=placement), gpus).hidden_s == 0
+
+
 def test_a_slow_node_makes_all_wait():
     slow = replace(LAYOUT, slow_share=0.5, slowdown=100.0)
     assert len(slow.kinds) == 3

@@ -85,6 +85,7 @@ def test_a_module_of_torch_is_not_allocated(tmp_path):
         ("1.bias", (2,), "bfloat16"),
     ]
     assert not model.embeddings
+    assert model.framework == "torch"
     assert [spec.name for spec in model.trained_specs] == ["0.weight"]
 
 
@@ -98,7 +99,9 @@ def test_a_pytree_of_jax_is_only_traced(tmp_path):
             return {"w": jnp.zeros((1 << 22, 1 << 20), jnp.bfloat16), "b": [jnp.zeros(3)]}
         """,
     )
-    found = sorted(shapes(load_model(target)))
+    model = load_model(target)
+    assert model.framework == "jax"
+    found = sorted(shapes(model))
     assert found == [("b.0", (3,), "float32"), ("w", (1 << 22, 1 << 20), "bfloat16")]
 
 
@@ -112,11 +115,34 @@ def test_arrays_of_numpy(tmp_path):
             return {"a": np.zeros((2, 3)), "b": (np.zeros(4, "f4"), Parameter(np.ones(5, "f4")))}
         """,
     )
-    assert shapes(load_model(target)) == [
+    model = load_model(target)
+    assert model.framework == "numpy"
+    assert shapes(model) == [
         ("a", (2, 3), "float64"),
         ("b.0", (4,), "float32"),
         ("b.1", (5,), "float32"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "framework"),
+    [
+        ("np.zeros(3).view(Mine)", "numpy"),
+        ("Parameter(np.zeros(3))", "numpy"),
+        ("types.SimpleNamespace(data=types.SimpleNamespace(shape=(3,), dtype='float32'))", None),
+    ],
+)
+def test_the_framework_behind_classes_of_users(tmp_path, made, framework):
+    source = f"""
+        import types
+        import numpy as np
+        from shardopt.numpy import Parameter
+        class Mine(np.ndarray):
+            pass
+        def make_model():
+            return {{"a": {made}}}
+        """
+    assert load_model(write_script(tmp_path, source)).framework == framework
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import numpy as np
 
 import shardopt.core.parts
+import shardopt.transport.assembly
 import shardopt.transport.copies
-import shardopt.transport.sync
 from shardopt.backends.base import ALL_FINITE, address_of
 from shardopt.backends.cpu.backend import CpuBackend
 from shardopt.backends.cpu.kernel import CpuKernel
@@ -373,7 +373,7 @@ def arena_devices(monkeypatch, kind=None, **options):
     with monkeypatch.context() as patched:
         patched.setattr(shardopt.core.parts, "make_device", make_device)
         patched.setattr(shardopt.core.parts, "CpuBackend", HostBackend)
-        patched.setattr(shardopt.transport.sync, "MpiTransport", HostTransport)
+        patched.setattr(shardopt.transport.assembly, "MpiTransport", HostTransport)
         patched.setattr(shardopt.transport.copies, "NodeFlags", OrderedFlags)
         yield devices
 

@@ -25,6 +25,8 @@ TORCH, DDP, NUMBERS, DEVICES = (
 NODES, ON_NODES = "tests/torch/test_stage_two_nodes.py", "tests/nodes/test_stage_two.py"
 JAX, CORE = "tests/jax/test_stage_two.py", "tests/core/test_stage_two.py"
 LUCID, UPDATES = "tests/test_lucid.py", "tests/torch/test_update_in_backward.py"
+ON_ANY_NODES = "tests/nodes/test_frameworks.py"
+SHARED = "tests/support/stage_two.py"
 PREFETCH, FORWARD = "tests/overlap/test_prefetch.py", "tests/torch/test_forward.py"
 
 
@@ -114,7 +116,7 @@ ROWS: Sequence[Row] = (
         [
             (TORCH, "unequal"),
             (TORCH, "test_micro_batches_have_the_same_bits_for_any_ring"),
-            (UPDATES, "no_batch_on_the_last"),
+            (SHARED, "no_batch_on_the_last"),
         ],
     ),
     Row("checkpoints of activations, not reentrant"),
@@ -131,14 +133,14 @@ ROWS: Sequence[Row] = (
         "branches that differ between ranks or steps",
         tests=[
             (TORCH, "other_branches"),
-            (TORCH, "no_batch_on_the_last"),
+            (SHARED, "no_batch_on_the_last"),
             (UPDATES, "other_branches"),
         ],
     ),
     Row(
         "parameters used twice, and unused ones",
         tests=[
-            (TORCH, "class Net"),
+            (SHARED, "class Net"),
             (TORCH, "test_bits_are_those_of_stage_one"),
             (UPDATES, "test_bits_are_those_of_stage_one"),
         ],
@@ -291,8 +293,28 @@ ROWS: Sequence[Row] = (
         _only_stage_one(),
         [(CORE, "test_arrays_keep_stage_one")],
     ),
-    Row("JAX", _only_stage_one(), [(JAX, "test_jax_keeps_stage_one")]),
-    Row("lucid", _only_stage_one(), [(LUCID, "test_lucid_keeps_stage_one")]),
+    Row(
+        "JAX",
+        {"stage 2": f"{WORKS}, in the step", IN_BACKWARD: f"{REFUSED}: stage 2"},
+        [
+            (JAX, "test_bits_are_those_of_stage_one"),
+            (ON_ANY_NODES, "test_bits_depend_on_neither_nodes_nor_stage"),
+            (JAX, "test_what_is_refused"),
+        ],
+    ),
+    Row(
+        "lucid",
+        {
+            "stage 2": f"{WORKS}, in the step; on several nodes `p.grad` raises after it",
+            IN_BACKWARD: f"{REFUSED}: stage 2",
+        },
+        [
+            (LUCID, "test_stage_two_has_the_bits_of_stage_one"),
+            (LUCID, "test_averages_are_hidden_on_nodes"),
+            (ON_ANY_NODES, "test_bits_depend_on_neither_nodes_nor_stage"),
+            (LUCID, "test_updates_in_backward_are_refused"),
+        ],
+    ),
 )
 
 

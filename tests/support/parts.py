@@ -110,6 +110,7 @@ ON_RANKS = {
         "core/test_unequal_writes.py",
         "core/test_writes.py",
         "devices/test_nodes.py",
+        "jax/test_stage_two.py",  # sums of two are rounded alike in any number of rounds
         "measure",
         "overlap/test_prefetch.py",
         "planner/test_real_settings.py",

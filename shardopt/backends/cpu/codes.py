@@ -45,8 +45,11 @@ _jit = inner(elements, loops, sums, forceinline=True)
 
 def scratch() -> tuple[Any, ...]:
     """Allocate memory for levels, parameters in float32, and random numbers."""
-    dtypes = (2 * _BLOCK_NUMEL, np.uint16), (_RUN_NUMEL, np.float32), (_RUN_NUMEL, np.uint32)
-    return tuple(np.empty(numel, dtype) for numel, dtype in dtypes)
+    return (
+        np.empty(2 * _BLOCK_NUMEL, np.uint16),
+        np.empty(_RUN_NUMEL, np.float32),
+        np.empty(_RUN_NUMEL, np.uint32),
+    )
 
 
 @_jit

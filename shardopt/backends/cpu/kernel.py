@@ -88,6 +88,7 @@ class CpuKernel:
         """See ``Kernel.update``."""
         grads, params = _by_address(sources), _by_address(targets)
         keys, chance = _DTYPES[targets.dtype].state_keys, plan.chance
+        three = tuple(_at_address(state.get(key)) for key in _MOMENTS_AND_MASTER if chance)
 
         def update_piece(piece: Span) -> int:
             partials = _partial_sums(sources, targets.dtype)
@@ -95,7 +96,6 @@ class CpuKernel:
                 arrays = tuple(state[key] for key in keys)
                 part = piece.start, piece.stop, plan.segments, plan.coefficients
                 return int(loops.update(grads, params, arrays, partials, part))
-            three = tuple(_at_address(state.get(key)) for key in _MOMENTS_AND_MASTER)
             memory = partials, codes.scratch()
             of_chance = piece.start, piece.stop, plan.segments, *chance, plan.coefficients
             return int(codes.update(grads, params, three, memory, of_chance))
@@ -184,7 +184,9 @@ def _by_address(rows: Rows) -> tuple[IntArray, FloatArray]:
 
 def _at_address(array: FloatArray | None) -> tuple[int, FloatArray] | None:
     """Return an array of the state, if there is one, as ``codes.update`` takes it."""
-    return None if array is None else (array.ctypes.data, _LIKE[array.dtype])
+    if array is None:
+        return None
+    return array.__array_interface__["data"][0], _LIKE[array.dtype]  # in half the time of ctypes
 
 
 def _partial_sums(sources: Rows, out_dtype: np.dtype[Any]) -> FloatArray:

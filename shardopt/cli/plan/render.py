@@ -139,7 +139,7 @@ def _peers(plan: Plan) -> Iterator[tuple[str, ...]]:
         text.nbytes(found.memory.rank_nbytes),
         text.nbytes(found.memory.node_nbytes),
         text.nbytes(found.node_traffic.nbytes),
-        text.seconds(found.simulated.step_s),
+        text.seconds(found.simulated.step_s + found.averaging_s),
     )
     for peer in plan.peers:
         sizes = (peer.rank_nbytes, peer.node_nbytes, peer.sent_nbytes)

@@ -17,7 +17,7 @@ from shardopt.planner.model import Model
 AS_PLANNED, TOGETHER = "as planned", "all of these"
 
 CANDIDATES: Sequence[tuple[Mapping[str, Any], str]] = (
-    ({"stage": 2}, "nothing: the same bits"),
+    ({"stage": 2}, "work in backward"),
     ({"accumulate": "exact"}, "each backward sends its gradients"),
     ({"stage": 2, "update_in_backward": True}, "no clipping, no accumulation"),
     ({"optim_bits": 8}, "moments are rounded"),
@@ -25,9 +25,6 @@ CANDIDATES: Sequence[tuple[Mapping[str, Any], str]] = (
     ({"offload": "cpu"}, "CPUs update"),
 )
 """Settings of ``ShardPolicy`` that take less memory, the cheapest first, and what they cost."""
-
-
-_WITH_HOOKS = ("torch",)  # frameworks whose adapters report gradients, and what forward needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +94,12 @@ def require_combination(model: Model, layout: Layout, num_nodes: int | None = No
     Raises:
         HyperparamsError: The optimizer cannot be had.
     """
-    has_hooks = model.framework in (None, *_WITH_HOOKS)
     job = Job(
         num_nodes or layout.num_nodes,
         on_device=layout.placement != "cpu",
-        reports_grads=has_hooks,
-        reports_forward=has_hooks,
+        shows_averages=model.shows_averages,
+        reports_grads=model.has_hooks,
+        reports_forward=model.has_hooks,
     )
     dtypes = [spec.dtype for spec in model.specs]
     norm = 1.0 if layout.clips else None
@@ -159,7 +156,7 @@ def _try(
         require_combination(model, layout)
     except (HyperparamsError, PartitionError) as error:
         return Setting(name, costs, None, None, fits=False, refused=str(error))
-    memory = memory_of(lay_out(model.specs, layout), layout, model.trained)
+    memory = memory_of(lay_out(model.specs, layout), layout, model)
     sizes = memory.node_nbytes, memory.device_rank_nbytes
     return Setting(name, costs, *sizes, fits=limits.fit(memory))
 

@@ -15,6 +15,7 @@ from shardopt.layout.dtypes import DTYPES, compute_dtype, has_master
 from shardopt.layout.partition import CHUNK_NUMEL
 from shardopt.layout.span import Span
 from shardopt.layout.state_spec import state_specs
+from shardopt.rule.coefficients import NUM_COEFFICIENTS
 from tests.support.kernel_arrays import (
     SIXTEEN_BITS,
     HostKernel,
@@ -136,7 +137,10 @@ x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for 
 def test_the_update_is_vectorised_without_fused_multiply_adds(dtype):
     param = np.ones(8, dtype).view(elements.STAND_INS.get(np.dtype(dtype), dtype))
     code = assembly(
-        loops.update_block, np.ones(8, np.float32), param, *np.ones((4, 11), np.float32)
+        loops.update_block,
+        np.ones(8, np.float32),
+        param,
+        *np.ones((4, NUM_COEFFICIENTS), np.float32),
     )
     assert re.search(r"\bv?sqrtps\b", code)
     assert not re.search(r"\bvfn?m(add|sub)", code)
