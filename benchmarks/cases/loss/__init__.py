@@ -17,6 +17,7 @@ NEAREST = "bfloat16 rounded to the nearest, no masters"
 CONTENDERS = (FLOAT32, CODED, BFLOAT16, BFLOAT16_CODED, NEAREST)
 STEPS = 2000
 SEEDS = (0, 1, 2, 3, 4)
+PIECES = "benchmarks/results/loss/pieces.jsonl"
 
 
 def farthest(name: str) -> str:
@@ -36,7 +37,7 @@ class Options:
     steps: int = option(STEPS, "steps of each run")
     seeds: tuple[int, ...] = option(SEEDS, "seeds of model and batches, one run for each")
     width: int = option(128, "of the model")
-    pieces: str = option("loss_pieces.jsonl", "file of the pieces that are done")
+    pieces: str = option(PIECES, "file of the pieces that are done")
     at_most: int = option(1000, "pieces to do now")
 
 
@@ -44,7 +45,7 @@ CASE = Case(
     name="loss",
     package=__name__,
     measures="held-out loss with moments of 8 bits and without masters, paired with float32",
-    start="python -m benchmarks loss --pieces FILE",
+    start="python -m benchmarks loss",
     options=Options,
     claim=Claim(None, settings={"steps": STEPS, "seeds": list(SEEDS)}),
     ratios=(

@@ -60,6 +60,7 @@ def measure(options: Options) -> Iterator[Result]:
     for seed, name in [each for each in wanted if each not in done][: options.at_most]:
         done[seed, name] = loss = train(torch, text, options, seed, name)
         line = {"steps": options.steps, "width": options.width, "seed": seed, "contender": name}
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "held_out": loss}) + "\n")
         print(f"seed {seed}, {name}: {loss:.4f}", flush=True)
