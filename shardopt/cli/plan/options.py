@@ -139,9 +139,10 @@ def _read_layout(options: argparse.Namespace) -> Layout:
             "nothing else is hidden behind a forward."
         )
     slow_share, slowdown = _read_slow_nodes(options.slow_nodes)
+    num_nodes = parse_count("--nodes", options.nodes)
     return Layout(
-        num_nodes=parse_count("--nodes", options.nodes),
-        node_size=parse_count("--ranks-per-node", options.ranks_per_node),
+        num_nodes=num_nodes,
+        node_size=_read_node_size(options, num_nodes),
         policy=_read_policy(options),
         placement="cpu" if options.gpu is None else "offload" if options.offload else "cuda",
         clips=options.clip,
@@ -151,6 +152,18 @@ def _read_layout(options: argparse.Namespace) -> Layout:
         slowdown=slowdown,
         stragglers=_read_stragglers(options),
     )
+
+
+def _read_node_size(options: argparse.Namespace, num_nodes: int) -> int:
+    if options.ranks is None:
+        return parse_count("--ranks-per-node", options.ranks_per_node)
+    num_ranks = parse_count("--ranks", options.ranks)
+    if num_ranks % num_nodes:
+        raise PlanError(
+            f"--ranks must be a multiple of --nodes; got {num_ranks} ranks on {num_nodes} nodes. "
+            "Nodes of unequal size share no memory: every rank is a node then."
+        )
+    return num_ranks // num_nodes
 
 
 def _read_stragglers(options: argparse.Namespace) -> tuple[NodeKind, ...]:

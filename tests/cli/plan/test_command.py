@@ -86,10 +86,18 @@ def test_stage_two_has_columns_of_its_own(capsys):
         ("--prefetch-params --gpu h100", "must be False with parameters on a device"),
         ("--forward 1s", "--forward must come with --prefetch-params"),
         ("--node-memory 1GB --gpu h100", "--node-memory must come without --gpu"),
+        ("--ranks 6 --nodes 4", "--ranks must be a multiple of --nodes; got 6 ranks on 4 nodes"),
     ],
 )
 def test_what_the_optimizer_refuses_is_refused(capsys, words, named):
     refused(plan(capsys, "--params", "3e7", *SPEEDS, *words.split()), named)
+
+
+def test_ranks_may_be_given_for_all_nodes_together(capsys):
+    words = "--params", "3e7", *SPEEDS, "--nodes", "2", "--link", "1Gbit"
+    by_node = plan(capsys, *words, "--ranks-per-node", "4")
+    assert by_node.code == 0
+    assert plan(capsys, *words, "--ranks", "8").stdout == by_node.stdout
 
 
 def test_arrays_without_hooks_have_no_stage_two(capsys, tmp_path):
