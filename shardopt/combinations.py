@@ -13,7 +13,7 @@ from shardopt.policy import ShardPolicy
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a policy is for, as far as it decides on what can be had.
+    """The properties of a job that decide which settings it can have.
 
     Attributes:
         num_nodes: Nodes.

@@ -24,7 +24,7 @@ from shardopt.backends.devices import make_device
 from shardopt.checkpoint.format.disk import sync_folder
 from shardopt.checkpoint.format.reader import read_manifest
 from shardopt.checkpoint.format.requests import wanted_slices
-from shardopt.cli.plan.settings import require_combination, with_forms
+from shardopt.cli.plan.settings import require_combination, with_forms, written
 from shardopt.comm.failure import Abort, install_abort_hook
 from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology, make_topology
@@ -60,6 +60,7 @@ __all__ = [
     "install_abort_hook",
     "padded_zeros",
     "sync_folder",
+    "written",
 ]
 
 # -- the kernel ------------------------------------------------------------------------------------

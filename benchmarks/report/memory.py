@@ -28,12 +28,14 @@ _ROWS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 def bytes_text() -> str:
     """Write bytes per node and parameter as a table in Markdown."""
+    from benchmarks.contenders.internals import written  # here: loads NumPy
+
     places = [(nodes, ranks) for nodes in NUM_NODES for ranks in NODE_SIZES]
     head = ["", *(f"{nodes} x {ranks}" for nodes, ranks in places)]
     rows = [head, ["---", *["---:"] * len(places)]]
     for dtype, policies in _ROWS.items():
         for settings in policies:
-            named = _written(settings)
+            named = written(settings)
             cells = _cells(dtype, settings, places)
             rows.append([f"{dtype}{named and f', `{named}`'}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + (
@@ -41,10 +43,6 @@ def bytes_text() -> str:
         f"the ring, staging buffers and late gradients, as `shardopt plan` computes them. {_NONE}: "
         "refused. `python -m benchmarks tables --memory --into docs/memory.md` writes this table."
     )
-
-
-def _written(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items()).replace("'", '"')
 
 
 def _cells(dtype: str, settings: Mapping[str, Any], places: list[tuple[int, int]]) -> Iterator[str]:

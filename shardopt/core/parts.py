@@ -210,6 +210,18 @@ def _make_device(name: str, arena: Arena, consensus: Consensus, call: str) -> De
     return made
 
 
+def _job_of(topology: Topology, residence: Residence, adapter: Adapter[Any]) -> Job:
+    """Return the properties of the job that decide which settings it can have."""
+    return Job(
+        topology.num_nodes,
+        on_device=not residence.is_home,
+        shows_averages=adapter.shows_averages,
+        reports_grads=adapter.reports_grads,
+        widens_grads=adapter.widens_grads,
+        reports_forward=adapter.reports_forward,
+    )
+
+
 def _plan_layout(topology: Topology, bucket_nbytes: int | None, *, has_one_row: bool) -> Partition:
     """Lay out no parameters yet, in buckets of the policy's size or of a default one."""
     num_nodes, node_size = topology.num_nodes, topology.node_size
@@ -275,14 +287,7 @@ def make_parts(
         host = CpuBackend(policy.threads or num_cores)
         offload = policy.offload is not None
         residence, device = _make_residence(device, host, consensus, call, offload=offload)
-        job = Job(
-            topology.num_nodes,
-            on_device=not residence.is_home,
-            shows_averages=adapter.shows_averages,
-            reports_grads=adapter.reports_grads,
-            widens_grads=adapter.widens_grads,
-            reports_forward=adapter.reports_forward,
-        )
+        job = _job_of(topology, residence, adapter)
         refused = why_not_stage(policy, job)
         has_one_row = policy.stage == 2 and refused is None
         layout = _plan_layout(topology, policy.bucket_nbytes, has_one_row=has_one_row)

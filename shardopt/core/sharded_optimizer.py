@@ -1,4 +1,4 @@
-"""What checkpoints do with an optimizer, behind the door of ``Sharded``."""
+"""The optimizer as checkpoints see it: an implementation of ``Sharded``."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What users do to averaged gradients, which the step adopts."""
+"""Edits that users make to averaged gradients, which the step adopts."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the ranks of a node tell each other about their ring."""
+"""The board on which the ranks of a node note how far each is in the ring."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -98,7 +98,7 @@ class NodeKind:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What buckets must wait for, beside each other.
+    """The order that the buckets of a step must keep.
 
     Attributes:
         sums_first: Whether no shard is updated before all gradients are summed.

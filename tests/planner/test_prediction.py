@@ -122,5 +122,6 @@ def test_overlap_hides_what_it_hid_in_measured_steps():
         planned = estimate(evenly(numel, "float32", 32), layout, machine)
         ratio = planned.simulated.step_s / measured["shardopt"]
         assert (0.95 if "MPICH" in line["mpi"] else 0.8) < ratio < 1.05  # of bare TCP's rate
-        hidden_s = measured["shardopt"] + backward_s - measured["backward and step: overlap=True"]
-        assert planned.hidden_s == pytest.approx(hidden_s, rel=0.2)
+        in_turn_s = measured["backward, then step: overlap=False"]  # zeroes gradients, as the next
+        hidden_s = in_turn_s - measured["backward and step: overlap=True"]
+        assert planned.hidden_s == pytest.approx(hidden_s, rel=0.15)
