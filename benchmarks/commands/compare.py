@@ -72,14 +72,15 @@ def results_of(source: str) -> list[Result]:
 def _texts_of_revision(revision: str) -> Iterator[str]:
     folder = RESULTS_FOLDER.relative_to(ROOT).as_posix()
     try:
-        listed = _git("ls-tree", "-r", "--name-only", f"{revision}^{{commit}}", "--", folder)
+        listed = _git("ls-tree", "--name-only", f"{revision}^{{commit}}", "--", f"{folder}/")
     except (OSError, subprocess.CalledProcessError):
         raise argparse.ArgumentTypeError(
             f"results must be in a folder, a file or a revision of git; got {revision!r}. "
             "Check its name."
         ) from None
     for name in listed.splitlines():
-        yield _git("show", f"{revision}:{name}")
+        if name.endswith(".jsonl"):  # as in a folder; those below are none of results
+            yield _git("show", f"{revision}:{name}")
 
 
 def _git(*words: str) -> str:
