@@ -2,7 +2,8 @@
 
 A gradient of a mebibyte is in cache, as backward leaves it, and goes to each parameter in turn.
 Stage 1 zeroes its row and adds to it in place, as a framework does that accumulates into
-``p.grad``. Stage 2 is handed each gradient as by the hooks of PyTorch, without autograd.
+``p.grad``. Stage 2 is handed each gradient as by the hooks of PyTorch, without autograd, and so are
+updates in backward.
 """
 
 import importlib
@@ -25,10 +26,10 @@ class Handing:
     Args:
         comm: The ranks.
         numel: Parameters, rounded to whole tensors.
-        stage: As in ``ShardPolicy``.
+        policy: How to shard.
     """
 
-    def __init__(self, comm: MPI.Intracomm, numel: int, stage: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, numel: int, policy: ShardPolicy) -> None:
         torch = importlib.import_module("torch")
         face = importlib.import_module("shardopt.torch")
         rng = np.random.default_rng(comm.rank)
@@ -36,8 +37,8 @@ class Handing:
         self._tensor = torch.from_numpy(self._grad)
         count = max(1, round(numel / _TENSOR_NUMEL))
         self._params = [torch.nn.Parameter(torch.zeros(_TENSOR_NUMEL)) for _ in range(count)]
-        self._optimizer: Any = face.NAdam(self._params, comm=comm, policy=ShardPolicy(stage=stage))
-        self._step = self._step_in_place if stage == 1 else self._step_by_hooks
+        self._optimizer: Any = face.NAdam(self._params, comm=comm, policy=policy)
+        self._step = self._step_in_place if policy.stage == 1 else self._step_by_hooks
 
     @property
     def shared_nbytes(self) -> int:
@@ -68,8 +69,9 @@ class Handing:
         self._optimizer.step()
 
     def _step_by_hooks(self) -> None:
-        hand_over, end = hooks_of(self._optimizer)
+        start, hand_over, end = hooks_of(self._optimizer)
         self._optimizer.zero_grad()
+        start()
         for param in reversed(self._params):
             param.grad = self._tensor
             hand_over(param)

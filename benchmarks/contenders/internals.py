@@ -294,10 +294,10 @@ def scan_of(opt: Any) -> Callable[[], None]:
 # -- gradients averaged in backward ----------------------------------------------------------------
 
 
-def hooks_of(opt: Any) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """Return what backward calls in stage 2: with each parameter, and once at the end."""
+def hooks_of(opt: Any) -> tuple[Callable[[], None], Callable[[Any], None], Callable[[], None]]:
+    """Return what backward calls in stage 2: at its start, with each parameter, and at its end."""
     grads: Any = opt.core.parts.grads
-    return grads._on_grad, grads._on_end
+    return grads._on_start, grads._on_grad, grads._on_end
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ Numba; what measures it is in the ``measure`` module beside it.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
+from benchmarks.harness.medians import Interval, interval_of_median
 from benchmarks.harness.result import Result
 
 
@@ -72,6 +74,7 @@ class Ratio:
         follows: Keys of two samples to the quotient of whose medians it is proportional within a
             run; empty where there are none, as for a count.
         better: The side that is better, if no target says so.
+        of_rounds: Computes its value in each round, where it is the median of those.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Ratio:
     target: Target | None = None
     follows: tuple[str, ...] = ()
     better: Literal["more", "less"] | None = None
+    of_rounds: Callable[[Result], Sequence[float]] | None = None
 
     @property
     def more_is_better(self) -> bool | None:
@@ -91,6 +95,12 @@ class Ratio:
     def of(self, result: Result) -> float | None:
         """Return its value in a result, or None if that does not have it."""
         return self.compute(result) if all(map(result.has, self.reads)) else None
+
+    def interval(self, result: Result) -> Interval | None:
+        """Return where it is with a confidence of 95 %, if it is known of enough rounds."""
+        if self.of_rounds is None or not all(map(result.has, self.reads)):
+            return None
+        return interval_of_median(self.of_rounds(result))
 
 
 def quotient(
@@ -124,6 +134,39 @@ def quotient(
         target,
         follows=follows or (over, under),
         better=better,
+    )
+
+
+def paired_quotient(
+    over: str,
+    under: str,
+    target: Target | None = None,
+    *,
+    better: Literal["more", "less"] | None = None,
+) -> Ratio:
+    """Make the median of the quotients of two samples in each round, which has an interval.
+
+    Speeds that change from round to round, such as those of a shared machine, cancel out in it.
+
+    Args:
+        over: Key of the dividend.
+        under: Key of the divisor, of which each round has a sample, too.
+        target: The bound it must meet.
+        better: See ``Ratio``.
+    """
+
+    def of_rounds(result: Result) -> list[float]:
+        samples = result.samples_s
+        return [mine / other for mine, other in zip(samples[over], samples[under], strict=True)]
+
+    return Ratio(
+        f"{over} / {under}",
+        (over, under),
+        lambda result: float(median(of_rounds(result))),
+        target,
+        follows=(over, under),
+        better=better,
+        of_rounds=of_rounds,
     )
 
 
@@ -171,6 +214,7 @@ class Verdict:
         bound: The target's bound for the MPI library in use.
         met: Whether it meets the target; None where nothing is claimed.
         more_is_better: Whether the ratio's target, claimed or not, is a lower bound.
+        interval: Where the ratio is with a confidence of 95 %; None where that is not known.
     """
 
     name: str
@@ -179,6 +223,7 @@ class Verdict:
     bound: float | None
     met: bool | None
     more_is_better: bool
+    interval: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of an entry of ``ratios`` in a line of a results file."""
@@ -188,6 +233,7 @@ class Verdict:
             "target": self.bound,
             "at_least": self.more_is_better,
             "met": self.met,
+            "interval": self.interval,
         }
 
 
@@ -262,4 +308,5 @@ def _verdict(ratio: Ratio, value: float, result: Result, claimed: bool) -> Verdi
         bound=None if target is None else target.bound(mpi),
         met=None if target is None else target.is_met(value, mpi),
         more_is_better=ratio.target is None or ratio.target.more_is_better,
+        interval=ratio.interval(result),
     )

@@ -1,8 +1,10 @@
 """Timing of contenders in turn, and of the other jobs on the machine."""
 
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpi4py import MPI
@@ -59,6 +61,17 @@ def slowest_s(run: Callable[[], object], comm: MPI.Intracomm) -> float:
     run()
     slowest: float = comm.allreduce(time.perf_counter() - start_s, MPI.MAX)
     return slowest
+
+
+@contextmanager
+def collecting_only_new() -> Iterator[None]:
+    """Keep Python's collector from walking through all that exists by now, in a round of chance."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def meet_asleep(comm: MPI.Intracomm) -> None:

@@ -178,6 +178,10 @@ def _draw_rounds(ratio: Ratio, run: Result, generator: np.random.Generator) -> D
     assert value is not None
     counts = {len(run.samples_s[key]) for key in ratio.follows}
     rounds = {count: generator.integers(count, size=(NUM_DRAWS, count)) for count in counts}
+    if ratio.of_rounds is not None:
+        of_rounds = np.array(ratio.of_rounds(run))
+        medians: Draws = np.median(of_rounds[rounds[of_rounds.size]], axis=1)
+        return medians
     over, under = (
         np.median(np.array(samples)[rounds[len(samples)]], axis=1) / median(samples)
         for samples in map(run.samples_s.__getitem__, ratio.follows)

@@ -104,6 +104,9 @@ def _line(verdict: Verdict, remark: str = "") -> str:
         sign = ">=" if verdict.more_is_better else "<="
         judgement = remark or ("met" if verdict.met else "MISSED")
         words = f"target {sign} {verdict.bound:<5.6g} {judgement}"
+    if verdict.interval is not None:
+        low, high = verdict.interval
+        words += f" ({low:.3f} to {high:.3f})"
     return f"  {verdict.name:<{_WIDTH}} {_number(verdict.value)}  {words}".rstrip()
 
 

@@ -13,8 +13,9 @@ import pytest
 from benchmarks import FOLDER
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
-from benchmarks.harness.case import Case, Claim, Ratio, Target, figure, quotient
+from benchmarks.harness.case import Case, Claim, Ratio, Target, figure, paired_quotient, quotient
 from benchmarks.harness.machine import Origin
+from benchmarks.harness.medians import interval_of_median
 from benchmarks.harness.options import add_options, read_options
 from benchmarks.harness.result import Result
 from tests.support.errors import FORM
@@ -49,6 +50,29 @@ def test_a_target_is_met_on_its_side_of_the_bound(bounds, met, missed):
     target = Target(**bounds)
     assert all(map(target.is_met, met))
     assert not any(map(target.is_met, missed))
+
+
+def test_a_paired_quotient_is_the_median_of_those_of_rounds():
+    slow = [float(speed) for speed in range(1, 10)]  # of a machine that is faster every round
+    over = [2.2 * each for each in slow[:4]] + [2 * each for each in slow[4:]]
+    measured = result(samples_s={"a": over, "b": slow})
+    pair = paired_quotient("a", "b", Target(at_most=2.1))
+    assert pair.of(measured) == pytest.approx(2)
+    assert pair.interval(measured) == pytest.approx((2, 2.2))
+    (verdict,) = Case("made up", "", "", "", object, Claim(8), (pair,)).judge(measured)
+    assert verdict.met
+    assert verdict.to_json()["interval"] == pytest.approx((2, 2.2))
+    assert pair.interval(result(samples_s={"b": slow})) is None
+    assert quotient("a", "b").interval(measured) is None
+
+
+def test_the_interval_of_a_median_is_as_wide_as_chance_demands():
+    """Numbers of samples left out on each side: tables of the sign test, such as Conover's."""
+    assert interval_of_median([3.0, 1.0, 2.0, 5.0, 4.0]) is None
+    for count, rank in ((6, 1), (9, 2), (12, 3), (20, 6), (25, 8), (50, 18)):
+        samples = [float(number) for number in range(count, 0, -1)]
+        assert interval_of_median(samples) == (rank, count + 1 - rank)
+    assert interval_of_median([float(n) for n in range(20)], 0.99) == (3, 16)
 
 
 def test_a_target_may_be_another_one_with_some_mpi_libraries():

@@ -15,6 +15,7 @@ from benchmarks.contenders.problem import Contender, Problem
 from benchmarks.contenders.torch_env import gloo, load_torch
 from benchmarks.harness.meter import proportional_set_nbytes, return_freed_memory
 from benchmarks.harness.result import Result
+from shardopt import ShardPolicy
 
 STEPS = 2
 
@@ -49,7 +50,7 @@ def measure(options: Options) -> Iterator[Result]:
 
 def averaging(problem: Problem) -> Handing:
     """Make the optimizer of stage 2."""
-    return Handing(problem.comm, problem.numel, 2)
+    return Handing(problem.comm, problem.numel, ShardPolicy(stage=2))
 
 
 def _reported_nbytes(problem: Problem) -> int:
