@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardopt._typing import FloatArray
+from shardopt.backends.cpu.copying import copy_past_cache
 from shardopt.layout.partition import Partition
 from shardopt.overlap.slots import Slots
 
@@ -50,7 +51,8 @@ class Fillings:
     """Copies gradients into buffers, as soon as one is free for their position.
 
     Of the free ones the first is taken: as long as ranks go through positions together few are in
-    use, which stay in cache.
+    use. Copies go past the cache: other cores have read what was in the buffers before, and to take
+    each line of it from them takes three times as long as to write to memory.
 
     Args:
         partition: The layout.
@@ -93,7 +95,7 @@ class Fillings:
 
         Args:
             param: The number of the parameter.
-            flat: [numel] the gradient, which must not change before it is in its buffers.
+            flat: [numel] the gradient, contiguous; it must not change before it is in its buffers.
             base: The position at which its round begins.
             room: The buffers of positions below are free.
         """
@@ -166,4 +168,5 @@ class Fillings:
             filling.slot = next(slot for slot, user in enumerate(self._users) if user < last)
             self._users[filling.slot] = position
         slot = self._slots.mine(filling.slot, piece.place)
-        np.copyto(slot[piece.target], flat if piece.is_whole else flat[piece.source])
+        source = flat if piece.is_whole else flat[piece.source]
+        copy_past_cache(slot[piece.target].view(np.uint8), source.view(np.uint8))

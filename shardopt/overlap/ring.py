@@ -135,7 +135,7 @@ class GradRing:
         if param in self._arrived or (pieces and pieces[0].place < self._num_closed):
             self.end_round()
         self._arrived.add(param)
-        flat, num_closed, missing = grad.reshape(-1), self._num_closed, self._missing
+        flat, num_closed, missing = grad.ravel(), self._num_closed, self._missing
         fillings.add(param, flat, self._base, self._room)
         if param in self._expected:
             for piece in pieces:

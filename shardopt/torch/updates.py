@@ -89,7 +89,9 @@ class _UpdatingAdapter(_AveragingAdapter):
     def bind_grad(self, param: Tensor, view: View) -> None:
         self._watch(param)
         spent: Any = self._averages.get(param)
-        if spent is None or spent.shape != param.shape or spent.dtype != param.dtype:
+        with torch._C.DisableTorchFunctionSubclass():  # in hooks every call counts
+            fits = spent is not None and (spent.shape, spent.dtype) == (param.shape, param.dtype)
+        if not fits:
             value = torch.full((), float("nan"), dtype=param.dtype)
             spent = value.expand(param.shape).as_subclass(SpentGrad)
             self._averages[param] = spent

@@ -1,6 +1,6 @@
 """The reduction where a node has one row of averaged gradients, which backward has filled."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,13 +152,13 @@ class RingReduction(InPlaceReduction):
         """See ``Reduction.reset``; squares are summed in backward if the last step has asked."""
         self._measures, self._is_asked = self._is_asked, False
 
-    def replace(self, spans: Iterable[tuple[Span, FloatArray | None]]) -> None:
+    def replace(self, spans: Sequence[tuple[Span, FloatArray | None]]) -> None:
         """Write values, or zeros, into this rank's shards of the row.
 
         Args:
             spans: Of the flat index space, with their values.
         """
-        for plan in self.plans:
+        for plan in self.plans if spans else ():
             row = plan.sums
             for span, values in spans:
                 if part := span.intersect(plan.shard):
