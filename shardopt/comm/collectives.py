@@ -26,6 +26,10 @@ _Floats = NDArray[np.floating[Any]]
 _MESSAGE_NUMEL = 1 << 24  # below every MPI's limit on one count; each has a deadline of its own
 
 
+class _ElsewhereError(Exception):
+    """Some rank waits for all others in another call."""
+
+
 class Collectives:
     """Collectives with a deadline: on timeout they say which ranks are missing.
 
@@ -153,10 +157,18 @@ class Collectives:
             RankFailureError: As ``allreduce`` does; or MPI reports a broken connection.
             ThreadError: Another thread waits for these ranks.
         """
-        where = Where(step, phase)
+        self._wait(test, Where(step, phase), awaited)
 
+    def _wait(
+        self,
+        test: Callable[[], bool],
+        where: Where,
+        awaited: Callable[[], Sequence[int]],
+        check_others: Callable[[], None] = lambda: None,
+    ) -> None:
         def check(waited_s: float) -> None:
             self._trace.flush()  # others may never come
+            check_others()
             timeout_s = self._policy.timeout_s
             if found := self._detector.check(where, waited_s, timeout_s, awaited()):
                 self._failure.on_missing(RankFailureError(found.message), found.ranks)
@@ -169,11 +181,48 @@ class Collectives:
             )
         try:
             waiting = self._trace.span("wait", where, ranks=awaited)
-            with waiting, self.translate_mpi_errors(step, phase, awaited):
+            with waiting, self.translate_mpi_errors(*where, awaited):
                 self._detector.begin()
                 wait_until(test, check)
         finally:
             self._group.in_use.release()
+
+    def meet_on_node(
+        self, test: Callable[[], bool], step: int, phase: str, awaited: Callable[[], Sequence[int]]
+    ) -> bool:
+        """Wait for something to which all ranks of this node contribute in the same call.
+
+        Collective: every rank of the node.
+
+        Args:
+            test: As for ``wait``.
+            step: As for ``allreduce``.
+            phase: As for ``allreduce``.
+            awaited: Returns the ranks of the node that have not contributed.
+
+        Returns:
+            Whether it is done. If not, one of those ranks waits for all ranks in another call.
+
+        Raises:
+            RankFailureError: As ``wait`` does.
+        """
+        arrivals = self._detector.arrivals
+        arrivals.arrive(step, self.number)
+
+        def require_all_here() -> None:
+            elsewhere = arrivals.elsewhere()  # before the look at who has contributed
+            if elsewhere and not set(elsewhere).isdisjoint(awaited()):
+                raise _ElsewhereError
+
+        try:
+            self._wait(test, Where(step, phase), awaited, require_all_here)
+        except _ElsewhereError:
+            arrivals.withdraw()
+            return False
+        except BaseException:
+            arrivals.withdraw()
+            raise
+        return True
 
     @contextmanager
     def translate_mpi_errors(

@@ -31,6 +31,7 @@ _ERROR = -1  # in the place of a digest
 _MASK = (1 << 62) - 1
 _SPREAD = 0x9E3779B97F4A7C15  # odd, so that digests of different optimizers differ
 _CALL = "the call"
+_NO_NUMBER = 0, 0  # of an optimizer, which digests contain
 
 Description = Mapping[str, object]
 """The values of a rank by name; names must read well in "<name> must be the same"."""
@@ -108,7 +109,8 @@ class Consensus:
                 traceback of that rank as a note.
         """
         mine = digest + self._number * _SPREAD & _MASK if error is None else _ERROR
-        extremes = self.collectives.allreduce(np.array([-mine, mine]), MPI.MAX, step, phase)
+        values = np.array([-mine, mine, *_NO_NUMBER])
+        extremes = self.collectives.allreduce(values, MPI.MAX, step, phase)
         lowest, highest = -extremes[0], extremes[1]
         if lowest == _ERROR:
             raise_first(self.collectives.allgather(portable(error), step, phase), error)
@@ -175,18 +177,43 @@ class Consensus:
         """
         # As many numbers as in ``agree``, which other calls begin with. The first makes the ranks
         # in there find that theirs differ; the second is below all that they may have there.
-        mine = np.array([counts[0] - 2 * _ERROR, counts[1] - _MASK])
+        number = self._number, -self._number
+        mine = np.array([counts[0] - 2 * _ERROR, counts[1] - _MASK, *number])
         highest = self.collectives.allreduce(mine, MPI.MAX, step, phase, progress)
-        if highest[1] >= _ERROR:
+        if highest[1] >= _ERROR or (highest[2], highest[3]) != number:
             try:
                 self.require_same({_CALL: call}, step=step, phase=phase)
             except RankMismatchError as error:
                 raise OtherCallError(str(error)) from None
         return int(highest[0] + 2 * _ERROR), int(highest[1] + _MASK)
 
+    def meet_on_node(
+        self,
+        test: Callable[[], bool],
+        call: str,
+        awaited: Callable[[], Sequence[int]],
+        *,
+        step: int,
+        phase: str,
+    ) -> None:
+        """Wait for something to which all ranks contribute in the same call, on their only node.
+
+        Args:
+            test: Whether it is done; makes progress.
+            call: As for ``highest``.
+            awaited: Returns the ranks that have not contributed.
+            step: As for ``highest``.
+            phase: Likewise.
+
+        Raises:
+            OtherCallError: Some ranks make another call.
+        """
+        if not self.collectives.meet_on_node(test, step, phase, awaited):
+            self.highest((0, 0), call, step=step, phase=phase)
+
     def barrier(self, step: int, phase: str) -> None:
         """Wait until every rank has come here."""
-        self.collectives.allreduce(np.zeros(2, np.int64), MPI.MAX, step, phase)
+        self.collectives.allreduce(np.zeros(4, np.int64), MPI.MAX, step, phase)
 
     def free(self) -> None:
         """Leave the group to the other optimizers on it."""

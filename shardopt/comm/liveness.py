@@ -10,7 +10,8 @@ from shardopt.comm.flags import NodeFlags
 from shardopt.comm.node_memory.arena import Arena
 from shardopt.comm.topology import Topology
 
-_ARRIVALS, _STEP, _LEFT, _NUM_FIELDS = 0, 1, 2, 3
+_ARRIVALS, _STEP, _LEFT, _NODE_MEETING, _NUM_FIELDS = 0, 1, 2, 3, 4
+_COLLECTIVE = 0  # in the place of the number of a meeting on the node
 
 _IF_SLOW = (
     "Check whether a process or a host died or hangs, and that all ranks make the same calls "
@@ -49,6 +50,8 @@ class Failure:
 class Arrivals:
     """How many collectives each rank of this node has entered, readable without its help.
 
+    What the ranks of a node wait for without MPI, all of them in the same calls, counts as one.
+
     Collective over the node: construction.
 
     Args:
@@ -60,10 +63,22 @@ class Arrivals:
         self._ranks = topology.node_ranks
         self._flags = NodeFlags(arena, _NUM_FIELDS)
 
-    def arrive(self, step: int) -> None:
-        """Note that this rank enters a collective in a step."""
+    def arrive(self, step: int, node_meeting: int = _COLLECTIVE) -> None:
+        """Note that this rank enters a collective in a step.
+
+        Args:
+            step: Its number.
+            node_meeting: The number of the optimizer whose ranks on the node meet without MPI.
+        """
         self._flags.mine[_STEP] = step
+        self._flags.mine[_NODE_MEETING] = node_meeting
+        self._flags.publish()
         self._flags.mine[_ARRIVALS] += 1
+        self._flags.publish()
+
+    def withdraw(self) -> None:
+        """Note that this rank has not come to what it has entered last."""
+        self._flags.mine[_ARRIVALS] -= 1
         self._flags.publish()
 
     def leave(self) -> None:
@@ -77,6 +92,18 @@ class Arrivals:
         flags = self._flags.all
         is_behind = flags[:, _ARRIVALS] < self._flags.mine[_ARRIVALS]
         return {self._ranks[i]: int(flags[i, _STEP]) for i in is_behind.nonzero()[0]}
+
+    def elsewhere(self) -> list[int]:
+        """Return the ranks of this node that have entered another collective instead of this one.
+
+        Those that have come here and are ahead by now are among them.
+        """
+        self._flags.acquire()
+        flags, mine = self._flags.all, self._flags.mine
+        is_ahead = flags[:, _ARRIVALS] > mine[_ARRIVALS]
+        is_other = flags[:, _NODE_MEETING] != mine[_NODE_MEETING]
+        is_elsewhere = is_ahead | (flags[:, _ARRIVALS] == mine[_ARRIVALS]) & is_other
+        return [self._ranks[i] for i in is_elsewhere.nonzero()[0]]
 
     def left(self) -> list[int]:
         """Return the ranks of this node that have left the job."""

@@ -289,13 +289,16 @@ class AveragedGradients(UpdatedBySteps):
         ring = self._ring
         assert ring is not None
         ring.end_segment(has_more=has_more)
-        collectives = self._collectives
-        total = 0
-        if self._has_others:
-            total, more = self._consensus.highest(
-                ring.end(), _CALLS, step=step, phase=_PHASE, progress=advance_all
+        if not self._has_others:
+            self._consensus.meet_on_node(
+                ring.is_over, _CALLS, self._behind, step=step, phase=_PHASE
             )
-            ring.extend_to(total, has_more=bool(more))
+            return ring.has_more()
+        total, more = self._consensus.highest(
+            ring.end(), _CALLS, step=step, phase=_PHASE, progress=advance_all
+        )
+        ring.extend_to(total, has_more=bool(more))
+        collectives = self._collectives
         collectives.wait(ring.is_over, step, _PHASE, self._behind)
         if self._reduction.holds_sums and not ring.has_more() and total > self._sent:
             self._sent = total

@@ -29,9 +29,9 @@ def make_gradients(
         consensus: The ranks.
         ring_nbytes: As in ``ShardPolicy``.
     """
-    reduction, collectives = sync.reduction, consensus.collectives
+    reduction = sync.reduction
     if isinstance(reduction, UpdatingReduction):
-        return UpdatedGradients(registry, memory, reduction, collectives, ring_nbytes)
+        return UpdatedGradients(registry, memory, reduction, consensus, ring_nbytes)
     if isinstance(reduction, RingReduction):
         return AveragedGradients(registry, memory, sync, consensus, ring_nbytes)
     return RowGradients(registry)

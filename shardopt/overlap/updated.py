@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardopt._typing import FloatArray
-from shardopt.comm.collectives import Collectives
-from shardopt.comm.consensus import attempt
+from shardopt.comm.consensus import Consensus, attempt
 from shardopt.comm.exit_hook import mpi_is_usable
 from shardopt.errors import CallOrderError, CheckpointError, HyperparamsError
 from shardopt.layout.ring import plan_ring
@@ -39,7 +38,7 @@ class UpdatedGradients:
         registry: The parameters of this rank.
         memory: Their memory.
         reduction: Updates.
-        collectives: For waits.
+        consensus: The ranks.
         ring_nbytes: As in ``ShardPolicy``.
 
     Attributes:
@@ -56,14 +55,14 @@ class UpdatedGradients:
         registry: Registry[Any],
         memory: Memory,
         reduction: UpdatingReduction,
-        collectives: Collectives,
+        consensus: Consensus,
         ring_nbytes: int | None,
     ) -> None:
         self.late_nbytes, self.waited_s = 0, 0.0
         self.begin: Callable[[], Sequence[Hyperparams]] = registry.read_hypers
         self.hypers: Sequence[Hyperparams] = ()
         self._registry, self._memory, self._reduction = registry, memory, reduction
-        self._collectives, self._ring_nbytes = collectives, ring_nbytes
+        self._consensus, self._ring_nbytes = consensus, ring_nbytes
         self._pid = os.getpid()
         self._ring: UpdateRing | None = None
         self._expected = 0  # bit mask of parameters
@@ -290,7 +289,9 @@ class UpdatedGradients:
         ring = self._ring
         assert ring is not None
         ring.end_segment(has_more=has_more)
-        self._collectives.wait(ring.is_over, step, "gradients", lambda: ring.late_ranks)
+        self._consensus.meet_on_node(
+            ring.is_over, "step()", lambda: ring.late_ranks, step=step, phase="gradients"
+        )
         return ring.has_more()
 
     def _find_own(self) -> dict[int, FloatArray]:

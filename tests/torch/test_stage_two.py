@@ -624,6 +624,43 @@ def test_mistakes_raise_on_all_ranks(comm, mistake, error, match):
         assert opt.last_step.num_updated == 8
 
 
+OTHER_CALLS = {
+    "another call": lambda opt, other: opt.sum_over_ranks([1.0]),
+    "another optimizer": lambda opt, other: other.step(),
+}
+
+
+def assert_other_calls_raise(comm, other_call, make):
+    """Have rank 0 make another call than ``step()``; all raise, and may go on with the step."""
+    results = []
+    for is_mistaken in (False, True):
+        models = Net(), Net()
+        opt, other = (make(model, comm) for model in models)
+        with opt, other:
+            for step in range(3):
+                for model in models:
+                    model.loss(step, comm.rank).backward()
+                if is_mistaken and step != 1:
+                    with pytest.raises(RankMismatchError, match="the call must be the same"):
+                        opt.step() if comm.rank else other_call(opt, other)
+                for each in (opt, other):
+                    each.step()
+                    each.zero_grad()
+        results.append([bytes_of(param) for model in models for param in model.parameters()])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"update_in_backward": True}])
+@pytest.mark.parametrize("call", OTHER_CALLS)
+def test_ranks_that_make_other_calls_all_raise(comm, call, settings):
+    """At once, although backward exchanges nothing."""
+
+    def make(model, comm):
+        return NAdam(model, lr=1e-2, comm=comm, policy=policy(2, **settings))
+
+    assert_other_calls_raise(comm, OTHER_CALLS[call], make)
+
+
 def test_a_gradient_must_not_be_read_in_backward(comm):
     model = Net()
     with NAdam(model, comm=comm, policy=policy(2, **SMALL)) as opt:

@@ -424,21 +424,9 @@ def test_mistakes_raise_on_all_ranks(comm, mistake, error, match):
         assert opt.last_step.num_updated == 8
 
 
-def test_ranks_that_make_other_calls_all_raise(comm):
-    """And may go on with the step."""
-    results = []
-    for is_mistaken in (False, True):
-        model = Net()
-        with make(model, comm) as opt:
-            model.loss(0, comm.rank).backward()
-            if is_mistaken:
-                call = opt.step if comm.rank else lambda: opt.sum_over_ranks([1.0])
-                with pytest.raises(RankMismatchError, match="the call must be the same"):
-                    call()
-            opt.step()
-            plain(model, opt, 1, comm)
-        results.append([*map(bytes_of, model.parameters())])
-    assert results[0] == results[1]
+@pytest.mark.parametrize("call", one_node.OTHER_CALLS)
+def test_ranks_that_make_other_calls_all_raise(comm, call):
+    one_node.assert_other_calls_raise(comm, one_node.OTHER_CALLS[call], make)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
