@@ -145,7 +145,7 @@ if ! "$is_dry"; then
     part facts 45 "$python" -m benchmarks.gpu.facts
     if [[ -f $work/part.log ]]; then grep -a '^{' "$work/part.log" >"$out/facts.jsonl"; fi
 fi
-part doctor 60 mpiexec -n 2 "$python" -m shardopt.cli doctor --quick
+part doctor 60 mpiexec -n 2 "$python" -m shardopt doctor --quick
 part bits 150 "$python" "${pytest[@]}" ${few_bits[@]+"${few_bits[@]}"} "$kernel"
 part ranks2 120 mpiexec -n 2 "$python" "${ranks[@]}"
 part ranks4 120 mpiexec -n 4 "$python" "${ranks[@]}"

@@ -1,7 +1,9 @@
 """The least memory, traffic and time of other ways to train the same model, by formula.
 
-None of it is measured. Times are lower bounds: bytes over bandwidth, with no latency, no cost per
-message, and no traffic within a node other than that of the update. Moments and, for 16-bit
+None of it is measured. Times are lower bounds: bytes over bandwidth, with no latency and no cost
+per message. Within a node collectives count what they must at least read and write in the memory of
+its ranks, each of which has gradients and parameters of its own, and the link works at the same
+time. Moments and, for 16-bit
 parameters, float32 masters are counted as the product has them, since a run that is to be as
 accurate needs them, whatever a peer's default is.
 """
@@ -9,6 +11,7 @@ accurate needs them, whatever a peer's default is.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +49,20 @@ class Peer:
     source: str
 
 
+class _Work(NamedTuple):
+    """The bytes that a node moves in a step.
+
+    Attributes:
+        sent_nbytes: To other nodes.
+        within_nbytes: Read and written by collectives of its ranks.
+        updated_nbytes: Read and written by updates.
+    """
+
+    sent_nbytes: int
+    within_nbytes: int
+    updated_nbytes: int
+
+
 def plan_peers(model: Model, layout: Layout, machine: Machine, num_modules: int = 32) -> list[Peer]:
     """Compute what peers take for the same model, ranks and machine.
 
@@ -68,12 +85,13 @@ def _replicated(model: Model, layout: Layout, machine: Machine) -> Peer:
     Memory: parameters, gradients and state on every rank. Traffic: a ring all-reduce sends
     2 (W-1)/W of the gradients over each edge of the ring, of which one leaves a node; P. Patarasuk
     and X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.
+    Within a node it reads every rank's gradients and writes averages in their places.
     """
     params, grads, state = _nbytes(model)
-    sent = _ring(2 * grads, layout)
     rank_nbytes = params + grads + state
     updated = layout.node_size * _update_nbytes(model.trained_specs)
-    return _peer("replicated NAdam", rank_nbytes, sent, updated, layout, machine)
+    work = _Work(_ring(2 * grads, layout), _averaging(grads, layout), updated)
+    return _peer("replicated NAdam", rank_nbytes, work, layout, machine)
 
 
 def _zero_1(model: Model, layout: Layout, machine: Machine) -> Peer:
@@ -82,7 +100,7 @@ def _zero_1(model: Model, layout: Layout, machine: Machine) -> Peer:
     Memory: parameters and gradients on every rank, and the state of the tensors that the rank
     owns: whole tensors, the largest first, each to the rank with the fewest elements so far, as
     ``_partition_parameters`` in torch/distributed/optim/zero_redundancy_optimizer.py does. Traffic:
-    DDP's all-reduce, and a broadcast of every rank's tensors.
+    DDP's all-reduce, and a broadcast of every rank's tensors, which each other rank writes.
     """
     params, grads, state = _nbytes(model)
     specs = model.trained_specs
@@ -92,7 +110,9 @@ def _zero_1(model: Model, layout: Layout, machine: Machine) -> Peer:
     sent = _ring(2 * grads, layout) + (grads if layout.num_nodes > 1 else 0)
     rank_nbytes = params + grads + int(state * share)
     updated = int(layout.node_size * share * _update_nbytes(specs))
-    return _peer("torch ZeRO-1", rank_nbytes, sent, updated, layout, machine)
+    within = _averaging(grads, layout) + _gathering(grads, layout)
+    work = _Work(sent, within, updated)
+    return _peer("torch ZeRO-1", rank_nbytes, work, layout, machine)
 
 
 def _fsdp2(model: Model, layout: Layout, machine: Machine, num_modules: int) -> Peer:
@@ -102,31 +122,28 @@ def _fsdp2(model: Model, layout: Layout, machine: Machine, num_modules: int) -> 
     and one on its way, and the gradients of one. Traffic: two all-gathers of parameters and a
     reduce-scatter of gradients, each of which sends (W-1)/W over an edge of the ring. S.
     Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
-    2020, section 7.
+    2020, section 7. Within a node each rank writes all that it gathers, and the reduce-scatter
+    reads every rank's gradients and writes their averages once.
     """
     params, grads, state = _nbytes(model)
-    sent = _ring(2 * params + grads, layout)
     gathered = (2 * params + grads) // num_modules if layout.world_size > 1 else 0
     rank_nbytes = -(-(params + grads + state) // layout.world_size) + gathered
     updated = _update_nbytes(model.trained_specs) // layout.num_nodes
-    return _peer("FSDP2", rank_nbytes, sent, updated, layout, machine)
+    scattered = (layout.node_size + 1) * grads if layout.node_size > 1 else 0
+    within = 2 * _gathering(params, layout) + scattered
+    work = _Work(_ring(2 * params + grads, layout), within, updated)
+    return _peer("FSDP2", rank_nbytes, work, layout, machine)
 
 
-def _peer(
-    name: str,
-    rank_nbytes: int,
-    sent_nbytes: int,
-    updated_nbytes: int,
-    layout: Layout,
-    machine: Machine,
-) -> Peer:
-    bandwidth = machine.memory_nbytes_per_s
+def _peer(name: str, rank_nbytes: int, work: _Work, layout: Layout, machine: Machine) -> Peer:
+    bandwidth, link = machine.memory_nbytes_per_s, machine.link_nbytes_per_s
     if machine.gpu is not None:
         bandwidth = layout.node_size * machine.gpu.nbytes_per_s
-    sending_s = sent_nbytes / machine.link_nbytes_per_s if machine.link_nbytes_per_s else 0.0
-    step_s = sending_s + updated_nbytes / bandwidth
+    sending_s = work.sent_nbytes / link if link else 0.0
+    communication_s = max(sending_s, work.within_nbytes / bandwidth)
+    step_s = communication_s + work.updated_nbytes / bandwidth
     node_nbytes = rank_nbytes * layout.node_size
-    return Peer(name, rank_nbytes, node_nbytes, sent_nbytes, step_s, _SOURCES[name])
+    return Peer(name, rank_nbytes, node_nbytes, work.sent_nbytes, step_s, _SOURCES[name])
 
 
 def _nbytes(model: Model) -> tuple[int, int, int]:
@@ -145,6 +162,21 @@ def _update_nbytes(specs: Sequence[ParamSpec]) -> int:
     """Return the bytes of an update: gradients read; state and parameters read and written."""
     nbytes = sum(3 * spec.numel * np.dtype(spec.dtype).itemsize for spec in specs)
     return nbytes + 2 * sum(map(_state_nbytes, specs))
+
+
+def _averaging(nbytes: int, layout: Layout) -> int:
+    """Return the bytes that a node's memory moves if ``nbytes`` of each rank become the average."""
+    return 2 * layout.node_size * nbytes if layout.node_size > 1 else 0
+
+
+def _gathering(nbytes: int, layout: Layout) -> int:
+    """Return the bytes that a node's memory moves if each rank gets the ``nbytes`` of all ranks.
+
+    They are read once, and every rank writes those of others.
+    """
+    if layout.node_size == 1:
+        return 0
+    return nbytes + layout.node_size * nbytes * (layout.world_size - 1) // layout.world_size
 
 
 def _ring(nbytes: int, layout: Layout) -> int:

@@ -17,7 +17,7 @@ from shardopt.cli import GROUPS, ckpt, main, progress, text
 from tests.conftest import Mpirun
 from tests.support.checkpoints import call, make, refused
 
-PROGRAM = [sys.executable, "-m", "shardopt.cli"]
+PROGRAM = [sys.executable, "-m", "shardopt"]
 COMMANDS = [command.name for command in ckpt.GROUP.commands]
 
 JOB = """

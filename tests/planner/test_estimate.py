@@ -191,7 +191,23 @@ def test_peers_by_formula():
     assert fsdp2.sent_nbytes == 3 * 2 * numel * 7 // 8
     update_s = 30 * numel / 400e9  # bytes of one copy: gradient, parameter and state both ways
     assert replicated.step_s == pytest.approx(replicated.sent_nbytes / 25e9 + 2 * update_s)
+    assert zero_1.step_s == pytest.approx(zero_1.sent_nbytes / 25e9 + 2 * update_s / ranks)
     assert fsdp2.step_s == pytest.approx(fsdp2.sent_nbytes / 25e9 + update_s / 4)
+
+
+def test_peers_move_bytes_within_a_node():
+    """They average the gradients of four ranks, and copy to each what the others own."""
+    numel, layout = MODEL.numel, Layout(1, 4)
+    replicated, zero_1, fsdp2 = plan_peers(MODEL, layout, MACHINE)
+    grads, update = 2 * numel, 30 * numel
+    averaged = 4 * grads + 4 * grads  # each rank's are read, and each rank's are written
+    gathered = grads + 3 * grads
+    assert replicated.step_s * 400e9 == pytest.approx(averaged + 4 * update)
+    assert zero_1.step_s * 400e9 == pytest.approx(averaged + gathered + update)
+    scattered = 4 * grads + grads
+    assert fsdp2.step_s * 400e9 == pytest.approx(2 * gathered + scattered + update)
+    step_s = estimate(MODEL, layout, MACHINE).simulated.step_s
+    assert all(peer.step_s > step_s for peer in (replicated, zero_1, fsdp2))
 
 
 def test_whole_tensors_are_uneven():

@@ -13,7 +13,7 @@ from benchmarks.harness.options import words_of
 from benchmarks.harness.record import read
 from benchmarks.harness.result import Result
 
-_DOCTOR = ("shardopt.cli", "doctor", "--json", "--calibrate")
+_DOCTOR = ("shardopt", "doctor", "--json", "--calibrate")
 
 
 def measure(options: Options) -> Iterator[Result]:

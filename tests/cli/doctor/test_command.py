@@ -14,7 +14,7 @@ from tests.conftest import read_job_env
 from tests.support.shm import limit_shm
 
 ROOT = Path(__file__).parents[3]
-DOCTOR = ["-m", "shardopt.cli", "doctor"]
+DOCTOR = ["-m", "shardopt", "doctor"]
 
 
 @pytest.fixture

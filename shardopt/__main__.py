@@ -1,4 +1,4 @@
-"""``python -m shardopt.cli``, the same as ``shardopt``."""
+"""``python -m shardopt``, the same as the command ``shardopt``."""
 
 import sys
 
