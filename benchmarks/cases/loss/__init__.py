@@ -1,7 +1,8 @@
 """The loss of a small language model with less of the optimizer's state, against float32.
 
-Each piece of the work, a run of one contender with one seed, is added to a file once it is done, so
-that the case may be stopped and started again, or limited to a few pieces at a time.
+All contenders compute in float32, so that they differ only by what weights, gradients and state are
+kept in. Each piece of the work, a run of one contender with one seed, is added to a file once it is
+done, so that the case may be stopped and started again, or limited to a few pieces at a time.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ import math
 import statistics
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,22 @@ def train(torch: Any, text: tuple[Any, Any], options: Options, seed: int, name: 
         for step in range(options.steps):
             opt.param_groups[0]["lr"] = LR * (1 - step / options.steps)
             opt.zero_grad()
-            next_byte_loss(torch, model, _draw(text[0], generator, BATCH)).backward()
+            _loss(torch, model, _draw(text[0], generator, BATCH)).backward()
             opt.step()
             if name == NEAREST:
                 for param, entry in opt.state.items():
                     entry["master"].copy_(param.detach())
-    model.float()  # weights are compared, not arithmetic
     held_out = _draw(text[1], np.random.default_rng(1234), NUM_HELD_OUT)
     with torch.no_grad():
         parts = np.array_split(held_out, 64)
-        losses = [float(next_byte_loss(torch, model, part)) for part in parts]
+        losses = [float(_loss(torch, model, part)) for part in parts]
     return statistics.fmean(losses)
+
+
+def _loss(torch: Any, model: Any, sequences: Any) -> Any:
+    """Return the loss of some sequences, computed in float32 with weights as they are kept."""
+    weights = {name: param.float() for name, param in model.named_parameters()}
+    return next_byte_loss(torch, partial(torch.func.functional_call, model, weights), sequences)
 
 
 def _draw(text: Any, generator: np.random.Generator, count: int) -> Any:
