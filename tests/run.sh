@@ -138,6 +138,8 @@ count() {
 }
 
 logs=.test-env/logs
+places=3 # for what runs side by side on two cores, as one of them often waits
+declare -A places_of=()
 begun=()
 row='%-22s %7s %7s %8s %8s  %s\n'
 summary=()
@@ -147,30 +149,41 @@ total_passed=0
 total_failed=0
 total_skipped=0
 
-# run TITLE COMMAND...: run one pytest, and add a line to the summary.
-run() {
-    printf '\n==== %s ====\n' "$1"
-    record "$@"
-    sum_up "$1"
-}
-
-# begin TITLE COMMAND...: start one pytest beside another, once there is room; finish prints it.
+# begin PLACES TITLE COMMAND...: start one pytest beside others, once so many of the places are free.
+# What it prints is shown when it has ended.
 begin() {
-    while (($(jobs -rp | wc -l) >= 3)); do wait -n || true; done
+    local wanted=$1
+    shift
+    while (($(taken) + wanted > places)); do
+        wait -n || true
+        show_ended
+    done
+    rm -f "$logs/$1.end"
     record "$@" >/dev/null &
+    places_of[$!]=$wanted
     begun+=("$1")
 }
 
-# finish: wait for all that was begun, and do for each what run does.
-finish() {
-    local title
-    wait
+# taken: print how many places those take that run.
+taken() {
+    local pid sum=0
+    for pid in $(jobs -rp); do ((sum += ${places_of[$pid]-0})) || true; done
+    echo "$sum"
+}
+
+# show_ended: print what has been begun and has ended, and add it to the summary.
+show_ended() {
+    local title left=()
     for title in ${begun[@]+"${begun[@]}"}; do
+        if [[ ! -f $logs/$title.end ]]; then
+            left+=("$title")
+            continue
+        fi
         printf '\n==== %s ====\n' "$title"
         cat "$logs/$title"
         sum_up "$title"
     done
-    begun=()
+    begun=(${left[@]+"${left[@]}"})
 }
 
 # record TITLE COMMAND...: run one pytest; keep what it prints, its exit code and its seconds.
@@ -237,44 +250,38 @@ numbers_of() {
     fi
 }
 
-# on_ranks HOW MPI N: run, or begin, the tests that want ranks.
+# on_ranks MPI N: begin the tests that want ranks, which take a second place if they wait for others.
 on_ranks() {
-    local bin=$PWD/.test-env/$2/bin part='' names=(none one two three four)
+    local bin=$PWD/.test-env/$1/bin part='' names=(none one two three four)
     if ! "$everything" && [[ ${ranks[*]-} == default ]]; then
         part=mpi
-        if [[ $2 == "${mpis[0]}" ]]; then part=${names[$3]}; fi
+        if [[ $1 == "${mpis[0]}" ]]; then part=${names[$2]}; fi
     fi
-    "$1" "$2, mpirun -n $3" "$bin/mpirun" -n "$3" \
+    begin "$(($2 > 1 ? 2 : 1))" "$1, mpirun -n $2" "$bin/mpirun" -n "$2" \
         "$bin/python" "${pytest[@]}" --with-mpi ${part:+--part "$part"}
 }
 
-# without_ranks HOW MPI PART: run, or begin, a part of the other tests.
+# without_ranks MPI PART: begin a part of the other tests.
 without_ranks() {
-    "$1" "$2, $3" "$PWD/.test-env/$2/bin/python" "${pytest[@]}" --part "$3"
+    begin 1 "$1, $2" "$PWD/.test-env/$1/bin/python" "${pytest[@]}" --part "$2"
 }
 
-# What takes one core, or mostly waits as jobs do, runs three at a time, the longest first.
+# The jobs take longest, so they go first; beside them what takes one core, and then the ranks.
 if ! "$clients"; then
     part=jobs
     for mpi in "${mpis[@]}"; do
-        without_ranks begin "$mpi" "$part"
-        if [[ $mpi == "${mpis[0]}" ]]; then without_ranks begin "$mpi" plain; fi
+        without_ranks "$mpi" "$part"
+        if [[ $mpi == "${mpis[0]}" ]]; then without_ranks "$mpi" plain; fi
         if ! "$everything"; then part=mpi-jobs; fi # with the next MPI, those that it may change
     done
 fi
 for mpi in "${mpis[@]}"; do
     if [[ -f .test-env/$mpi/missing ]]; then notes+=("$(<".test-env/$mpi/missing")"); fi
-    for n in $(numbers_of "$mpi"); do
-        if ((n == 1)); then on_ranks begin "$mpi" 1; fi
-    done
+    for n in $(numbers_of "$mpi"); do on_ranks "$mpi" "$n"; done
 done
-finish
-# What takes more runs alone.
-for mpi in "${mpis[@]}"; do
-    for n in $(numbers_of "$mpi"); do
-        if ((n > 1)); then on_ranks run "$mpi" "$n"; fi
-    done
-done
+wait
+show_ended
+if ((${#begun[@]})); then echo "these runs were ended by somebody: ${begun[*]}" && exit 1; fi
 
 if [[ -f .test-env/cuda/missing ]]; then notes+=("$(<.test-env/cuda/missing)"); fi
 printf '\n==== summary ====\n'
