@@ -106,14 +106,19 @@ add_lucid() {
     fi
 }
 
-# compile_kernels NAME: what most tests need, before tests that begin at once each compile it.
-compile_kernels() {
-    ".test-env/$1/bin/python" - <<'END' >/dev/null 2>&1 || true # the tests will tell
+# compile NAME: what most tests need, before those that begin at once each compile it: the modules that
+# they import, whose code a copy of the environment takes along, and kernels.
+compile() {
+    local bin=.test-env/$1/bin
+    {
+        "$bin/python" -m pytest --collect-only --quiet -p no:cacheprovider --with-mpi
+        "$bin/python" - <<'END'
 from shardopt.backends.cpu.kernel import CpuKernel
 
 for dtype in "float32", "bfloat16":
     CpuKernel().prepare(dtype)
 END
+    } >/dev/null 2>&1 || true # the tests will tell
 }
 
 # set_up_cuda: make .test-env/cuda, unless it is there and as tests/support/cuda wants it.
@@ -225,16 +230,16 @@ sum_up() {
 trap 'trap "" TERM; kill 0; exit 130' INT # what was begun, too
 rm -rf "$logs"
 mkdir -p "$logs"
-if ! "$clients"; then set_up_cuda & fi
-set_up "${mpis[0]}"
-if (($# == 0)); then compile_kernels "${mpis[0]}" & fi
-for mpi in "${mpis[@]:1}"; do set_up "$mpi"; done
-wait
-
 set -a
 source tests/mpi.env
 set +a
 unset PYTHONDONTWRITEBYTECODE # many a container sets it; every rank would compile every test anew
+if ! "$clients"; then set_up_cuda & fi
+set_up "${mpis[0]}"
+if (($# == 0)); then compile "${mpis[0]}"; fi
+for mpi in "${mpis[@]:1}"; do set_up "$mpi"; done
+wait
+
 selected=$#
 pytest=(-m pytest --color=no -p no:cacheprovider -rfEs --durations 8 "$@")
 if "$everything"; then pytest+=(--thorough); fi
