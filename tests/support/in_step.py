@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 OUTCOMES = ("passed", "skipped", "failed")
+_STACK_S = 0.3
+"""The time that a rank has to print its stack, on a busy machine, before the next one does."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -145,11 +147,12 @@ class InStep:
         """Print the outcome of this rank and the stacks of all on this machine; abort the job."""
         rank = self.comm.rank
         self.print_past_capture(f"\nrank {rank} {what}\nbut not all ranks have come to its end.")
-        time.sleep(0.5 * rank)  # the lowest rank that waits prints the stacks, once
+        all_s = len(self.node_pids) * _STACK_S
+        time.sleep(2 * rank * all_s)  # the lowest rank that waits prints the stacks, once
         for other, pid in self.node_pids:
             self.print_past_capture(f"\nrank {other} is here:")
             os.kill(pid, signal.SIGQUIT)
-            time.sleep(0.1)
+            time.sleep(_STACK_S)
         self.comm.Abort(1)
 
     def print_past_capture(self, text: str) -> None:
