@@ -16,13 +16,14 @@ from train_lm.corpus import load_corpus
 from train_lm.models import import_learner
 from train_lm.models.base import Shape, initial_weights
 from train_lm.options import HEAD_WIDTH, OPTIMIZERS, parse_options
-from train_lm.report import MainReport, Report
+from train_lm.report import make_report
 from train_lm.training import Training
 
 if TYPE_CHECKING:
     from train_lm.corpus import Corpus
     from train_lm.models.base import Learner
     from train_lm.options import Options
+    from train_lm.report import Report
 
 BETAS = (0.9, 0.99)
 MAX_GRAD_NORM = 1.0
@@ -76,7 +77,7 @@ def prepare(comm: MPI.Intracomm, options: Options) -> tuple[Corpus, Report, type
             origin, saved = find_origin(options.checkpoint)
             if origin is not None:
                 require_same_run(options, corpus, comm.size, origin, saved)
-        report = MainReport(options) if comm.rank == 0 else Report()
+        report = make_report(comm.rank, options)
     except ValueError as error:
         problem = str(error)
     exit_on_any(comm, problem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -23,40 +22,13 @@ if TYPE_CHECKING:
     from train_lm.checkpoints import Origin
     from train_lm.corpus import Baselines, Corpus
     from train_lm.options import Options
+    from train_lm.report import Setting, Step
 
 MB = 1e6
 BAR_WIDTH = 40
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 UNIFORM_BITS = 8.0
 """The loss of a model that knows nothing: eight bits per byte."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The machine and the model of a run; ``framework`` is empty for plain NumPy."""
-
-    mpi_library: str
-    num_ranks: int
-    num_nodes: int
-    framework: str
-    params_numel: int
-    rank_nbytes: int
-    node_nbytes: int
-    replicated_rank_nbytes: int
-    replicated_node_nbytes: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """The numbers of one optimizer step; the loss is in bits per byte, averaged over ranks."""
-
-    step: int
-    train_bits: float
-    lr: float
-    grad_norm: float | None
-    tokens_per_s: float
-    model_ms: float
-    optimizer_ms: float
 
 
 def describe_model(setting: Setting, options: Options) -> str:

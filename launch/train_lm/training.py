@@ -23,7 +23,7 @@ from mpi4py import MPI
 
 from train_lm.corpus import count_baselines
 from train_lm.models.base import count_weights, generate
-from train_lm.screen import Setting, Step
+from train_lm.report import Setting, Step
 
 if TYPE_CHECKING:
     from train_lm.checkpoints import Checkpoints, Origin
