@@ -1,5 +1,6 @@
 """A run that is interrupted, however, and resumed is the same as one that never was."""
 
+import functools
 import shutil
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from tests.conftest import Mpirun
 from tests.support.frameworks import environment_for, require
 from tests.support.train_jobs import (
     SCRIPT,
@@ -21,21 +23,41 @@ from tests.support.train_jobs import (
 from train_lm.plot_loss import plot_loss
 
 LONG = ("--steps", "1000000")
+SHORT = ("--steps", "4", "--save-every", "2", "--batch", "3")
 TWO = "step-000000000002"
+
+
+def train(mpirun, text, num_ranks, out, *arguments, returncode=0, **settings):
+    """Run to the end on some ranks, with the results in a folder."""
+    folders = ("--out", out, "--checkpoint", out / "saved")
+    arguments = (SCRIPT, "--text", text, *SMALL, *folders, *arguments)
+    job = mpirun(num_ranks, *arguments, timeout_s=180, **settings)
+    assert job.returncode == returncode, job.output
+    return job
 
 
 @pytest.fixture
 def run(mpirun, tmp_path, text):
     """Run to the end on some ranks, with the results in a folder of this name."""
 
-    def run(num_ranks, name, *arguments, returncode=0, **settings):
-        folders = ("--out", tmp_path / name, "--checkpoint", tmp_path / name / "saved")
-        arguments = (SCRIPT, "--text", text, *SMALL, *folders, *arguments)
-        job = mpirun(num_ranks, *arguments, timeout_s=180, **settings)
-        assert job.returncode == returncode, job.output
-        return job
+    def run(num_ranks, name, *arguments, **settings):
+        return train(mpirun, text, num_ranks, tmp_path / name, *arguments, **settings)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text):
+    """Return the results of a run that two ranks never interrupted, in a framework."""
+
+    @functools.cache
+    def straight(framework):
+        mpirun = Mpirun(tmp_path_factory.mktemp(framework))
+        out, env = mpirun.folder / "straight", environment_for(framework, mpirun.folder)
+        train(mpirun, text, 2, out, "--framework", framework, *SHORT, env=env)
+        return out
+
+    return straight
 
 
 @pytest.fixture
@@ -49,9 +71,8 @@ def start(mpirun, tmp_path, text):
     return start
 
 
-def leave_after_two(folder, name):
+def leave_after_two(folder, copy):
     """Copy a run as a kill after its second step would leave it, with a log that is longer."""
-    copy = folder.parent / name
     (copy / "saved").mkdir(parents=True)
     shutil.copytree(folder / "saved" / TWO, copy / "saved" / TWO)
     shutil.copy(folder / "train.jsonl", copy)
@@ -63,20 +84,18 @@ def leave_after_two(folder, name):
     "framework",  # the others share memory with the optimizer as NumPy does
     ["numpy", pytest.param("jax", marks=pytest.mark.thorough)],
 )
-def test_on_as_many_ranks_it_is_the_same_run_bit_for_bit(run, tmp_path, framework):
+def test_on_as_many_ranks_it_is_the_same_run_bit_for_bit(run, tmp_path, straight, framework):
     require(framework)
-    arguments = ("--framework", framework, "--steps", "4", "--save-every", "2")
-    env = environment_for(framework, tmp_path)
-    run(2, "straight", *arguments, env=env)
-    straight = tmp_path / "straight"
-    assert saved_steps(straight / "saved") == [2, 4]
-    left = leave_after_two(straight, "left")
-    job = run(2, "left", *arguments, env=env | {"COLUMNS": "500"})
+    whole = straight(framework)
+    assert saved_steps(whole / "saved") == [2, 4]
+    left = leave_after_two(whole, tmp_path / "left")
+    env = environment_for(framework, tmp_path) | {"COLUMNS": "500"}
+    job = run(2, "left", "--framework", framework, *SHORT, env=env)
     assert f"Resumed after step 2 from {left / 'saved' / TWO}, saved by 2 ranks." in job.stdout
     assert steps_in(left) == [1, 2, 3, 4]
     for key in ("train_bits", "grad_norm", "lr", "held_out_bits"):
-        assert column(left, key) == column(straight, key)
-    tensors, expected = newest_tensors(left / "saved"), newest_tensors(straight / "saved")
+        assert column(left, key) == column(whole, key)
+    tensors, expected = newest_tensors(left / "saved"), newest_tensors(whole / "saved")
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, expected[name], err_msg=str(name))
@@ -87,14 +106,13 @@ def test_on_as_many_ranks_it_is_the_same_run_bit_for_bit(run, tmp_path, framewor
     "num_ranks",  # six sequences: shares of two and of one, and all
     [4, pytest.param(1, marks=pytest.mark.thorough)],
 )
-def test_on_other_ranks_it_is_the_same_run_but_for_rounding(run, tmp_path, num_ranks):
-    arguments = ("--steps", "4", "--save-every", "2", "--batch", "3")
-    run(2, "straight", *arguments)
-    left = leave_after_two(tmp_path / "straight", "left")
-    run(num_ranks, left.name, *arguments)
+def test_on_other_ranks_it_is_the_same_run_but_for_rounding(run, tmp_path, straight, num_ranks):
+    whole = straight("numpy")
+    left = leave_after_two(whole, tmp_path / "left")
+    run(num_ranks, "left", *SHORT)
     assert steps_in(left) == [1, 2, 3, 4]
     for key in ("train_bits", "held_out_bits", "grad_norm"):
-        expected = column(tmp_path / "straight", key)
+        expected = column(whole, key)
         assert column(left, key) == pytest.approx(expected, rel=1e-4)
     starts = [line["num_ranks"] for line in read_log(left) if line["kind"] == "start"]
     assert starts == [2, num_ranks]
