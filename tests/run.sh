@@ -143,7 +143,7 @@ count() {
 }
 
 logs=.test-env/logs
-places=3 # for what runs side by side on two cores, as one of them often waits
+places=4 # for what runs side by side on two cores, as jobs and ranks often wait
 declare -A places_of=()
 begun=()
 row='%-22s %7s %7s %8s %8s  %s\n'

@@ -15,6 +15,7 @@ from shardopt.errors import CallOrderError, HyperparamsError, PartitionError, Ra
 from shardopt.layout.ring import plan_ring
 from shardopt.policy import ShardPolicy
 from shardopt.torch import NAdam, averages
+from tests.support.device_training import up_to_two_ranks
 from tests.support.stage_two import (
     NUM_STEPS,
     SIZES,
@@ -348,7 +349,10 @@ def late_nbytes(opt, model):
     return numel * model.layers[0].weight.itemsize
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize(
+    "backend",  # each rank compiles for itself, which takes seconds
+    [None, pytest.param("aot_eager", marks=up_to_two_ranks)],
+)
 def test_backward_goes_on_while_a_rank_is_held_up(comm, backend):
     """What finds no room is counted, also if a compiled graph hands all over at once."""
     model = Net()
