@@ -15,6 +15,7 @@ python=${PYTHON:-python3}
 pythons=(3.14 3.13 3.12 3.11)
 work=$PWD/.test-env/package
 unset PYTHONPATH # it would show the checkout to what is installed
+unset PYTHONDONTWRITEBYTECODE # many a container sets it; each program would compile its packages anew
 summary=()
 
 main() {

@@ -163,6 +163,7 @@ print("resumed")
 
 
 LISTENED = """
+from importlib.util import find_spec
 import numpy as np
 from shardopt.numpy import NAdam, Parameter
 
@@ -180,6 +181,8 @@ class Writer:  # what TensorBoard's SummaryWriter has of it
         self.told.append("closed")
 
 def make_writer():
+    if not find_spec("tensorboard"):  # torch, which loads it, takes seconds to load itself
+        return Writer()
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
