@@ -75,10 +75,11 @@ def why_not_stage(policy: ShardPolicy, job: Job) -> HyperparamsError | None:
         )
     if policy.stage == 1:
         return None
-    if policy.update_in_backward and job.num_nodes > 1:
+    if policy.update_in_backward and checks_finite(policy, job.num_nodes, has_float16=False):
         return HyperparamsError(
-            f"policy.update_in_backward must be False with {job.num_nodes} nodes; got True. "
-            "Leave it out: it is for PyTorch on CPUs, on one node."
+            "policy.wire_dtype must be bfloat16 or None with policy.update_in_backward; got "
+            f"{policy.wire_dtype}. Sums overflow easily in float16, and must be looked at before "
+            "any update: use bfloat16."
         )
     if policy.update_in_backward and job.shows_averages and not job.reports_grads:
         return HyperparamsError(
@@ -108,6 +109,8 @@ def why_not_prefetch(policy: ShardPolicy, job: Job) -> HyperparamsError | None:
     reasons = {
         "parameters on a device": job.on_device,
         "a framework that does not report what forward needs": not job.reports_forward,
+        "policy.update_in_backward, which sends parameters in backward": has_others
+        and policy.update_in_backward,
         "policy.stage=2, which exchanges gradients without a thread": has_others
         and policy.stage == 2,
         "an MPI that is not thread-safe (see shardopt doctor)": has_others and not job.has_thread,

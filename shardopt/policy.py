@@ -66,10 +66,11 @@ class ShardPolicy:
             goes, on one node into its one row, on several into the shards of their owners; for
             torch on CPUs, and for JAX and lucid there, whose steps average them. See
             [Note: gradients averaged in backward].
-        update_in_backward: Update parameters as backward goes, in stage 2 on one node: as soon as
-            all ranks have the gradients of a bucket, which are then let go. There is no row of
-            averages, and ``step()`` counts what is done. Gradients cannot be clipped, accumulated,
-            checked or looked at. See [Note: updated in backward].
+        update_in_backward: Update parameters as backward goes, in stage 2: as soon as all ranks
+            have the gradients of a bucket, which are then let go. There are no averages, and
+            ``step()`` counts what is done. Several nodes exchange sums, and parameters once they
+            are updated. Gradients cannot be clipped, accumulated, checked or looked at. See
+            [Note: updated in backward] and [Note: updated between nodes].
         ring_nbytes: Memory of a node for gradients that wait to be averaged, in stage 2. None
             takes ``layout.ring.default_ring_nbytes``; at least two buckets of each rank are taken.
             Must be None in stage 1.
@@ -187,6 +188,11 @@ class ShardPolicy:
             not (is_on and self.check_finite), name, f"be False with check_finite=True: {remedies}"
         )
         self._require(not (is_on and self.offload), name, "be False with offload: it is for CPUs")
+        self._require(
+            not (is_on and self.accumulate == "node"),
+            name,
+            'be False with accumulate="node": there is one backward in a step',
+        )
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

@@ -41,7 +41,7 @@ from shardopt.trace import Trace
 from shardopt.transport.assembly import make_sync
 from shardopt.transport.copies import make_copies
 from shardopt.transport.sync import BucketSync
-from shardopt.transport.updating import UpdatingReduction
+from shardopt.transport.updating import Updates
 
 
 @dataclass(frozen=True)
@@ -236,10 +236,9 @@ def _make_sync(
     consensus: Consensus, memory: Memory, cohorts: Cohorts, policy: ShardPolicy, trace: Trace
 ) -> BucketSync:
     """Set up what moves gradients and parameters, and updates them if backward does."""
-    topology, backend, updating = consensus.topology, memory.residence.backend, None
+    topology, backend, updates = consensus.topology, memory.residence.backend, None
     if memory.has_one_row and policy.update_in_backward:
-        node_rank, state = topology.node_rank, memory.state
-        updating = UpdatingReduction(backend, node_rank, state, cohorts, trace)
+        updates = Updates(backend, memory.state, cohorts, trace)
     return make_sync(
         topology,
         backend,
@@ -249,7 +248,7 @@ def _make_sync(
         trace,
         has_one_row=memory.has_one_row,
         sums_by_node=policy.accumulate == "node",
-        updating=updating,
+        updates=updates,
     )
 
 

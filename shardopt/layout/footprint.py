@@ -118,7 +118,8 @@ def plan_memory(
         ring: That of stage 2; None in stage 1.
         sums_by_node: Whether a node sums several backwards before it exchanges them; see
             ``ShardPolicy.accumulate``.
-        has_row: Whether stage 2 has a row of averages, as it has unless backward updates.
+        has_row: Whether stage 2 has averages, in a row or of the node's shards, as it has unless
+            backward updates.
         has_late: Whether gradients that find no room in the ring are kept for it alone, as they are
             where backward hands them over; see ``Adapter.reports_grads``.
     """
@@ -133,7 +134,8 @@ def plan_memory(
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
         averages_nbytes += trained_numel * np.dtype(compute_dtype(region.dtype)).itemsize
-        needs_sums = keeps_sums_apart(partition, number) and (ring is None or num_nodes > 1)
+        on_nodes = num_nodes > 1 and has_row
+        needs_sums = keeps_sums_apart(partition, number) and (ring is None or on_nodes)
         if needs_sums and (num_nodes > 1 or needs_norm):
             summed_numel = region.numel if num_nodes > 1 and not ring else trained_numel
             sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize

@@ -3,8 +3,9 @@
 import functools
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from shardopt._typing import FloatArray
@@ -16,6 +17,7 @@ from shardopt.layout.span import Span
 from shardopt.overlap.average_edits import AverageEdits
 from shardopt.overlap.progress import drain
 from shardopt.overlap.ring import GradRing, advance_all
+from shardopt.overlap.segments import PHASE, awaited_ranks, end_segment
 from shardopt.params.gradients import UpdatedBySteps
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
@@ -23,7 +25,6 @@ from shardopt.store.memory import Memory
 from shardopt.transport.ring import RingReduction
 from shardopt.transport.sync import BucketSync
 
-_PHASE = "gradients"
 _CALLS = "step(), average_grads() or another call that needs all gradients"
 _READ = "p.grad, which needs as many backwards on all ranks"
 _REMEDY = "Call zero_grad() on all ranks and repeat the backward passes"
@@ -288,35 +289,18 @@ class AveragedGradients(UpdatedBySteps):
         """
         ring = self._ring
         assert ring is not None
-        ring.end_segment(has_more=has_more)
-        if not self._has_others:
-            self._consensus.meet_on_node(
-                ring.is_over, _CALLS, self._behind, step=step, phase=_PHASE
-            )
-            return ring.has_more()
-        total, more = self._consensus.highest(
-            ring.end(), _CALLS, step=step, phase=_PHASE, progress=advance_all
-        )
-        ring.extend_to(total, has_more=bool(more))
-        collectives = self._collectives
-        collectives.wait(ring.is_over, step, _PHASE, self._behind)
+        total = end_segment(ring, self._consensus, step, _CALLS, has_more=has_more)
         if self._reduction.holds_sums and not ring.has_more() and total > self._sent:
             self._sent = total
             self._reduction.send_sums()
-            collectives.wait(self._is_sent, step, _PHASE, self._behind)
+            behind = partial(awaited_ranks, ring, self._collectives.topology)
+            self._collectives.wait(self._is_sent, step, PHASE, behind)
         return ring.has_more()
 
     def _is_sent(self) -> bool:
         """Whether this rank has all averages; makes progress."""
         advance_all()
         return self._reduction.is_idle
-
-    def _behind(self) -> Sequence[int]:
-        """Return the ranks that a segment's end waits for."""
-        topology, ring = self._collectives.topology, self._ring
-        if ring is not None and (late := ring.late_ranks):
-            return [topology.node_ranks[number] for number in late]
-        return [topology.lane_ranks[node] for node in self._reduction.awaited[1]]
 
     def _show(self, *, are_shown: bool) -> None:
         """Note whether the node's row has averages; on one node it always has."""

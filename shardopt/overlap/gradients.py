@@ -10,7 +10,7 @@ from shardopt.params.registry import Registry
 from shardopt.store.memory import Memory
 from shardopt.transport.ring import RingReduction
 from shardopt.transport.sync import BucketSync
-from shardopt.transport.updating import UpdatingReduction
+from shardopt.transport.updating_exchange import Updating
 
 
 def make_gradients(
@@ -30,8 +30,8 @@ def make_gradients(
         ring_nbytes: As in ``ShardPolicy``.
     """
     reduction = sync.reduction
-    if isinstance(reduction, UpdatingReduction):
-        return UpdatedGradients(registry, memory, reduction, consensus, ring_nbytes)
+    if isinstance(reduction, Updating):
+        return UpdatedGradients(registry, memory, sync, consensus, ring_nbytes)
     if isinstance(reduction, RingReduction):
         return AveragedGradients(registry, memory, sync, consensus, ring_nbytes)
     return RowGradients(registry)

@@ -14,7 +14,7 @@ from shardopt.layout.partition import Partition
 from shardopt.layout.ring import RingPlan, most_waiting_nbytes
 from shardopt.overlap.filling import Filling, Fillings
 from shardopt.overlap.passes import Passes
-from shardopt.overlap.ring_board import RingBoard
+from shardopt.overlap.ring_board import HAS_MORE, RingBoard
 from shardopt.overlap.slots import Slots
 from shardopt.store.memory import Memory
 from shardopt.transport.ring import RingReduction
@@ -214,6 +214,11 @@ class GradRing:
         """The ranks of the node that have not begun to end the segment."""
         return np.flatnonzero(~self._board.have_closed()).tolist()
 
+    @property
+    def awaited_nodes(self) -> list[int]:
+        """The other nodes that what is in transit waits for."""
+        return self._reduction.awaited[1]
+
     # -- segments ----------------------------------------------------------------------------------
 
     def end_segment(self, *, has_more: bool) -> None:
@@ -230,7 +235,8 @@ class GradRing:
 
     def end(self) -> tuple[int, bool]:
         """Return where the segment ends on this rank, and whether it has more for another."""
-        return self._board.my_end()
+        position, contents = self._board.my_end()
+        return position, bool(contents & HAS_MORE)
 
     def extend_to(self, total: int, *, has_more: bool) -> None:
         """Have the segment, which all ranks have closed, end at one position on all nodes.
@@ -358,7 +364,7 @@ class GradRing:
 
     def _end_contents(self, *, has_more: bool) -> int:
         """Return what the others must know of the end of this rank's segment."""
-        return int(has_more)
+        return has_more * HAS_MORE
 
     def _take(self, position: int) -> None:
         """Sum this rank's part of a position."""

@@ -10,6 +10,9 @@ from shardopt.store.memory import Memory
 # Fields of the flags. The ends of two segments in a row are kept apart, by the segment's parity.
 _ANNOUNCED, _SUMMED, _CLOSED, _ENDED, _TOTAL, _HAS_MORE, _CONTENTS = 0, 1, 2, 4, 6, 8, 10
 
+HAS_MORE = 1
+"""In the contents of the end of a segment: the rank has gradients for another one."""
+
 _NOT_YET = -1  # of ``last_of_all``
 _NUM_BITS = 2  # of the contents of a position; those above are the number of a buffer
 _BITS = (1 << _NUM_BITS) - 1
@@ -123,10 +126,10 @@ class RingBoard:
             self._mine[_ENDED + parity] = self.segment
             self._flags.publish()
 
-    def my_end(self) -> tuple[int, bool]:
+    def my_end(self) -> tuple[int, int]:
         """Return what this rank has given to ``close``."""
         parity = self.segment % 2
-        return int(self._mine[_TOTAL + parity]), bool(self._mine[_HAS_MORE + parity])
+        return int(self._mine[_TOTAL + parity]), int(self._mine[_HAS_MORE + parity])
 
     def agree(self, total: int, *, has_more: bool) -> None:
         """Have the segment end elsewhere; see ``GradRing.extend_to``."""
@@ -142,7 +145,9 @@ class RingBoard:
 
     def has_more(self) -> bool:
         """Whether some rank has something for another segment, once all have ended this one."""
-        return bool(self.end_contents().any()) if self._agreed is None else self._agreed[1]
+        if self._agreed is not None:
+            return self._agreed[1]
+        return bool((self.end_contents() & HAS_MORE).any())
 
     def end_contents(self) -> NDArray[np.int64]:
         """Return what each rank has noted about its end of the segment."""

@@ -10,22 +10,25 @@ from shardopt.layout.partition import Partition
 from shardopt.layout.ring import RingPlan
 from shardopt.overlap.filling import Filling, Piece
 from shardopt.overlap.ring import FILLED, GradRing
+from shardopt.overlap.ring_board import HAS_MORE
 from shardopt.store.memory import Memory
-from shardopt.transport.updating import UpdatingReduction
+from shardopt.transport.updating_exchange import Updating
 
 if TYPE_CHECKING:
     from shardopt._typing import FloatArray
 
 _FAILED = 2  # in the contents of a position, or of the end of a segment
+_NUM_FLAGS = 2  # the bits of contents; behind them come those of gradients, see ``_known_of``
 _LATER, _HERE, _NEVER = 0, 1, 2  # a gradient of a rank
 
 
 class UpdateRing(GradRing):
-    """Updates parameters once all ranks of a node have their gradients; see ``GradRing``.
+    """Updates parameters once all ranks have their gradients; see ``GradRing``.
 
     [Note: updated in backward]
     A weight may be written once nobody reads it any more. All ranks of a node have the same bytes,
-    so it is written when *all* of them have its gradient. Autograd hands a gradient over when all
+    so it is written when *all* of them have its gradient; those of other nodes hand over theirs for
+    the same sum. Autograd hands a gradient over when all
     uses of the parameter have gone backward, and each use reads the weight before that, or in the
     same node of the graph; what checkpoints of activations compute again comes before, too. What
     reads it later has kept the weight without asking for its gradient (``weight.detach()``), or
@@ -43,6 +46,10 @@ class UpdateRing(GradRing):
     alike. A rank that says *later* once keeps to it for all buckets of the parameter.
 
     A rank that knows of an error marks what it announces. No rank updates a marked position.
+
+    A position is *started* once all ranks of the node have announced it, and *settled* once all
+    nodes have: that is at once on one node. Only then its buffers are free. See
+    [Note: updated between nodes].
 
     Args:
         memory: Of the node.
@@ -63,7 +70,7 @@ class UpdateRing(GradRing):
         self,
         memory: Memory,
         partition: Partition,
-        reduction: UpdatingReduction,
+        reduction: Updating,
         plan: RingPlan,
         expected: Iterable[int],
     ) -> None:
@@ -71,6 +78,8 @@ class UpdateRing(GradRing):
         self._updates, self._numels = reduction, [param.numel for param in partition.params]
         params_in = self._fillings.params_in
         self._masks = [sum(1 << index for index, _ in params) for params in params_in]
+        self._all_here = [((1 << len(params)) - 1) << _NUM_FLAGS | FILLED for params in params_in]
+        self._started = 0  # positions up to here have been started
         most = max([1, *map(len, params_in)])
         shape = plan.node_size, plan.depth, most
         size = int(np.prod(shape))
@@ -121,10 +130,6 @@ class UpdateRing(GradRing):
         self._is_backward_over = True
         super().end_segment(has_more=has_more)
 
-    def has_more(self) -> bool:
-        """See ``GradRing.has_more``."""
-        return bool((self._board.end_contents() & FILLED).any())
-
     # -- inside ------------------------------------------------------------------------------------
 
     def _reopen(self) -> None:
@@ -147,53 +152,71 @@ class UpdateRing(GradRing):
         return (filling is not None) * FILLED | self.has_failed * _FAILED
 
     def _end_contents(self, *, has_more: bool) -> int:
-        return bool(has_more) | self.has_failed * _FAILED
+        return has_more * HAS_MORE | self.has_failed * _FAILED
 
-    def _take(self, position: int) -> None:
+    def _sum(self) -> None:
+        """Start what all ranks of the node have announced, and settle what all nodes have."""
+        ready = self._board.ready()
+        if self._summed >= ready:
+            return
+        self._memory.acquire()
+        while self._started < ready and self._updates.has_room():
+            self._start(self._started)
+            self._started += 1
+        while self._summed < self._started and (known := self._updates.heard()) is not None:
+            self._settle(self._summed, known)
+            self._summed += 1
+            self._memory.publish()
+            self._board.set_summed(self._summed)
+
+    def _start(self, position: int) -> None:
+        """Hand over the gradients of a position, and what this node knows of them."""
         board, slots, place = self._board, self._slots, position % len(self._buckets)
-        params = self._fillings.params_in[place]
-        known = self._known[:, position % self._depth, : len(params)]
-        are_all_filled = board.count(position, FILLED) == self._node_size
-        if are_all_filled and not self._updated_before and (known == _HERE).all():
-            present, rows = self._masks[place], slots.all_rows(board.slots(position), place)
+        num_params = len(self._fillings.params_in[place])
+        known = self._known[:, position % self._depth, :num_params]
+        rows, bits = None, self._all_here[place]
+        if board.count(position, FILLED) == self._node_size and (known == _HERE).all():
+            rows = slots.all_rows(board.slots(position), place)
         else:
             are_announced = board.are_announced(position)
             contents = np.where(
                 are_announced, board.contents(position), board.end_contents() & _FAILED
             )
-            filled = contents & FILLED != 0
-            if (contents & _FAILED).any() or not filled.any():
-                return
-            known = np.where(are_announced[:, None], known, _NEVER)
-            present = self._select(params, known, position)
-            rows = slots.rows(board.slots(position), place, filled.tolist())
-        if present:
-            self._updates.update(self._buckets[place], rows, present)
-            self.updated |= present
+            bits = _known_of(contents, np.where(are_announced[:, None], known, _NEVER))
+            if bits & FILLED:
+                filled = contents & FILLED != 0
+                rows = slots.rows(board.slots(position), place, filled.tolist())
+        num_bits = _NUM_FLAGS + 2 * num_params
+        self._updates.start(self._buckets[place], rows, bits, (num_bits + 7) // 8)
 
-    def _select(
-        self,
-        params: list[tuple[int, Piece]],
-        known: NDArray[np.uint8],
-        position: int,
-    ) -> int:
-        """Return what can be updated of a position, and take out what cannot.
+    def _settle(self, position: int, known: int) -> None:
+        """Have updated what can be of a position, and take out what cannot.
 
         Args:
-            params: The parameters of the bucket, with their parts in it.
-            known: [node_size, num_params] what each rank has announced.
             position: The position.
+            known: What all ranks have announced, on all nodes; see ``_known_of``.
         """
-        is_here = (known == _HERE).any(axis=0).tolist()
-        is_open = (known == _LATER).any(axis=0).tolist()
-        is_mine = known[self._memory.arena.comm.rank] == _HERE
-        present = 0
+        place, present = position % len(self._buckets), 0
+        if known == self._all_here[place] and not self._updated_before:
+            present = self._masks[place]
+        elif known & FILLED and not known & _FAILED:
+            present = self._select(position, known)
+        self._updates.settle(present)
+        self.updated |= present
+
+    def _select(self, position: int, known: int) -> int:
+        """Return what can be updated of a position, and take out what cannot."""
+        params = self._fillings.params_in[position % len(self._buckets)]
+        is_mine = self._mine[position % self._depth] == _HERE
+        present, is_announced = 0, position < self._announced
         for column, (index, piece) in enumerate(params):
-            if not is_here[column]:
+            is_here = known >> (_NUM_FLAGS + column) & 1
+            is_open = known >> (_NUM_FLAGS + len(params) + column) & 1
+            if not is_here:
                 continue
-            if is_open[column]:
+            if is_open:
                 self.is_split = True
-                if is_mine[column]:
+                if is_announced and is_mine[column]:
                     self._keep(index, piece, position)
             elif self._updated_before >> index & 1:
                 self.twice.add(index)
@@ -207,3 +230,20 @@ class UpdateRing(GradRing):
         if index not in self.kept:
             self.kept[index] = np.empty(self._numels[index], slot.dtype)
         self.kept[index][piece.source] = slot[piece.target]
+
+
+def _known_of(contents: NDArray[np.int64], known: NDArray[np.uint8]) -> int:
+    """Return what ranks have announced of a position as bits, which are united over nodes.
+
+    Args:
+        contents: [num_ranks] of the position.
+        known: [num_ranks, num_params] of its gradients.
+
+    Returns:
+        The contents of any rank, then a bit for each parameter of which some rank has a gradient,
+        then one for each of which some rank may have one later.
+    """
+    flags = int(np.bitwise_or.reduce(contents))
+    columns = np.concatenate([(known == each).any(axis=0) for each in (_HERE, _LATER)])
+    packed = np.packbits(columns, bitorder="little").tobytes()
+    return flags | int.from_bytes(packed, "little") << _NUM_FLAGS

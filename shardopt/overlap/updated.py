@@ -1,19 +1,23 @@
-"""Parameters that the ranks of a node update as backward goes."""
+"""Parameters that ranks update as backward goes."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from shardopt._typing import FloatArray
 from shardopt.comm.consensus import Consensus, attempt
-from shardopt.comm.exit_hook import mpi_is_usable
+from shardopt.comm.exit_hook import ExitHook, mpi_is_usable
 from shardopt.errors import CallOrderError, CheckpointError, HyperparamsError
 from shardopt.layout.ring import plan_ring
+from shardopt.overlap.progress import drain
+from shardopt.overlap.segments import end_segment
 from shardopt.overlap.update_ring import UpdateRing
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.store.memory import Memory
-from shardopt.transport.updating import UpdatingReduction
+from shardopt.transport.sync import BucketSync
+from shardopt.transport.updating_exchange import Updating
 
 if TYPE_CHECKING:
     from shardopt.rule.hyperparams import Hyperparams
@@ -37,7 +41,7 @@ class UpdatedGradients:
     Args:
         registry: The parameters of this rank.
         memory: Their memory.
-        reduction: Updates.
+        sync: Sums, updates, and sends parameters to other nodes.
         consensus: The ranks.
         ring_nbytes: As in ``ShardPolicy``.
 
@@ -54,15 +58,20 @@ class UpdatedGradients:
         self,
         registry: Registry[Any],
         memory: Memory,
-        reduction: UpdatingReduction,
+        sync: BucketSync,
         consensus: Consensus,
         ring_nbytes: int | None,
     ) -> None:
         self.late_nbytes, self.waited_s = 0, 0.0
         self.begin: Callable[[], Sequence[Hyperparams]] = registry.read_hypers
         self.hypers: Sequence[Hyperparams] = ()
-        self._registry, self._memory, self._reduction = registry, memory, reduction
-        self._consensus, self._ring_nbytes = consensus, ring_nbytes
+        assert isinstance(sync.reduction, Updating)
+        self._registry, self._memory, self._reduction = registry, memory, sync.reduction
+        self._updates, self._ring_nbytes = sync.reduction.updates, ring_nbytes
+        self._consensus = consensus
+        has_others = consensus.topology.num_nodes > 1
+        self._guard = sync.translate_mpi_errors if has_others else nullcontext[None]
+        self._exit = ExitHook(self, drain, sync.reduction)
         self._pid = os.getpid()
         self._ring: UpdateRing | None = None
         self._expected = 0  # bit mask of parameters
@@ -90,7 +99,7 @@ class UpdatedGradients:
         self._expected = registry.mask_of_trained()
         expected = [i for i in range(len(partition.params)) if self._expected >> i & 1]
         plan = plan_ring(partition, self._ring_nbytes)
-        self.free()
+        self._drop_ring()
         self._ring = UpdateRing(self._memory, partition, self._reduction, plan, expected)
 
     # -- while backward runs -----------------------------------------------------------------------
@@ -122,7 +131,7 @@ class UpdatedGradients:
     def _plan(self) -> None:
         """Read hyperparameters, for all updates of a step."""
         self.hypers = self.begin()
-        self._reduction.begin(self.hypers, self._expected)
+        self._updates.begin(self.hypers, self._expected)
         self._is_planned = True
 
     def _on_grad(self, param: Any) -> None:
@@ -154,13 +163,15 @@ class UpdatedGradients:
             self._late[index] = grad
             self._ring.hold(index)
         else:
-            self._ring.put(index, grad)
+            with self._guard():
+                self._ring.put(index, grad)
         binding.bind_grad()
 
     def _on_end(self) -> None:
         """Announce that all gradients have come."""
         if self._ring is not None and mpi_is_usable(self._pid):
-            self._ring.end_backward()
+            with self._guard():
+                self._ring.end_backward()
 
     def _note(self, error: Exception | None) -> None:
         """Remember an error, for the step to raise on all ranks."""
@@ -250,7 +261,7 @@ class UpdatedGradients:
 
     def commit(self, present: int) -> None:
         """See ``Gradients.commit``."""
-        self._reduction.count(present)
+        self._updates.count(present)
         self._is_torn = False
 
     def zero(self, *, set_to_none: bool) -> None:
@@ -273,25 +284,26 @@ class UpdatedGradients:
         """Do nothing: ranks with different loss scales have been refused."""
 
     def free(self) -> None:
-        """See ``Gradients.free``."""
+        """See ``Gradients.free``; nothing is under way."""
+        self._exit.cancel()
+        self._drop_ring()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _drop_ring(self) -> None:
         if self._ring is not None:
             self._ring.free()
             self._ring = None
 
-    # -- inside ------------------------------------------------------------------------------------
-
     def _meet(self, step: int, *, has_more: bool) -> bool:
-        """End a segment on all ranks of the node, with all updates; see ``GradRing``.
+        """End a segment on all ranks, with all updates; see ``GradRing``.
 
         Returns:
             Whether some rank has gradients for another segment.
         """
         ring = self._ring
         assert ring is not None
-        ring.end_segment(has_more=has_more)
-        self._consensus.meet_on_node(
-            ring.is_over, "step()", lambda: ring.late_ranks, step=step, phase="gradients"
-        )
+        end_segment(ring, self._consensus, step, "step()", has_more=has_more)
         return ring.has_more()
 
     def _find_own(self) -> dict[int, FloatArray]:

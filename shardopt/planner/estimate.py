@@ -260,7 +260,7 @@ class StepTimes:
         others = layout.num_nodes - 1
         rounds = others if exchange == "ring" else min(1, others)
         rules = Rules(
-            sums_first=policy.stage == 2
+            sums_first=(policy.stage == 2 and not policy.update_in_backward)
             or layout.needs_norm(region.dtype for region in partition.regions),
             gathers_later=policy.prefetch_params,
             num_staging=_num_staging(partition, policy),

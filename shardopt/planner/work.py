@@ -148,7 +148,7 @@ def _work_of(
     )
     add_gpus = partial(_with_gpus, node_size=node_size, placement=placement)
     written = _written_nbytes(dtype, state, own_numel)
-    if policy.update_in_backward:
+    if num_nodes == 1 and policy.update_in_backward:
         return BucketWork(numel, Moved(), Moved(), Moved(), 0, 0, 0, 0)
     if num_nodes == 1:
         source = full if policy.stage == 2 else node_size * item
@@ -159,6 +159,7 @@ def _work_of(
         reduced_numel = own_numel
     if policy.stage == 2:  # through the ring, or from sums in the row
         read = full if policy.accumulate == "node" else 2 * read
+    kept = 0 if policy.update_in_backward else full  # averages that are used at once stay in cache
     return BucketWork(
         numel=numel,
         reduced=add_gpus(
@@ -167,10 +168,10 @@ def _work_of(
             sent_nbytes=wire * (numel - own_numel),
         ),
         summed=add_gpus(
-            Moved((num_nodes * wire + full) * own_numel), sent_nbytes=wire * others * own_numel
+            Moved((num_nodes * wire + kept) * own_numel), sent_nbytes=wire * others * own_numel
         ),
         updated=add_gpus(
-            Moved(full * own_numel + written),
+            Moved(kept * own_numel + written),
             shared_nbytes=item * own_numel,
             sent_nbytes=item * (own_numel + node_size * (numel - own_numel)),
         ),

@@ -229,7 +229,9 @@ class Memory:
             view = PrivateView(piece.memory, piece.view, write_tracking(), lambda: 0)
             row, own = (_arrays(layout, each)[GRAD_KEY] for each in (view.shared, view.view))
             sums: _Arrays = {}
-            if partition.num_nodes > 1:  # the row is not written, and takes no memory, until shown
+            # The row is not written, and takes no memory, until averages are shown; nor are sums
+            # where backward updates.
+            if partition.num_nodes > 1:
                 sums_layout = plan_sum_arrays(partition, self._place[0], [index])
                 sums = _arrays(sums_layout, self._share(sums_layout, private=False).memory)
             return {"rows": [row], "own_grads": own, "sums": sums}, [(layout, view)]

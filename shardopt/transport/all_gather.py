@@ -111,6 +111,16 @@ class AllGather:
             self.start(*self._queue.popleft())
         return len(self._in_transit) + len(self._queue)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in transit, or waits for room."""
+        return not self._in_transit and not self._queue
+
+    def is_quiet(self) -> bool:
+        """Whether all messages that have been posted are done; makes progress."""
+        are_done = [each.transfer.is_done() for each in self._in_transit]  # look at all
+        return all(are_done)
+
     def has_room(self) -> bool:
         """Whether another bucket may start; makes progress."""
         return self.advance() < _MAX_IN_TRANSIT

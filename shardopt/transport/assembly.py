@@ -15,6 +15,8 @@ from shardopt.transport.reduction import InPlaceReduction
 from shardopt.transport.ring import RingReduction
 from shardopt.transport.ring_exchange import RingExchange
 from shardopt.transport.sync import BucketSync
+from shardopt.transport.updating import Updates, UpdatingReduction
+from shardopt.transport.updating_exchange import UpdatingExchange
 
 
 def make_sync(
@@ -27,7 +29,7 @@ def make_sync(
     *,
     has_one_row: bool = False,
     sums_by_node: bool = False,
-    updating: InPlaceReduction | None = None,
+    updates: Updates | None = None,
 ) -> BucketSync:
     """Set up synchronisation for the ranks of a job, over MPI if there are several nodes.
 
@@ -40,19 +42,23 @@ def make_sync(
         trace: Shows buckets on their way.
         has_one_row: See ``Memory``.
         sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.
-        updating: The reduction if parameters are updated in backward.
+        updates: Updates shards if backward does; else None.
     """
     place = topology.node, topology.node_rank
     averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
         on_node = RingReduction if has_one_row else InPlaceReduction
-        in_place = updating or on_node(backend, place[1], trace)
+        in_place = on_node(backend, place[1], trace)
+        if updates is not None:
+            in_place = UpdatingReduction(backend, place[1], updates, trace)
         all_gather = AllGather(LocalTransport(topology.rank), backend)
         piece_numel = backend.kernel.piece_numel if copies.are_beside else None
         return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
     transport = MpiTransport(topology, collectives.number)
+    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
     of_ring = NodeSums if sums_by_node else RingExchange
     kind: type[RingExchange | ReduceScatter] = of_ring if has_one_row else ReduceScatter
     reduction = kind(transport, backend, place, wire_dtype, trace)
-    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
+    if updates is not None:
+        reduction = UpdatingExchange(all_gather, backend, place, wire_dtype, updates, trace)
     return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)

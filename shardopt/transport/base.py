@@ -73,6 +73,19 @@ class Transport(Protocol):
         """Receive what ``node`` sends with ``tag`` into an array of the same size, or nothing."""
         ...
 
+    def post_note(self, note: Array, node: int) -> Message:
+        """Send a few bytes to a node, which are not counted in ``sent``.
+
+        Args:
+            note: [n] bytes, n > 0; they must not change until the message is done.
+            node: The node they go to, which posts a receive for as many.
+        """
+        ...
+
+    def post_receive_note(self, note: Array, node: int) -> Message:
+        """Receive the next note of a node."""
+        ...
+
     def post_broadcast(self, array: Array, root: int) -> Sequence[Message]:
         """Copy an array, contiguous, from node ``root`` to all others. Collective over the lane."""
         ...

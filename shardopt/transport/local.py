@@ -31,6 +31,14 @@ class LocalTransport:
         """See ``Transport.post_receive``; there is no other node."""
         raise AssertionError(f"no node {node}")
 
+    def post_note(self, note: Array, node: int) -> Message:
+        """See ``Transport.post_note``; there is no other node."""
+        raise AssertionError(f"no node {node}")
+
+    def post_receive_note(self, note: Array, node: int) -> Message:
+        """See ``Transport.post_receive_note``; there is no other node."""
+        raise AssertionError(f"no node {node}")
+
     def post_broadcast(self, array: Array, root: int) -> Sequence[Message]:
         """Return no messages: all ranks of the node share the array."""
         return []

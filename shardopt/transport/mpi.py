@@ -15,6 +15,8 @@ from shardopt.layout.traffic import Traffic
 NUM_KINDS = 4
 """Kinds of messages; larger than every ``tag`` that a ``Transport`` is given."""
 
+_NOTES = 3  # the tag of notes
+
 _BROADCAST_NBYTES = 1 << 28  # below every MPI's limit on one count
 
 
@@ -75,6 +77,14 @@ class MpiTransport:
     def post_receive(self, array: Array, node: int, tag: int) -> MpiMessage:
         """See ``Transport.post_receive``."""
         return MpiMessage(self._comm.Irecv(self._buffer(array), node, self._first_tag + tag))
+
+    def post_note(self, note: Array, node: int) -> MpiMessage:
+        """See ``Transport.post_note``."""
+        return MpiMessage(self._comm.Isend([note, MPI.BYTE], node, self._first_tag + _NOTES))
+
+    def post_receive_note(self, note: Array, node: int) -> MpiMessage:
+        """See ``Transport.post_receive_note``."""
+        return MpiMessage(self._comm.Irecv([note, MPI.BYTE], node, self._first_tag + _NOTES))
 
     def post_broadcast(self, array: Array, root: int) -> Sequence[MpiMessage]:
         """See ``Transport.post_broadcast``."""

@@ -113,7 +113,7 @@ class RingExchange(RingReduction):
             first = self._coming[0]
             if isinstance(first, _Forget):
                 super().forget()
-            elif first.transfer.has_arrived():
+            elif self._may_add(first):
                 with self._trace.span("sum", first.plan):
                     self._add(first)
                 first.flight.land()
@@ -244,17 +244,27 @@ class RingExchange(RingReduction):
         self._backend.kernel.reduce(rows, out, span, None)
         return out
 
+    def _may_add(self, first: _InTransit) -> bool:
+        """Whether everything is there to add up the first bucket that is coming."""
+        return first.transfer.has_arrived()
+
     def _add(self, arrived: _InTransit) -> None:
         """Average what the nodes have sent, in the order of nodes, and add that to the shard."""
+        if partials := self._partials(arrived):
+            self._average(arrived.plan, Rows.of(*partials), 0)
+
+    def _partials(self, arrived: _InTransit) -> list[FloatArray]:
+        """Return what the nodes have sent for this rank's shard; nothing if all of it is zero."""
         plan = arrived.plan
         empty = [node for node, message in arrived.receives if message.is_empty]
         if not arrived.has_own:
             empty.append(self._transport.node)
         partials = arrived.staging.partials(plan)
-        if plan.shard and len(empty) < len(partials):
-            for node in empty:
-                partials[node][:] = 0
-            self._average(plan, Rows.of(*partials), 0)
+        if not plan.shard or len(empty) == len(partials):
+            return []
+        for node in empty:
+            partials[node][:] = 0
+        return partials
 
     def _recycle(self) -> None:
         """Take back the staging buffers of buckets that have left."""

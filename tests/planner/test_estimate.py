@@ -138,6 +138,20 @@ def test_updates_in_backward_leave_nothing_for_the_step():
     assert in_step.phases.update_s == pytest.approx((4 + 28) * model.numel / 400e9)
 
 
+def test_updates_in_backward_on_nodes_keep_no_sums_and_need_not_wait_for_the_last():
+    averaged, updated = (
+        estimate(
+            MODEL, replace(LAYOUT, policy=ShardPolicy(stage=2, update_in_backward=on)), MACHINE
+        )
+        for on in (False, True)
+    )
+    sums_nbytes = averaged.memory.travel_node_nbytes - updated.memory.travel_node_nbytes
+    assert sums_nbytes == pytest.approx(4 * MODEL.numel / LAYOUT.num_nodes)
+    assert updated.memory.node_nbytes + sums_nbytes == averaged.memory.node_nbytes
+    assert updated.rank_traffic == averaged.rank_traffic
+    assert updated.simulated.step_s < averaged.simulated.step_s
+
+
 def test_the_next_forward_hides_the_parameters_that_a_step_has_not_awaited():
     now = replace(LAYOUT, policy=ShardPolicy())
     later = replace(now, policy=ShardPolicy(prefetch_params=True))

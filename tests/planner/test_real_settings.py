@@ -38,6 +38,13 @@ SETTINGS = {
     "sums of nodes": ("float32", True, {"stage": 2, "accumulate": "node"}),
     "in backward": ("float32", False, IN_BACKWARD),
     "in backward, clipped": ("float32", True, IN_BACKWARD),
+    "in backward, narrow": ("float32", False, {**IN_BACKWARD, "wire_dtype": "bfloat16"}),
+    "in backward, float16 on the wire": (
+        "float32",
+        False,
+        {**IN_BACKWARD, "wire_dtype": "float16"},
+    ),
+    "in backward, prefetch": ("float32", False, {**IN_BACKWARD, "prefetch_params": True}),
     "in backward, float16": ("float16", False, IN_BACKWARD),
     "in backward, least": ("bfloat16", False, {**IN_BACKWARD, **SMALL}),
 }

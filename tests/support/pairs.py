@@ -22,6 +22,7 @@ TORCH, DDP, NUMBERS, DEVICES = (
     f"tests/torch/test_{name}.py"
     for name in ("stage_two", "stage_two_ddp", "multiplied_averages", "devices")
 )
+UPDATES_ON_NODES = "tests/nodes/test_update_in_backward.py"
 NODES, ON_NODES = "tests/torch/test_stage_two_nodes.py", "tests/nodes/test_stage_two.py"
 JAX, CORE = "tests/jax/test_stage_two.py", "tests/core/test_stage_two.py"
 LUCID, UPDATES = "tests/test_lucid.py", "tests/torch/test_update_in_backward.py"
@@ -216,6 +217,7 @@ ROWS: Sequence[Row] = (
             (TORCH, "test_float16_with_a_scaler"),
             (NODES, "test_sixteen_bits_are_refused"),
             (UPDATES, "test_other_states"),
+            (UPDATES_ON_NODES, "test_other_states_and_wires"),
             (UPDATES, "test_refused_at_once"),
         ],
     ),
@@ -227,14 +229,15 @@ ROWS: Sequence[Row] = (
         "several nodes",
         {
             "stage 2": f"{WORKS}; `p.grad` raises before `average_grads()`",
-            IN_BACKWARD: REFUSED,
         },
+        in_backward=[(UPDATES_ON_NODES, "test_bits_are_those_of_stage_one")],
     ),
     Row(
         "`wire_dtype`",
-        {IN_BACKWARD: f"{REFUSED}, as several nodes are"},
+        {IN_BACKWARD: f"{WORKS} in bfloat16; float16 is {REFUSED}, unless `check_finite=False`"},
         [
             (ON_NODES, "test_a_narrow_wire_rounds_as_in_stage_one"),
+            (UPDATES_ON_NODES, "test_other_states_and_wires"),
             (UPDATES, "test_refused_at_once"),
         ],
     ),
@@ -255,16 +258,17 @@ ROWS: Sequence[Row] = (
         "`overlap=False`",
         {
             "stage 2": f"{REFUSED} on several nodes",
-            IN_BACKWARD: f"{REFUSED}, as several nodes are",
+            IN_BACKWARD: f"{REFUSED} on several nodes",
         },
         [(NODES, "test_no_overlap_is_refused"), (UPDATES, "test_refused_at_once")],
     ),
     Row(
         "`prefetch_params`, on several nodes",
-        {"stage 2": REFUSED, IN_BACKWARD: f"{REFUSED}, as several nodes are"},
+        {"stage 2": REFUSED, IN_BACKWARD: f"{REFUSED}: backward sends them"},
         [
             (PREFETCH, "test_the_bits_are_those_without_prefetch"),
             (PREFETCH, "test_stage_two_on_several_nodes_is_refused"),
+            (UPDATES, "test_refused_at_once"),
             (FORWARD, "test_it_changes_nothing_on_one_node"),
         ],
     ),
