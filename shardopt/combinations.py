@@ -111,8 +111,6 @@ def why_not_prefetch(policy: ShardPolicy, job: Job) -> HyperparamsError | None:
         "a framework that does not report what forward needs": not job.reports_forward,
         "policy.update_in_backward, which sends parameters in backward": has_others
         and policy.update_in_backward,
-        "policy.stage=2, which exchanges gradients without a thread": has_others
-        and policy.stage == 2,
         "an MPI that is not thread-safe (see shardopt doctor)": has_others and not job.has_thread,
     }
     for reason, holds in reasons.items():
@@ -135,11 +133,6 @@ def why_not_dtype(policy: ShardPolicy, job: Job, dtype: str) -> HyperparamsError
         return HyperparamsError(
             "policy.update_in_backward must be False for parameters in float16; got True. Their "
             "gradients overflow easily, and must be looked at before any update: use bfloat16."
-        )
-    if has_master(dtype) and job.num_nodes > 1:
-        return HyperparamsError(
-            "policy.stage must be 1 for parameters of 16 bits on several nodes; got 2 with "
-            f"{dtype}. Leave it out: stage 1 works."
         )
     if has_master(dtype) and not job.widens_grads:
         return HyperparamsError(

@@ -29,6 +29,7 @@ from shardopt.errors import (
     RankFailureError,
     ShardoptError,
 )
+from shardopt.layout.dtypes import wire_of
 from shardopt.layout.footprint import MemoryReport, plan_memory
 from shardopt.layout.partition import Partition
 from shardopt.layout.ring import plan_ring
@@ -229,6 +230,7 @@ class Optimizer(Generic[P]):
         self._enter_queue()
         self.averaging.end()
         parts.overlap.grads_zeroed()
+        parts.prefetch.grads_zeroed()
         if self.groups.are_edited():
             parts.registry.zero_pending(set_to_none=set_to_none)
         parts.grads.zero(set_to_none=set_to_none)
@@ -378,7 +380,7 @@ class Optimizer(Generic[P]):
         parts = self.parts
         return plan_memory(
             self.partition,
-            parts.policy.wire_dtype,
+            wire_of(parts.policy),
             [binding.is_live for binding in parts.registry.bindings],
             needs_norm=parts.clipping.needs_norm,
             placement=parts.residence.placement,

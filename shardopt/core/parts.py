@@ -19,11 +19,12 @@ from shardopt.comm.waiting import deadline
 from shardopt.core.clipping import Clipping
 from shardopt.core.tracing import Tracing, agree_on_trace, start_trace
 from shardopt.errors import RankFailureError
+from shardopt.layout.dtypes import wire_of
 from shardopt.layout.partition import Partition, plan_partition
 from shardopt.layout.ring import ring_bucket_nbytes
 from shardopt.layout.traffic import default_bucket_nbytes
 from shardopt.measure.cores import cores_per_rank
-from shardopt.overlap.backward import BackwardOverlap, Overlap, make_overlap
+from shardopt.overlap.backward import Overlap, make_overlap
 from shardopt.overlap.gradients import make_gradients
 from shardopt.overlap.prefetch import NoPrefetch, Prefetch, make_prefetch
 from shardopt.params.adapter import Adapter
@@ -244,7 +245,7 @@ def _make_sync(
         backend,
         make_copies(topology, memory),
         consensus.collectives,
-        policy.wire_dtype,
+        wire_of(policy),
         trace,
         has_one_row=memory.has_one_row,
         sums_by_node=policy.accumulate == "node",
@@ -302,9 +303,8 @@ def make_parts(
         cohorts = Cohorts(layout, policy.seed)
         sync = _make_sync(consensus, memory, cohorts, policy, trace)
         grads = make_gradients(registry, memory, sync, consensus, policy.ring_nbytes)
-        wanted = policy.overlap and not has_one_row  # which sends in backward by itself
-        overlap = make_overlap(topology, collectives, registry, memory, sync, wanted=wanted)
-        job = replace(job, has_thread=isinstance(overlap, BackwardOverlap))
+        overlap = make_overlap(topology, collectives, registry, memory, sync, policy)
+        job = replace(job, has_thread=overlap.thread is not None)
         refused = refused or why_not_prefetch(policy, job)
         prefetch: Prefetch = NoPrefetch()
         if refused is None:

@@ -24,7 +24,7 @@ from shardopt.core.shared_params import SharedParams
 from shardopt.core.state_moves import StateMoves
 from shardopt.core.state_view import StateView
 from shardopt.errors import SharedMemoryError
-from shardopt.layout.dtypes import wire_dtype_of
+from shardopt.layout.dtypes import wire_dtype_of, wire_of
 from shardopt.layout.footprint import plan_node_need
 from shardopt.layout.span import Span
 from shardopt.params.binding import Binding
@@ -126,7 +126,7 @@ class Regrouping:
         several = num_nodes > 1
         specs = [planned.partition.params[index].spec for index in planned.added]
         for dtype, form in {(spec.dtype, spec.form) for spec in specs}:
-            wire = wire_dtype_of(dtype, node_size, parts.policy.wire_dtype) if several else None
+            wire = wire_dtype_of(dtype, node_size, wire_of(parts.policy)) if several else None
             if (refused := why_not_dtype(parts.policy, parts.job, dtype)) is not None:
                 raise refused
             parts.backend.kernel.prepare(dtype, wire, num_nodes, form)

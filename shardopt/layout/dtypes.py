@@ -12,6 +12,8 @@ the rounded master: then the master follows it. So initial values, loaded weight
 import ml_dtypes  # registers bfloat16 with NumPy
 import numpy as np
 
+from shardopt.policy import ShardPolicy
+
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -31,14 +33,31 @@ def is_floating(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype == _BFLOAT16
 
 
+COMPUTE_DTYPE = "compute_dtype"
+"""The wire dtype that stands for the ``compute_dtype`` of the parameters, whatever that is."""
+
+
+def wire_of(policy: ShardPolicy) -> str | None:
+    """Return the wire dtype of a policy's sums, for ``wire_dtype_of``.
+
+    Args:
+        policy: As it was given. If a node sums several backwards, those of a single rank are more
+            than its gradients hold.
+    """
+    sums_by_node = policy.accumulate == "node"
+    return policy.wire_dtype or (COMPUTE_DTYPE if sums_by_node else None)
+
+
 def wire_dtype_of(dtype: str, node_size: int, wire_dtype: str | None) -> str:
     """Return the dtype in which gradients, summed over a node, are sent to other nodes.
 
     Args:
         dtype: Of the parameters.
         node_size: Ranks on a node: a single rank's gradients are the sum.
-        wire_dtype: As in ``ShardPolicy``; None loses no bit.
+        wire_dtype: As ``wire_of`` returns it; neither None nor ``COMPUTE_DTYPE`` loses a bit.
     """
+    if wire_dtype == COMPUTE_DTYPE:
+        return compute_dtype(dtype)
     if wire_dtype is not None:
         return wire_dtype
     return dtype if node_size == 1 else compute_dtype(dtype)

@@ -109,7 +109,7 @@ def plan_memory(
 
     Args:
         partition: The layout.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         trained: Whether each parameter is trained; others need neither gradients nor state. None
             if all are.
         needs_norm: Whether steps measure the norm of the gradient before the update, as they do

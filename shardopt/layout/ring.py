@@ -49,7 +49,7 @@ def num_ring_staging_buffers(partition: Partition, wire_dtype: str | None) -> in
 
     Args:
         partition: The layout, of several nodes.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
     """
     sizes = [region.numel * np.dtype(region.dtype).itemsize for region in partition.regions]
     most_nbytes = max(_LEAST_STAGING_NBYTES, int(_SHARE * sum(sizes)))

@@ -83,7 +83,7 @@ def lane_parts(
     Args:
         partition: The layout.
         node_rank: The lane.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         first: The bucket to begin with.
     """
     for bucket in partition.buckets[first:]:
@@ -125,7 +125,7 @@ def plan_traffic(
         partition: The layout.
         node: The rank's node.
         node_rank: The rank's lane.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
     """
     nbytes = messages = 0
     others = partition.num_nodes - 1
@@ -154,7 +154,7 @@ def plan_staging_buffer(
         partition: The layout.
         node: The rank's node.
         node_rank: The rank's lane.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         from_device: Whether gradients are on a device or in a ring, which nothing is sent from.
     """
     send = receive = 0
@@ -175,7 +175,7 @@ def staging_node_nbytes(
 
     Args:
         partition: The layout, of several nodes.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         from_device: As for ``plan_staging_buffer``.
     """
     last = partition.num_nodes - 1

@@ -14,6 +14,7 @@ from shardopt.layout.partition import Partition
 from shardopt.overlap.progress import ProgressThread
 from shardopt.overlap.readiness import Readiness
 from shardopt.params.registry import Registry
+from shardopt.policy import ShardPolicy
 from shardopt.store.memory import Memory
 from shardopt.transport.sync import BucketSync
 
@@ -21,7 +22,13 @@ _MAX_BACKOFF = 64
 
 
 class Overlap(Protocol):
-    """Communication that runs beside backward, as a step sees it."""
+    """Communication that runs beside backward, as a step sees it.
+
+    Attributes:
+        thread: Sends beside what this rank computes; None if nothing does.
+    """
+
+    thread: ProgressThread | None
 
     def grads_zeroed(self) -> None:
         """Note that all gradients are about to be zeroed."""
@@ -62,7 +69,9 @@ class Overlap(Protocol):
 
 
 class NoOverlap:
-    """All communication happens in ``step``; see ``Overlap``."""
+    """No thread sends: communication is that of ``step``, and of hooks; see ``Overlap``."""
+
+    thread: ProgressThread | None = None
 
     def grads_zeroed(self) -> None:
         """See ``Overlap.grads_zeroed``."""
@@ -83,6 +92,38 @@ class NoOverlap:
 
     def free(self) -> None:
         """See ``Overlap.free``."""
+
+
+class ParamsOverlap(NoOverlap):
+    """A thread that sends parameters, while backward exchanges gradients itself; see ``Overlap``.
+
+    Collective over the node: construction.
+
+    Args:
+        memory: Of the node.
+        sync: Sends parameters.
+    """
+
+    def __init__(self, memory: Memory, sync: BucketSync) -> None:
+        self._thread = ProgressThread(memory, sync, sends_grads=False)
+        self.thread = self._thread
+
+    def hold(self) -> int:
+        """See ``Overlap.hold``."""
+        self._thread.hold()
+        return 0
+
+    def settle(self, step: int) -> None:
+        """See ``Overlap.settle``."""
+        self._thread.retract()
+
+    def start_step(self, step: int, *, was_changed: bool = False) -> None:
+        """See ``Overlap.start_step``."""
+        self._thread.collect(step)
+
+    def free(self) -> None:
+        """See ``Overlap.free``."""
+        self._thread.free()
 
 
 class BackwardOverlap:
@@ -113,7 +154,6 @@ class BackwardOverlap:
 
     Attributes:
         thread: Sends them.
-        reached: The parameters that backward has reached, by id, for others to clear.
     """
 
     def __init__(
@@ -124,8 +164,8 @@ class BackwardOverlap:
         memory: Memory,
         sync: BucketSync,
     ) -> None:
-        self.thread = ProgressThread(memory, sync)
-        self.reached: set[int] = set()
+        self._thread = ProgressThread(memory, sync)
+        self.thread: ProgressThread | None = self._thread
         self._pid = os.getpid()
         self._collectives = collectives
         self._registry = registry
@@ -149,10 +189,7 @@ class BackwardOverlap:
         if not mpi_is_usable(self._pid):
             return
         index = self._registry.index_of(param)
-        if index is None:
-            return
-        self.reached.add(id(param))
-        if not self._readiness.knows(index):
+        if index is None or not self._readiness.knows(index):
             return
         num_expected = self._readiness.count(index)
         if num_expected < 0:
@@ -170,14 +207,13 @@ class BackwardOverlap:
 
     def grads_zeroed(self) -> None:
         """See ``Overlap.grads_zeroed``."""
-        self.reached.clear()
         if self._readiness.is_counting:
             self._halted = True
-            self._changed |= (1 << self.thread.num_announced) - 1
+            self._changed |= (1 << self._thread.num_announced) - 1
 
     def _announce(self) -> None:
         """Announce the buckets that have become ready."""
-        start = self.thread.num_announced
+        start = self._thread.num_announced
         stop = self._readiness.num_ready(start)
         if stop == start:
             return
@@ -185,15 +221,15 @@ class BackwardOverlap:
             for index in self._readiness.unused_in(bucket):
                 self._version[index] = self._registry.bindings[index].grad_version()
         self._memory.publish()
-        self.thread.announce(stop)
+        self._thread.announce(stop)
 
     # -- around a step -----------------------------------------------------------------------------
 
     def hold(self) -> int:
         """See ``Overlap.hold``."""
-        self.thread.hold()
+        self._thread.hold()
         self._halted = True
-        for index in self._readiness.params_before(self.thread.num_announced):
+        for index in self._readiness.params_before(self._thread.num_announced):
             if not self._is_as_announced(index):
                 self._mark_changed(index)
         return self._changed
@@ -206,7 +242,7 @@ class BackwardOverlap:
 
     def settle(self, step: int) -> None:
         """See ``Overlap.settle``."""
-        self.thread.retract()
+        self._thread.retract()
         if self.sent_by_any(step):
             self._sync.square_sums(0)  # of nothing
 
@@ -223,11 +259,11 @@ class BackwardOverlap:
         self._readiness.start_step()
         self._version = [None] * len(self._registry.bindings)
         self._changed, self._halted = 0, False
-        self.thread.collect(step)
+        self._thread.collect(step)
 
     def free(self) -> None:
         """See ``Overlap.free``."""
-        self.thread.free()
+        self._thread.free()
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -239,7 +275,7 @@ class BackwardOverlap:
         return binding.holds_grad() or not (binding.has_grad() or binding.grad.any())
 
     def _mark_changed(self, index: int) -> None:
-        self._changed |= self._readiness.mask_of(index, self.thread.num_announced)
+        self._changed |= self._readiness.mask_of(index, self._thread.num_announced)
 
     def _lay_out(self, partition: Partition) -> None:
         known = self._partition.params if self._partition is not None else ()
@@ -259,10 +295,11 @@ def make_overlap(
     registry: Registry[Any],
     memory: Memory,
     sync: BucketSync,
-    *,
-    wanted: bool,
+    policy: ShardPolicy,
 ) -> Overlap:
     """Set up overlap if there are other nodes and all ranks can have it.
+
+    In stage 2 backward exchanges gradients by itself, and parameters may need a thread.
 
     Collective: every rank.
 
@@ -272,16 +309,19 @@ def make_overlap(
         registry: This rank's parameters.
         memory: Their memory.
         sync: Sends gradients.
-        wanted: As in ``ShardPolicy.overlap``.
+        policy: How to shard.
     """
     if topology.num_nodes == 1:
         return NoOverlap()
     adapter = registry.adapter
+    wanted = policy.prefetch_params if memory.has_one_row else policy.overlap
     is_possible = wanted and memory.residence.is_home and adapter.reports_grads
     is_possible = is_possible and MPI.Query_thread() >= MPI.THREAD_MULTIPLE
     mine = np.array([int(is_possible)])
     if not collectives.allreduce(mine, MPI.MIN, 0, CONSTRUCTION)[0]:
         return NoOverlap()
+    if memory.has_one_row:
+        return ParamsOverlap(memory, sync)
     overlap = BackwardOverlap(topology, collectives, registry, memory, sync)
     adapter.on_grad_ready(overlap.on_grad_ready)
     return overlap

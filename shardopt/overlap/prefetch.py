@@ -13,7 +13,8 @@ from shardopt.comm.node_memory.linux import PAGE_NBYTES
 from shardopt.comm.waiting import wait_briefly
 from shardopt.errors import CallOrderError, HyperparamsError, RankFailureError
 from shardopt.layout.span import Span
-from shardopt.overlap.backward import BackwardOverlap, Overlap
+from shardopt.overlap.backward import Overlap
+from shardopt.overlap.progress import ProgressThread
 from shardopt.params.inputs import mask_of
 from shardopt.params.registry import Registry
 from shardopt.policy import ShardPolicy
@@ -56,6 +57,10 @@ class Prefetch(Protocol):
         """
         ...
 
+    def grads_zeroed(self) -> None:
+        """Note that all gradients are about to be zeroed."""
+        ...
+
     def order_digest(self) -> int:
         """Return a digest of the order in which the last forward has needed buckets."""
         ...
@@ -93,6 +98,9 @@ class NoPrefetch:
     def require_read(self) -> None:
         """See ``Prefetch.require_read``."""
 
+    def grads_zeroed(self) -> None:
+        """See ``Prefetch.grads_zeroed``."""
+
     def order_digest(self) -> int:
         """See ``Prefetch.order_digest``."""
         return NO_ORDER
@@ -118,6 +126,10 @@ class ForwardPrefetch:
     other ranks but their progress threads, so ranks may wait in any order or not at all. All calls
     of ours that look at parameters wait for the whole, the next step first of all.
 
+    In stage 2 hooks of the next backward exchange gradients beside the thread, which may still send
+    parameters that no forward has needed. Both share the transport alone, where tags tell their
+    messages apart. Once all parameters have arrived the thread does nothing until the next step.
+
     Nobody sees who else reads a parameter: ``wait_params`` is for such readers. A gradient that
     backward has made for a parameter none of whose modules was called gives one away, and the step
     raises. A write to a parameter on its way would copy the page, whose other elements may not have
@@ -140,7 +152,7 @@ class ForwardPrefetch:
         registry: This rank's parameters.
         memory: Their memory.
         sync: Sends them.
-        overlap: Has the thread, and knows what backward has reached.
+        thread: Keeps them moving.
         policy: Has the longest wait.
     """
 
@@ -150,11 +162,10 @@ class ForwardPrefetch:
         registry: Registry[Any],
         memory: Memory,
         sync: BucketSync,
-        overlap: BackwardOverlap,
+        thread: ProgressThread,
         policy: ShardPolicy,
     ) -> None:
-        self._thread = overlap.thread
-        self._overlap = overlap
+        self._thread = thread
         self._collectives = collectives
         self._registry = registry
         self._memory = memory
@@ -167,6 +178,7 @@ class ForwardPrefetch:
         self._needed: dict[int, None] = {}  # buckets in the order of this forward
         self._called: set[int] = set()  # modules in this forward, by id of their parameters
         self._read: set[int] = set()  # their parameters, by id
+        self._reached: set[int] = set()  # the parameters that backward has reached, by id
         self._places: dict[int, int] = {}  # of the buckets that nobody has waited for
         self._num_here = 0  # buckets that have arrived in all lanes
 
@@ -210,9 +222,17 @@ class ForwardPrefetch:
         """Whether numbers of buckets mean what they have meant in this rank's last forward."""
         return self._partition is self._registry.partition
 
+    def reach(self, param: Any) -> None:
+        """Note that backward has computed a gradient of a parameter."""
+        self._reached.add(id(param))
+
+    def grads_zeroed(self) -> None:
+        """See ``Prefetch.grads_zeroed``."""
+        self._reached.clear()
+
     def require_read(self) -> None:
         """See ``Prefetch.require_read``."""
-        if unseen := self._overlap.reached - self._read:
+        if unseen := self._reached - self._read:
             names = [b.name for b in self._registry.bindings if id(b.param) in unseen]
             raise HyperparamsError(
                 f"policy.prefetch_params must be False if parameters are read without a call of "
@@ -256,7 +276,7 @@ class ForwardPrefetch:
         self._needed.clear()
         self._called.clear()
         self._read.clear()
-        self._overlap.reached.clear()
+        self._reached.clear()
 
     def finish_copies(self) -> None:
         """See ``Prefetch.finish_copies``."""
@@ -371,8 +391,8 @@ def make_prefetch(
         policy: How to shard; it can be had.
     """
     has_others = collectives.topology.num_nodes > 1
-    if policy.prefetch_params and has_others and isinstance(overlap, BackwardOverlap):
-        prefetch = ForwardPrefetch(collectives, registry, memory, sync, overlap, policy)
+    if policy.prefetch_params and has_others and overlap.thread is not None:
+        prefetch = ForwardPrefetch(collectives, registry, memory, sync, overlap.thread, policy)
         registry.adapter.on_params_needed(prefetch)
         return prefetch
     return NoPrefetch()

@@ -37,13 +37,16 @@ class State(enum.Enum):
 class ProgressThread:
     """Starts the buckets that all ranks of the node have announced, and keeps them moving.
 
-    It keeps parameters moving as well that ``BucketSync.publish_later`` has left to it.
+    It keeps parameters moving as well that ``BucketSync.publish_later`` has left to it; once all of
+    them are complete it leaves the all-gather to others.
 
     Collective over the node: construction and ``free``.
 
     Args:
         memory: Where gradients are read from.
         sync: Sends them.
+        sends_grads: Whether it sends gradients at all. If not, it leaves the reduction to others,
+            who may use it at any time.
 
     Attributes:
         num_announced: Buckets that are ready on this rank, without a gap.
@@ -51,13 +54,15 @@ class ProgressThread:
         error: The exception that ended the thread's work, or None; ``hold`` raises it.
     """
 
-    def __init__(self, memory: Memory, sync: BucketSync) -> None:
+    def __init__(self, memory: Memory, sync: BucketSync, *, sends_grads: bool = True) -> None:
         self.num_announced = 0
         self.state = State.HELD
         self.error: Exception | None = None
         self._memory = memory
         self._sync = sync
+        self._sends_grads = sends_grads
         self._flags = NodeFlags(memory.arena, 2)
+        self._num_left = 0  # buckets of parameters
         self._num_sent = 0  # how often parameters have been sent; step numbers may come again
         self._step = 0
         self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
@@ -68,7 +73,8 @@ class ProgressThread:
         )
         self._thread.start()
         ending = self._ended, self._wake, self._thread
-        self._exit = ExitHook(self, _end, *ending, sync, self._flags)
+        reduction = sync.reduction if sends_grads else None
+        self._exit = ExitHook(self, _end, *ending, sync, reduction, self._flags)
 
     def announce(self, num_buckets: int) -> None:
         """Announce to the node that the first ``num_buckets`` buckets are ready on this rank.
@@ -116,6 +122,7 @@ class ProgressThread:
         """Send the parameters that a step has updated from now on; see ``publish_later``."""
         self._num_sent += 1
         self._sync.publish_later(plans)
+        self._num_left = self._sync.advance_params()
         self._show(_PARAMS, self._num_sent, self._sync.num_published)
 
     def num_landed(self) -> list[int]:
@@ -164,18 +171,31 @@ class ProgressThread:
 
     def work(self) -> bool:
         """Make progress without waiting; return whether there will be more to do."""
-        reduction, num_left = self._sync.reduction, 0
+        has_more = False
         try:
             with self._sync.translate_mpi_errors():
-                num_published = self._sync.num_published
-                num_left = self._sync.advance_params()
-                if self._sync.num_published != num_published:
-                    self._show(_PARAMS, self._num_sent, self._sync.num_published)
-                reduction.advance(self.num_ready())
+                self._advance_params()
+                has_more = self._sends_grads and self._advance_grads()
         except Exception as error:  # for the next step to raise
             self.error = error
-        more = reduction.num_started < self.num_announced or not reduction.is_idle
-        return (more or num_left > 0) and self.error is None
+        return (has_more or self._num_left > 0) and self.error is None
+
+    def _advance_params(self) -> None:
+        """Make progress with parameters, and show it.
+
+        Whoever sees that all are complete may use the all-gather: nothing is done with it then.
+        """
+        if self._num_left:
+            num_published = self._sync.num_published
+            self._num_left = self._sync.advance_params()
+            if self._sync.num_published != num_published:
+                self._show(_PARAMS, self._num_sent, self._sync.num_published)
+
+    def _advance_grads(self) -> bool:
+        """Make progress with gradients; return whether there will be more to do."""
+        reduction = self._sync.reduction
+        reduction.advance(self.num_ready())
+        return reduction.num_started < self.num_announced or not reduction.is_idle
 
 
 def _run(
@@ -205,6 +225,7 @@ def _end(
     wake: threading.Event,
     thread: threading.Thread,
     sync: BucketSync,
+    reduction: Reduction | None,
     flags: NodeFlags,
 ) -> None:
     """End the thread before MPI ends; others may still wait for messages in transit."""
@@ -221,7 +242,7 @@ def _end(
                 flags.mine[_PARAMS] += num_new
                 flags.publish()
             flags.acquire()
-            is_quiet = sync.reduction.is_quiet() and not num_left
+            is_quiet = (reduction is None or reduction.is_quiet()) and not num_left
             all_are_here = bool((flags.all[:, _PARAMS] >= flags.mine[_PARAMS]).all())
             if (is_quiet and all_are_here) or time.monotonic() > stop:
                 return

@@ -28,13 +28,13 @@ class UpdateRing(GradRing):
     [Note: updated in backward]
     A weight may be written once nobody reads it any more. All ranks of a node have the same bytes,
     so it is written when *all* of them have its gradient; those of other nodes hand over theirs for
-    the same sum. Autograd hands a gradient over when all
-    uses of the parameter have gone backward, and each use reads the weight before that, or in the
-    same node of the graph; what checkpoints of activations compute again comes before, too. What
-    reads it later has kept the weight without asking for its gradient (``weight.detach()``), or
-    goes backward for the second time. So the weight's version is raised when its gradient arrives,
-    as by a write: autograd refuses to use what it has saved of it. Users must not read weights
-    themselves between backward and step, such as for a forward: nobody would notice.
+    the same sum. Autograd hands a gradient over when all uses of the parameter have gone backward,
+    and each use reads the weight before that, or in the same node of the graph; what checkpoints of
+    activations compute again comes before, too. What reads it later has kept the weight without
+    asking for its gradient (``weight.detach()``), or goes backward for the second time. So the
+    weight's version is raised when its gradient arrives, as by a write: autograd refuses to use
+    what it has saved of it. Users must not read weights themselves between backward and step, such
+    as for a forward: nobody would notice.
 
     A gradient is used once. So it must be known that it is whole: that no rank has another part of
     it. With each position a rank announces for each parameter of the bucket whether its gradient is

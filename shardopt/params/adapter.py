@@ -13,7 +13,7 @@ P = TypeVar("P", contravariant=True)
 
 
 class ParamsListener(Protocol):
-    """Waits for parameters that are about to be read."""
+    """Waits for parameters that are about to be read, and knows which have got gradients."""
 
     def need(self, params: Sequence[Any]) -> None:
         """Wait for the parameters of a module, which are always given in the same sequence."""
@@ -21,6 +21,10 @@ class ParamsListener(Protocol):
 
     def finish(self) -> None:
         """Wait for all parameters."""
+        ...
+
+    def reach(self, param: Any) -> None:
+        """Note that backward has computed a gradient of a parameter."""
         ...
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from shardopt.combinations import checks_finite
+from shardopt.layout.dtypes import wire_of
 from shardopt.layout.footprint import MemoryReport, Placement, plan_memory
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
 from shardopt.layout.ring import num_ring_staging_buffers, plan_ring, ring_bucket_nbytes
@@ -208,7 +209,7 @@ def memory_of(partition: Partition, layout: Layout, model: Model | None = None) 
     policy = layout.policy
     return plan_memory(
         partition,
-        policy.wire_dtype,
+        wire_of(policy),
         None if model is None else model.trained,
         needs_norm=layout.needs_norm(region.dtype for region in partition.regions),
         placement=layout.placement,
@@ -309,7 +310,7 @@ def _extreme_traffic(partition: Partition, layout: Layout) -> list[list[Traffic]
     """
     nodes, lanes = {0, layout.num_nodes - 1}, range(layout.node_size)
     return [
-        [plan_traffic(partition, node, lane, layout.policy.wire_dtype) for lane in lanes]
+        [plan_traffic(partition, node, lane, wire_of(layout.policy)) for lane in lanes]
         for node in sorted(nodes)
     ]
 
@@ -322,7 +323,7 @@ def lay_out(specs: Sequence[ParamSpec], layout: Layout) -> Partition:
 def _num_staging(partition: Partition, policy: ShardPolicy) -> int:
     if policy.stage == 1 or partition.num_nodes == 1:
         return NUM_STAGING_BUFFERS
-    return num_ring_staging_buffers(partition, policy.wire_dtype)
+    return num_ring_staging_buffers(partition, wire_of(policy))
 
 
 def _of_lone_ranks(

@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from shardopt.layout.dtypes import compute_dtype
+from shardopt.layout.dtypes import compute_dtype, wire_of
 from shardopt.layout.footprint import Placement
 from shardopt.layout.partition import ParamSpec, Partition, plan_partition
 from shardopt.layout.state_spec import StateForm, StateSpec
@@ -92,7 +92,7 @@ def plan_work(
         nbytes = numel * np.dtype(dtype).itemsize
         alone = plan_partition([spec], partition.num_nodes, partition.node_size, nbytes)
         lanes = range(partition.node_size)
-        parts = [part for lane in lanes for part in lane_parts(alone, lane, sharding.wire_dtype)]
+        parts = [part for lane in lanes for part in lane_parts(alone, lane, wire_of(sharding))]
         return _work_of(parts, spec.state, partition, placement, sharding)
 
     found = []

@@ -289,6 +289,8 @@ class _TorchAdapter(Adapter[Tensor]):
         return record
 
     def _accumulated(self, param: Tensor) -> None:
+        if self._forward_hooks is not None:
+            self._forward_hooks.reach(param)
         if self._on_backward is not None:
             self._on_backward()
         record, grad = self._records[param], param.grad

@@ -273,6 +273,8 @@ class _AveragingAdapter(_TorchAdapter):
             self._on_end()
 
     def _accumulated(self, param: Tensor) -> None:
+        if self._forward_hooks is not None:
+            self._forward_hooks.reach(param)
         if self._deferred:
             self._hand_over_deferred()
         hooks: Any = param._post_accumulate_grad_hooks

@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import Module, MultiheadAttention, Parameter, TransformerEncoderLayer
 
@@ -69,6 +70,7 @@ class ForwardHooks:
     def __init__(self, model: Module) -> None:
         self._modules = list(unwrap(model).modules())
         self._handles: list[Any] = []
+        self._listener: weakref.ref[ParamsListener] | None = None
 
     def attach(self, listener: ParamsListener | None) -> None:
         """Have the hooks tell a listener, or remove them."""
@@ -77,9 +79,15 @@ class ForwardHooks:
         self._handles.clear()
         for module in self._modules:
             vars(module).pop(_COPY_HOOK, None)
+        self._listener = None if listener is None else weakref.ref(listener)
         if listener is not None:
             for module in self._modules:
                 self._attach(module, weakref.ref(listener))
+
+    def reach(self, param: Tensor) -> None:
+        """Tell the listener, if there is one, that backward has computed a gradient."""
+        if self._listener is not None and (listener := self._listener()) is not None:
+            listener.reach(param)
 
     def _attach(self, module: Module, listener: weakref.ref[ParamsListener]) -> None:
         whole = _WaitForAll(listener)

@@ -38,7 +38,7 @@ def make_sync(
         backend: Computes.
         copies: To and from the devices of this node.
         collectives: For waits.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         trace: Shows buckets on their way.
         has_one_row: See ``Memory``.
         sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.

@@ -27,8 +27,8 @@ class Transport(Protocol):
     The sums of a bucket go from each rank of a lane straight to the owners of its shards, and
     updated shards from their owner to all others. So each rank sends (M-1)/M of its lane part each
     way, which is the least possible, and every rank knows at any time whom it waits for. Messages
-    between two ranks are posted in the same order on both sides, that of buckets, and a transport
-    keeps it.
+    of one tag between two ranks are posted in the same order on both sides, and a transport keeps
+    it. One thread may post messages of one tag while another posts those of another.
 
     Arrays are contiguous and hold whole chunks of ``CHUNK_NUMEL`` elements; of empty shards nothing
     is sent or received, so nobody posts them. A rank that has only zeros for a shard that is not

@@ -86,7 +86,7 @@ def plan_buckets(
         partition: The layout.
         buffers: Of each region.
         node_rank: The lane.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         first: The bucket to begin with, the first one of a region.
     """
     shards: dict[int, Iterator[Shard]] = {}

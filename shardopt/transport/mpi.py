@@ -1,5 +1,6 @@
 """The transport over MPI."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ class MpiTransport:
     """Sends whole chunks within a lane; see ``Transport``.
 
     Optimizers share the lane's communicator, and their progress threads send in any order, so that
-    tags tell their messages apart.
+    tags tell their messages apart. A thread may post parameters while another posts gradients.
 
     Args:
         topology: The ranks.
@@ -62,6 +63,7 @@ class MpiTransport:
         self.others = [(self.node + i) % topology.num_nodes for i in range(1, topology.num_nodes)]
         self._comm = topology.lane_comm
         self._first_tag = _first_tag(number)
+        self._lock = threading.Lock()  # of what follows
         self._chunks: dict[int, MPI.Datatype] = {}
         self.sent = Traffic(0, 0)
 
@@ -71,7 +73,8 @@ class MpiTransport:
 
     def post_send(self, array: Array, node: int, tag: int) -> MpiMessage:
         """See ``Transport.post_send``."""
-        self.sent = Traffic(self.sent.nbytes + array.nbytes, self.sent.messages + 1)
+        with self._lock:
+            self.sent = Traffic(self.sent.nbytes + array.nbytes, self.sent.messages + 1)
         return MpiMessage(self._comm.Isend(self._buffer(array), node, self._first_tag + tag))
 
     def post_receive(self, array: Array, node: int, tag: int) -> MpiMessage:
@@ -104,8 +107,9 @@ class MpiTransport:
     def _buffer(self, array: Array) -> Any:
         """Count in chunks: a count of bytes would not fit into 31 bits for a large bucket."""
         nbytes = CHUNK_NUMEL * array.itemsize
-        if nbytes not in self._chunks:
-            self._chunks[nbytes] = MPI.BYTE.Create_contiguous(nbytes).Commit()
+        with self._lock:
+            if nbytes not in self._chunks:
+                self._chunks[nbytes] = MPI.BYTE.Create_contiguous(nbytes).Commit()
         return [array.view(np.uint8), array.nbytes // nbytes, self._chunks[nbytes]]
 
 

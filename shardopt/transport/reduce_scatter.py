@@ -68,7 +68,7 @@ class ReduceScatter:
         transport: To the other nodes.
         backend: Adds up.
         place: The node and node rank of this rank.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         trace: Shows buckets on their way, and the sums.
     """
 

@@ -20,7 +20,7 @@ _GRADS = 1  # tag
 
 
 @dataclass
-class _InTransit:
+class InTransit:
     """A bucket whose sums are on their way.
 
     Attributes:
@@ -54,8 +54,8 @@ class RingExchange(RingReduction):
     all that a node keeps of gradients: ``4/M`` bytes for a float32 parameter and M nodes. The ranks
     of a lane go through the same positions in the same order, and each position is one exchange, so
     that nothing has to be agreed on while backward runs. A node on which no rank has gradients for
-    a position sends no elements in the place of zeros. There is no thread: messages make progress
-    in the hooks of backward, and in all waits of a step.
+    a position sends no elements in the place of zeros. No thread moves them: messages make
+    progress in the hooks of backward, and in all waits of a step.
 
     If all staging buffers are in use, as other nodes are behind or the link is slow, the ring fills
     up, and what happens is what happens on one node whose ranks are behind: see
@@ -65,7 +65,7 @@ class RingExchange(RingReduction):
         transport: To the other nodes.
         backend: Adds up.
         place: The node and node rank of this rank.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         trace: Shows buckets on their way, and the sums.
     """
 
@@ -82,8 +82,8 @@ class RingExchange(RingReduction):
         super().__init__(backend, place[1], trace)
         self._transport, self._place, self._wire_dtype = transport, place, wire_dtype
         self._free: list[StagingBuffer] = []
-        self._coming: deque[_InTransit | _Forget] = deque()  # in the order of positions
-        self._leaving: list[_InTransit] = []
+        self._coming: deque[InTransit | _Forget] = deque()  # in the order of positions
+        self._leaving: list[InTransit] = []
         self._active: set[int] = set()
 
     def extend(self, partition: Partition, buffers: Sequence[ShardBuffers]) -> None:
@@ -141,7 +141,7 @@ class RingExchange(RingReduction):
         ]
         flight = self._trace.flight("reduce_scatter", plan)
         transfer = Transfer([], receives)
-        started = _InTransit(plan, staging, rows is not None, receives, transfer, flight)
+        started = InTransit(plan, staging, rows is not None, receives, transfer, flight)
         self._coming.append(started)
         with self._trace.span("sum", plan):
             for node in transport.others:
@@ -231,9 +231,9 @@ class RingExchange(RingReduction):
                 return each.plan.bucket, nodes
         return 0, []
 
-    def _on_their_way(self) -> list[_InTransit]:
+    def _on_their_way(self) -> list[InTransit]:
         """Return all buckets that are coming or leaving."""
-        return [each for each in (*self._coming, *self._leaving) if isinstance(each, _InTransit)]
+        return [each for each in (*self._coming, *self._leaving) if isinstance(each, InTransit)]
 
     def _sum(self, plan: BucketPlan, rows: Rows | None, shard: Span, out: FloatArray) -> FloatArray:
         """Sum a shard over this node's ranks; return the sum, or nothing if there is none."""
@@ -244,16 +244,16 @@ class RingExchange(RingReduction):
         self._backend.kernel.reduce(rows, out, span, None)
         return out
 
-    def _may_add(self, first: _InTransit) -> bool:
+    def _may_add(self, first: InTransit) -> bool:
         """Whether everything is there to add up the first bucket that is coming."""
         return first.transfer.has_arrived()
 
-    def _add(self, arrived: _InTransit) -> None:
+    def _add(self, arrived: InTransit) -> None:
         """Average what the nodes have sent, in the order of nodes, and add that to the shard."""
         if partials := self._partials(arrived):
             self._average(arrived.plan, Rows.of(*partials), 0)
 
-    def _partials(self, arrived: _InTransit) -> list[FloatArray]:
+    def _partials(self, arrived: InTransit) -> list[FloatArray]:
         """Return what the nodes have sent for this rank's shard; nothing if all of it is zero."""
         plan = arrived.plan
         empty = [node for node, message in arrived.receives if message.is_empty]

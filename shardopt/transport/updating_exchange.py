@@ -15,7 +15,7 @@ from shardopt.trace import OFF, Trace
 from shardopt.transport.all_gather import AllGather
 from shardopt.transport.base import Transfer
 from shardopt.transport.buckets import BucketPlan
-from shardopt.transport.ring_exchange import RingExchange, _InTransit
+from shardopt.transport.ring_exchange import InTransit, RingExchange
 from shardopt.transport.updating import Updates, UpdatingReduction
 
 
@@ -144,10 +144,10 @@ class UpdatingExchange(RingExchange):
         self._settled.clear()
         self._notes.clear()
 
-    def _may_add(self, first: _InTransit) -> bool:
+    def _may_add(self, first: InTransit) -> bool:
         return bool(self._settled) and super()._may_add(first)
 
-    def _add(self, arrived: _InTransit) -> None:
+    def _add(self, arrived: InTransit) -> None:
         """Update this rank's shard with what the nodes have sent, and send it to them."""
         present, plan = self._settled.popleft(), arrived.plan
         if not present:

@@ -12,7 +12,10 @@ import pytest
 
 from shardopt import ShardPolicy
 from shardopt.checkpoint import load, save
+from shardopt.comm.waiting import wait_briefly
 from shardopt.errors import CallOrderError, HyperparamsError
+from shardopt.overlap.ring import advance_all
+from shardopt.transport import all_gather
 from tests.support.frameworks import require
 from tests.support.nodes import several_nodes
 from tests.support.on_the_way import Guard
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 WIDTH, WIDE = 64, 256
 BUCKET_NBYTES = 20_000  # less than a layer
+STAGES = pytest.mark.parametrize("stage", [1, 2])
 
 
 class Model(nn.Module):
@@ -99,36 +103,118 @@ def train_alone(job):
     job.train(0, 1, 2)
 
 
-def accumulate_and_evaluate(job):
-    for step in range(3):
+def accumulate(job, steps=range(3)):
+    for step in steps:
         job.opt.zero_grad()
         for part in range(2):
             job.backward(10 * step + part)
         job.opt.step()
+
+
+def accumulate_and_evaluate(job):
+    for step in range(3):
+        accumulate(job, [step])
         with torch.no_grad():
             job.model.eval()(job.tokens(step))
         job.model.train()
 
 
 BFLOAT16 = {"dtype": torch.bfloat16, "policy": {"wire_dtype": "bfloat16"}}
+EIGHT_BITS = {"policy": {"optim_bits": 8}, "max_grad_norm": 0.1, "kind": AdamW}
 WAYS = [
     (train_alone, {}),
     (train_alone, BFLOAT16),
-    (train_alone, {"policy": {"optim_bits": 8}, "max_grad_norm": 0.1, "kind": AdamW}),
+    (train_alone, EIGHT_BITS),
     (accumulate_and_evaluate, {}),
 ]
+
+
+def with_stage(settings, stage, **policy):
+    """Settings of a job with more of its policy."""
+    more = {"stage": stage, **({} if stage == 1 else policy)}
+    return {**settings, "policy": {**settings.get("policy", {}), **more}}
+
+
+def sent_and_bits(comm, share, run, settings, *, prefetch):
+    job = Job(comm, share, prefetch=prefetch, **copy.deepcopy(settings))
+    run(job)
+    if prefetch:
+        assert job.prefetch._places  # what nobody has needed, at least
+    return job.opt.last_step.sent_nbytes, job.finish()
 
 
 @pytest.mark.parametrize(("run", "settings"), WAYS)
 def test_the_bits_are_those_without_prefetch(comm, run, settings):
     for share in several_nodes(comm):
+        alone, prefetched = (
+            sent_and_bits(comm, share, run, settings, prefetch=prefetch)
+            for prefetch in (False, True)
+        )
+        assert alone == prefetched
+
+
+@pytest.mark.parametrize("settings", [{}, EIGHT_BITS])
+def test_the_bits_of_stage_two_are_those_of_stage_one(comm, settings):
+    for share in several_nodes(comm):
+        (_, in_rows), alone, prefetched = (
+            sent_and_bits(comm, share, train_alone, with_stage(settings, stage), prefetch=prefetch)
+            for stage, prefetch in ((1, False), (2, False), (2, True))
+        )
+        assert alone == prefetched
+        assert prefetched[1] == in_rows
+
+
+@pytest.mark.parametrize("order", ["exact", "node"])
+@pytest.mark.parametrize("settings", [{}, BFLOAT16])
+def test_several_backwards_have_the_bits_without_prefetch(comm, settings, order):
+    if "dtype" in settings and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch takes gradients of the parameter's dtype only")
+    settings = with_stage(settings, 2, accumulate=order)
+    for share in several_nodes(comm):
+        alone, prefetched = (
+            sent_and_bits(comm, share, accumulate, settings, prefetch=prefetch)
+            for prefetch in (False, True)
+        )
+        assert alone == prefetched
+
+
+def test_gradients_are_exchanged_while_parameters_are_held_up(comm, monkeypatch):
+    """Those that no forward needs wait on all ranks for the end of the next backward."""
+    monkeypatch.setattr(all_gather, "_MAX_IN_TRANSIT", 1)
+    for share in several_nodes(comm):
         results = []
-        for prefetch in (False, True):
-            job = Job(comm, share, prefetch=prefetch, **copy.deepcopy(settings))
-            run(job)
-            if prefetch:
-                assert job.prefetch._places  # what nobody has needed, at least
-            results.append((job.opt.last_step.sent_nbytes, job.finish()))
+        for is_held_up in (False, True):
+            job = Job(comm, share, **with_stage({}, 2))
+            job.train(0, 1)
+            parts = job.opt.core.parts
+            sync, ring, prefetch = parts.sync, parts.grads._ring, job.prefetch
+            num_needed, advance = len(prefetch._order), sync.advance_params
+
+            def advance_a_part(sync=sync, advance=advance, num_needed=num_needed):
+                return advance() if sync.num_published < num_needed else 1
+
+            def are_exchanged(ring=ring, reduction=sync.reduction):
+                advance_all()
+                return ring._summed == ring._base and reduction.is_idle
+
+            job.opt.zero_grad()
+            job.backward(2)
+            if is_held_up:
+                job.opt.wait_params()  # those of the step before
+                sync.advance_params = advance_a_part
+            job.opt.step()
+            job.opt.zero_grad()
+            job.backward(3)
+            if is_held_up:
+                assert wait_briefly(are_exchanged, 20)
+                assert (
+                    prefetch._thread.num_landed() == [num_needed] * job.opt.core.topology.node_size
+                )
+                comm.Barrier()  # all have looked
+                sync.advance_params = advance
+            assert prefetch._places
+            job.opt.step()
+            results.append(job.finish())
         assert results[0] == results[1]
 
 
@@ -155,9 +241,10 @@ ENTRIES = {
 }
 
 
-def test_whatever_looks_at_parameters_waits_for_them(comm, mpi_tmp_path):
-    share = several_nodes(comm)[0]
-    job, other = Job(comm, share), Job(comm, share, prefetch=False)
+@STAGES
+def test_whatever_looks_at_parameters_waits_for_them(comm, mpi_tmp_path, stage):
+    share, settings = several_nodes(comm)[0], with_stage({}, stage)
+    job, other = Job(comm, share, **settings), Job(comm, share, prefetch=False, **settings)
     for number, (name, entry) in enumerate(ENTRIES.items()):
         for each, folder in ((job, mpi_tmp_path / "prefetched"), (other, mpi_tmp_path / "not")):
             each.train(number)
@@ -171,11 +258,12 @@ def test_whatever_looks_at_parameters_waits_for_them(comm, mpi_tmp_path):
     other.opt.close()
 
 
-def test_groups_can_be_added_while_parameters_are_on_their_way(comm):
+@STAGES
+def test_groups_can_be_added_while_parameters_are_on_their_way(comm, stage):
     for share in several_nodes(comm):
         results = []
         for prefetch in (False, True):
-            job = Job(comm, share, prefetch=prefetch)
+            job = Job(comm, share, prefetch=prefetch, **with_stage({}, stage))
             job.train(0, 1)
             late = torch.nn.Parameter(torch.ones(5))
             job.opt.add_param_group({"params": [("late", late)]})
@@ -184,13 +272,16 @@ def test_groups_can_be_added_while_parameters_are_on_their_way(comm):
         assert results[0] == results[1]
 
 
-def test_two_optimizers_for_parts_of_a_model(comm):
+@STAGES
+def test_two_optimizers_for_parts_of_a_model(comm, stage):
     results = []
     for prefetch in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
         share = several_nodes(comm)[0]
-        policy = ShardPolicy(share_node=share, bucket_nbytes=1, prefetch_params=prefetch)
+        policy = ShardPolicy(
+            share_node=share, bucket_nbytes=1, prefetch_params=prefetch, stage=stage
+        )
         opts = [NAdam(part, comm=comm, policy=policy) for part in model]
         if prefetch:
             for opt in opts:
@@ -257,11 +348,12 @@ def test_buckets_are_sent_in_the_order_of_the_last_forward_all_ranks_share(comm)
     opt.close()
 
 
+@STAGES
 @pytest.mark.parametrize("found_by", ["forward", "step"])
-def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(comm, found_by):
+def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(comm, found_by, stage):
     results = []
     for writes in (False, True):
-        (model, opt), x = make_plain(comm), torch.ones(1, WIDE)
+        (model, opt), x = make_plain(comm, stage=stage), torch.ones(1, WIDE)
         for step in range(4):
             opt.zero_grad()
             order = (2, 0, 1, 3) if step == 0 else (2, 0, 1)
@@ -287,13 +379,6 @@ def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(comm, found_
     assert len({*results, *comm.allgather(results[0])}) == 1
 
 
-def test_stage_two_on_several_nodes_is_refused(comm):
-    for share in several_nodes(comm):
-        policy = ShardPolicy(share_node=share, stage=2, prefetch_params=True)
-        with pytest.raises(HyperparamsError, match=r"prefetch_params .* policy.stage=2, which"):
-            NAdam(nn.Linear(WIDTH, WIDTH), comm=comm, policy=policy)
-
-
 class Functional(nn.Module):
     """A layer of which the parameters are used, and that is not called."""
 
@@ -305,9 +390,10 @@ class Functional(nn.Module):
         return nn.functional.linear(x, self.layer.weight)
 
 
-def test_parameters_used_without_their_module_are_refused_before_anything_is_sent(comm):
+@STAGES
+def test_parameters_used_without_their_module_are_refused_before_anything_is_sent(comm, stage):
     model = Functional()
-    policy = ShardPolicy(share_node=several_nodes(comm)[0], prefetch_params=True)
+    policy = ShardPolicy(share_node=several_nodes(comm)[0], prefetch_params=True, stage=stage)
     opt = NAdam(model, comm=comm, policy=policy)
     (model if comm.rank else model.layer)(torch.ones(1, WIDTH)).sum().backward()
     with pytest.raises(HyperparamsError, match=r"got a gradient of 'layer.weight', whose module"):

@@ -26,7 +26,9 @@ from tests.support.on_the_way import Guard
 comm = MPI.COMM_WORLD
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
-policy = ShardPolicy(share_node=False, bucket_nbytes=1, timeout_s=3, prefetch_params=True)
+policy = ShardPolicy(
+    stage=STAGE, share_node=False, bucket_nbytes=1, timeout_s=3, prefetch_params=True
+)
 comm.Barrier()  # so that slow imports take nothing off the time allowed
 opt = NAdam(model, policy=policy)
 
@@ -41,9 +43,9 @@ comm.Barrier()
 """
 
 
-def run(mpirun, body):
+def run(mpirun, body, stage=1):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return mpirun(2, source=PRELUDE + body, env={"PYTHONPATH": path})
+    return mpirun(2, source=f"STAGE = {stage}\n" + PRELUDE + body, env={"PYTHONPATH": path})
 
 
 def test_a_read_without_a_wait_is_found_with_the_name_of_the_parameter(mpirun):
@@ -52,7 +54,8 @@ def test_a_read_without_a_wait_is_found_with_the_name_of_the_parameter(mpirun):
     assert "parameter '2.weight' is on its way" in job.stderr
 
 
-def test_ranks_that_end_after_a_step_send_what_others_wait_for(mpirun):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_that_end_after_a_step_send_what_others_wait_for(mpirun, stage):
     job = run(
         mpirun,
         """
@@ -63,6 +66,7 @@ if comm.rank == 0:  # the other one waits for what is sent while this process en
 print("the last forward:", float(model(torch.ones(1, 64)).sum()) < 1e9, flush=True)
 os._exit(0)
 """,
+        stage,
     )
     assert job.stdout == "the last forward: True\n", job.output
 

@@ -36,6 +36,7 @@ SETTINGS = {
     "stage 2, float16": ("float16", False, {"stage": 2}),
     "stage 2, less": ("bfloat16", False, {"stage": 2, **SMALL}),
     "sums of nodes": ("float32", True, {"stage": 2, "accumulate": "node"}),
+    "sums of nodes, 16 bits": ("bfloat16", False, {"stage": 2, "accumulate": "node"}),
     "in backward": ("float32", False, IN_BACKWARD),
     "in backward, clipped": ("float32", True, IN_BACKWARD),
     "in backward, narrow": ("float32", False, {**IN_BACKWARD, "wire_dtype": "bfloat16"}),

@@ -208,14 +208,14 @@ ROWS: Sequence[Row] = (
     Row(
         "16-bit parameters",
         {
-            "stage 2": f"{WORKS} on one node from torch 2.13 on, `p.grad` is float32; {REFUSED} on "
-            "several nodes",
+            "stage 2": f"{WORKS} from torch 2.13 on, `p.grad` is float32",
             IN_BACKWARD: f"{WORKS} in bfloat16; float16 is {REFUSED}",
         },
         [
             (TORCH, "test_bits_of_sixteen_bits"),
             (TORCH, "test_float16_with_a_scaler"),
-            (NODES, "test_sixteen_bits_are_refused"),
+            (ON_NODES, "test_sixteen_bits_have_those_of_stage_one"),
+            (NODES, "test_sums_by_node_of_sixteen_bits_travel_in_float32"),
             (UPDATES, "test_other_states"),
             (UPDATES_ON_NODES, "test_other_states_and_wires"),
             (UPDATES, "test_refused_at_once"),
@@ -264,10 +264,10 @@ ROWS: Sequence[Row] = (
     ),
     Row(
         "`prefetch_params`, on several nodes",
-        {"stage 2": REFUSED, IN_BACKWARD: f"{REFUSED}: backward sends them"},
+        {IN_BACKWARD: f"{REFUSED}: backward sends them"},
         [
             (PREFETCH, "test_the_bits_are_those_without_prefetch"),
-            (PREFETCH, "test_stage_two_on_several_nodes_is_refused"),
+            (PREFETCH, "test_the_bits_of_stage_two_are_those_of_stage_one"),
             (UPDATES, "test_refused_at_once"),
             (FORWARD, "test_it_changes_nothing_on_one_node"),
         ],

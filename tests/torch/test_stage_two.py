@@ -90,55 +90,73 @@ def test_bits_with_moments_of_eight_bits(comm):
     assert results[0] == results[1] != [*map(bytes_of, Net().layers[1].float().parameters())]
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.01])
-@pytest.mark.parametrize(
-    ("dtype", "settings"),
-    [
-        (torch.bfloat16, {}),
-        (torch.float16, {}),
-        (torch.bfloat16, {"master_weights": False, "optim_bits": 8}),
-    ],
+needs_wide_grads = pytest.mark.skipif(
+    not averages._AveragingAdapter.widens_grads,
+    reason="this torch takes gradients of the parameter's dtype only",
 )
+
+SIXTEEN_BITS = [
+    (torch.bfloat16, {}),
+    (torch.float16, {}),
+    (torch.bfloat16, {"master_weights": False, "optim_bits": 8}),
+]
+
+
+def train_sixteen_bits(comm, stage, dtype, settings, num_micros=1, **arguments):
+    """Train; return the bits of parameters and moments, and the norms."""
+    net, norms = torch.nn.Sequential(torch.nn.Linear(90, 70), torch.nn.Linear(70, 3)).to(dtype), []
+    with torch.no_grad():
+        for number, param in enumerate(net.parameters()):
+            param.copy_(torch.linspace(-0.1, 0.1 + number, param.numel()).view_as(param))
+    chosen = policy(stage, **{**SMALL, **settings})
+    with NAdam(net, comm=comm, policy=chosen, **arguments) as opt:
+        for step in range(NUM_STEPS):
+            opt.zero_grad()
+            for micro in range(num_micros):
+                x = torch.full((2, 90), 0.1 + comm.rank + step + micro / 3).to(dtype)
+                net(x).square().mean().backward()
+            if stage == 2:
+                assert {param.grad.dtype for param in net.parameters()} == {torch.float32}
+            opt.step()
+            norms.append(opt.last_step.grad_norm)
+        state = comm.bcast(opt.gather_state_dict())["state"]
+    assert {param.grad_dtype for param in net.parameters()} == {dtype}
+    moments = [bytes_of(entry["exp_avg"]) for entry in state.values()]
+    params = [bytes_of(param.detach().view(torch.int16)) for param in net.parameters()]
+    assert len(set(comm.allgather(tuple(params)))) == 1
+    return params, moments, norms
+
+
+@needs_wide_grads
+@pytest.mark.parametrize("max_grad_norm", [None, 0.01])
+@pytest.mark.parametrize(("dtype", "settings"), SIXTEEN_BITS)
 def test_bits_of_sixteen_bits(comm, dtype, settings, max_grad_norm):
-    if not averages._AveragingAdapter.widens_grads:
-        pytest.skip("this torch takes gradients of the parameter's dtype only")
-    results = []
-    for stage in (2, 1):
-        net = torch.nn.Sequential(torch.nn.Linear(90, 70), torch.nn.Linear(70, 3)).to(dtype)
-        with torch.no_grad():
-            for number, param in enumerate(net.parameters()):
-                param.copy_(torch.linspace(-0.1, 0.1 + number, param.numel()).view_as(param))
-        chosen = policy(stage, **SMALL, **settings)
-        with NAdam(net, comm=comm, policy=chosen, max_grad_norm=max_grad_norm) as opt:
-            for step in range(NUM_STEPS):
-                opt.zero_grad()
-                net(
-                    torch.full((2, 90), 0.1 + comm.rank + step).to(dtype)
-                ).square().mean().backward()
-                if stage == 2:
-                    assert {param.grad.dtype for param in net.parameters()} == {torch.float32}
-                opt.step()
-        assert {param.grad_dtype for param in net.parameters()} == {dtype}
-        results.append([bytes_of(param.detach().view(torch.int16)) for param in net.parameters()])
-    assert results[0] == results[1]
-    assert len(set(comm.allgather(tuple(results[0])))) == 1
+    ours, theirs = (
+        train_sixteen_bits(comm, stage, dtype, settings, max_grad_norm=max_grad_norm)
+        for stage in (2, 1)
+    )
+    assert ours == theirs
 
 
-def test_float16_with_a_scaler(comm):
+@needs_wide_grads
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("unscales", [True, False])
+def test_float16_with_a_scaler(comm, share, unscales):
     """Averages are float32, and may be unscaled; an overflow on one rank skips the step."""
-    if not averages._AveragingAdapter.widens_grads:
-        pytest.skip("this torch takes gradients of the parameter's dtype only")
     layer = torch.nn.Linear(40, 4).half()
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=100)
-    with NAdam(layer, comm=comm, policy=policy(2, **SMALL)) as opt:
+    with NAdam(layer, comm=comm, policy=policy(2, **SMALL, share_node=share)) as opt:
         for step, skips in enumerate((False, True, False)):
             opt.zero_grad()
             factor = 1e4 if skips and comm.rank == 0 else 1.0
             loss = layer(torch.full((1, 40), 0.5 + comm.rank).half()).float().sum() * factor
             scaler.scale(loss).backward()
-            scaler.unscale_(opt)
+            if not share:
+                opt.average_grads()
+            if unscales:
+                scaler.unscale_(opt)
             average = sum(0.5 + rank for rank in range(comm.size)) / comm.size
-            if not skips:
+            if unscales and not skips:
                 expected = torch.full_like(layer.weight, average, dtype=torch.float32)
                 assert torch.equal(layer.weight.grad, expected)
             before = bytes_of(layer.weight)

@@ -219,6 +219,25 @@ def test_sums_by_node_are_those_of_every_exchange(comm, program):
     assert [*map(bytes_of, exact)] == [*map(bytes_of, by_node)]
 
 
+@one_node.needs_wide_grads
+@pytest.mark.parametrize(("dtype", "settings"), one_node.SIXTEEN_BITS)
+def test_sums_by_node_of_sixteen_bits_travel_in_float32(comm, dtype, settings):
+    """A lone rank's gradients fit into 16 bits, and sums of several backwards do not."""
+    settings = {key: value for key, value in settings.items() if key != "optim_bits"}
+    (_, exact, one), (_, by_node, other) = (
+        one_node.train_sixteen_bits(
+            comm, 2, dtype, {**each, **settings}, num_micros=3, max_grad_norm=0.01
+        )
+        for each in (APART, BY_NODE)
+    )
+    assert one[0] == pytest.approx(other[0], rel=1e-6)
+    for ours, theirs in zip(exact, by_node, strict=True):
+        ours, theirs = (
+            torch.frombuffer(bytearray(each), dtype=torch.float32) for each in (ours, theirs)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
 def test_sums_by_node_are_sent_once(comm):
     sent = {}
     for accumulate in ("exact", "node"):
@@ -429,12 +448,6 @@ def test_ranks_that_make_other_calls_all_raise(comm, call):
     one_node.assert_other_calls_raise(comm, one_node.OTHER_CALLS[call], make)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_refused(comm, dtype):
-    with pytest.raises(HyperparamsError, match="of 16 bits on several nodes; got 2 with .*float16"):
-        make(Net().to(dtype), comm)
-
-
 def test_no_overlap_is_refused(comm):
     with pytest.raises(HyperparamsError, match="overlap=False on several nodes"):
         make(Net(), comm, overlap=False)
@@ -443,15 +456,20 @@ def test_no_overlap_is_refused(comm):
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def test_memory_is_what_the_report_says(comm):
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=one_node.needs_wide_grads)],
+    ids=str,
+)
+def test_memory_is_what_the_report_says(comm, dtype):
     """No rank has a gradient as a whole before ``average_grads()``."""
     group = comm.Dup()
-    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512, dtype=torch.float32) for _ in "1234"))
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512, dtype=dtype) for _ in "1234"))
     settings = {"bucket_nbytes": 96 << 14, "ring_nbytes": 3 << 20}  # 96 chunks, for 2 to 4 ranks
     with NAdam(layers, comm=group, policy=policy(2, share_node=False, **settings)) as opt:
         for _ in range(2):
             opt.zero_grad()
-            layers(torch.ones(1, 512, dtype=torch.float32)).sum().backward()
+            layers(torch.ones(1, 512, dtype=dtype)).sum().backward()
             opt.step()
         report, nbytes = opt.memory_report(), 4 * opt.partition.numel
         taken = file_nbytes(opt, group)
@@ -464,6 +482,7 @@ def test_memory_is_what_the_report_says(comm):
         )
         opt.average_grads()
         assert file_nbytes(opt, group) == pytest.approx(taken + nbytes, rel=0.02)
+        assert layers[0].weight.grad.dtype == torch.float32
     group.Free()
 
 
