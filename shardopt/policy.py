@@ -34,12 +34,14 @@ class ShardPolicy:
         seed: Of all rounding by chance.
         overlap: Send gradients to other nodes while backward still computes others, if the
             framework reports when one is ready (torch does) and computes on CPUs. The bits are the
-            same. See [Note: gradients sent during backward].
+            same. Must be True in stage 2 on several nodes. See
+            [Note: gradients sent during backward].
         prefetch_params: Have ``step`` return while updated parameters are on their way to other
             nodes; each module waits for its own before it runs. For torch's ``NAdam(model)`` on
-            CPUs; not with ``overlap=False``, whose thread it needs. Whatever else reads parameters
-            after a step calls ``opt.wait_params()`` before. On one node nothing is on its way, and
-            it changes nothing. The bits are the same. See [Note: parameters on their way].
+            CPUs, in stage 1 and 2; not with ``overlap=False``, nor, on several nodes, with
+            ``update_in_backward``. Whatever else reads parameters after a step calls
+            ``opt.wait_params()`` before. On one node nothing is on its way, and it changes nothing.
+            The bits are the same. See [Note: parameters on their way].
         share_node: Keep one copy of the parameters per node, in shared memory. A number limits how
             many ranks share one, for example to those of a NUMA domain. False makes every rank a
             node of its own.
@@ -66,10 +68,11 @@ class ShardPolicy:
             goes, on one node into its one row, on several into the shards of their owners; for
             torch on CPUs, and for JAX and lucid there, whose steps average them. See
             [Note: gradients averaged in backward].
-        update_in_backward: Update parameters as backward goes, in stage 2: as soon as all ranks
-            have the gradients of a bucket, which are then let go. There are no averages, and
-            ``step()`` counts what is done. Several nodes exchange sums, and parameters once they
-            are updated. Gradients cannot be clipped, accumulated, checked or looked at. See
+        update_in_backward: Update parameters while backward goes on, in stage 2, for torch on CPUs:
+            a bucket is updated as soon as all ranks have its gradients, which are then let go, and
+            ``step()`` waits for the last ones and counts the step. On several nodes backward also
+            exchanges the sums, and the parameters once they are updated. No averages are kept, so
+            gradients cannot be clipped, accumulated, checked or looked at. See
             [Note: updated in backward] and [Note: updated between nodes].
         ring_nbytes: Memory of a node for gradients that wait to be averaged, in stage 2. None
             takes ``layout.ring.default_ring_nbytes``; at least two buckets of each rank are taken.

@@ -106,8 +106,8 @@ add_lucid() {
     fi
 }
 
-# compile NAME: what most tests need, before those that begin at once each compile it: the modules that
-# they import, whose code a copy of the environment takes along, and kernels.
+# compile NAME: compile the modules and kernels that most tests need, before runs that begin together
+# each do so. A copy of the environment has the compiled modules, too.
 compile() {
     local bin=.test-env/$1/bin
     {
@@ -156,7 +156,7 @@ total_failed=0
 total_skipped=0
 
 # begin PLACES TITLE COMMAND...: start one pytest beside others, once so many of the places are free.
-# What it prints is shown when it has ended.
+# Its output is shown once a run has ended.
 begin() {
     local wanted=$1
     shift
@@ -256,7 +256,7 @@ numbers_of() {
     fi
 }
 
-# on_ranks MPI N: begin the tests that want ranks, which take a second place if they wait for others.
+# on_ranks MPI N: begin the tests that want ranks; on several ranks they take two places.
 on_ranks() {
     local bin=$PWD/.test-env/$1/bin part='' names=(none one two three four)
     if ! "$everything" && [[ ${ranks[*]-} == default ]]; then
@@ -287,7 +287,7 @@ for mpi in "${mpis[@]}"; do
 done
 wait
 show_ended
-if ((${#begun[@]})); then echo "these runs were ended by somebody: ${begun[*]}" && exit 1; fi
+if ((${#begun[@]})); then echo "these runs have not finished: ${begun[*]}" && exit 1; fi
 
 if [[ -f .test-env/cuda/missing ]]; then notes+=("$(<.test-env/cuda/missing)"); fi
 printf '\n==== summary ====\n'

@@ -2,8 +2,8 @@
 
 A gradient of a mebibyte is in cache, as backward leaves it, and goes to each parameter in turn.
 Stage 1 zeroes its row and adds to it in place, as a framework does that accumulates into
-``p.grad``. Stage 2 is handed each gradient as by the hooks of PyTorch, without autograd, and so are
-updates in backward.
+``p.grad``. Stage 2, with and without updates in backward, is handed each gradient as by the hooks
+of PyTorch, without autograd.
 """
 
 import importlib

@@ -74,7 +74,7 @@ class Ratio:
         follows: Keys of two samples to the quotient of whose medians it is proportional within a
             run; empty where there are none, as for a count.
         better: The side that is better, if no target says so.
-        of_rounds: Computes its value in each round, where it is the median of those.
+        of_rounds: Computes the values in each round of which it is the median, if it is one.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Ratio:
         return self.compute(result) if all(map(result.has, self.reads)) else None
 
     def interval(self, result: Result) -> Interval | None:
-        """Return where it is with a confidence of 95 %, if it is known of enough rounds."""
+        """Return its 95 % confidence interval, or None if there are too few rounds for one."""
         if self.of_rounds is None or not all(map(result.has, self.reads)):
             return None
         return interval_of_median(self.of_rounds(result))
@@ -144,7 +144,7 @@ def paired_quotient(
     *,
     better: Literal["more", "less"] | None = None,
 ) -> Ratio:
-    """Make the median of the quotients of two samples in each round, which has an interval.
+    """Make a ratio with an interval: the median of the quotients of two samples in each round.
 
     Speeds that change from round to round, such as those of a shared machine, cancel out in it.
 
@@ -214,7 +214,7 @@ class Verdict:
         bound: The target's bound for the MPI library in use.
         met: Whether it meets the target; None where nothing is claimed.
         more_is_better: Whether the ratio's target, claimed or not, is a lower bound.
-        interval: Where the ratio is with a confidence of 95 %; None where that is not known.
+        interval: The 95 % confidence interval of the ratio; None if it is not known.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Intervals of medians, without any assumption about the distribution of the samples."""
+"""Confidence intervals of medians, with no assumption about the distribution of the samples."""
 
 from collections.abc import Sequence
 from math import comb
@@ -7,17 +7,17 @@ Interval = tuple[float, float]
 
 
 def interval_of_median(samples: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Return two of the samples between which the median of their distribution is.
+    """Return the confidence interval of a median: two of the samples.
 
-    Each sample is below it with a probability of one half, so the number of those that are is
-    binomial.
+    Each sample is below the median with a probability of one half, so the number of samples below
+    it has a binomial distribution.
 
     Args:
-        samples: Independent ones.
+        samples: They must be independent.
         confidence: The least probability that the median is between the two.
 
     Returns:
-        The two; None if there are too few samples for any to be as likely.
+        The lower and the upper end; None if there are too few samples.
     """
     ordered, count = sorted(samples), len(samples)
     num_below, outside = 0, 2 * comb(count, 0) / 2**count

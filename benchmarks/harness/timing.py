@@ -65,7 +65,7 @@ def slowest_s(run: Callable[[], object], comm: MPI.Intracomm) -> float:
 
 @contextmanager
 def collecting_only_new() -> Iterator[None]:
-    """Keep Python's collector from walking through all that exists by now, in a round of chance."""
+    """Keep the garbage collector from scanning older objects, in whichever round it runs."""
     gc.collect()
     gc.freeze()
     try:

@@ -49,8 +49,8 @@ def stages_text(folder: Path) -> str:
         )
     return "\n".join(lines) + (
         f"\n\nMedians of steps of {numel:.0f} M parameters on {result.ranks} ranks of one node, in "
-        "turn; ratios are those of each turn, with the interval that has their median in 95 of 100 "
-        f"cases.{busy} {origin.mpi}, {origin.machine['cpu']}, {origin.machine['cores']} cores, "
+        "turn. Ratios are medians of those of each turn, with 95 % confidence "
+        f"intervals.{busy} {origin.mpi}, {origin.machine['cpu']}, {origin.machine['cores']} cores, "
         f"{origin.date[:10]}, commit {origin.commit}."
     )
 

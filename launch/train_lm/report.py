@@ -1,4 +1,4 @@
-"""The report of a run, as the training loop sees it; only rank 0 loads what draws one."""
+"""The report of a run, as the training loop sees it; only rank 0 loads what is used to draw it."""
 
 from __future__ import annotations
 

@@ -210,7 +210,8 @@ class Collectives:
         arrivals.arrive(step, self.number)
 
         def require_all_here() -> None:
-            elsewhere = arrivals.elsewhere()  # before the look at who has contributed
+            # Read first: whoever has contributed and gone on is no longer awaited below.
+            elsewhere = arrivals.elsewhere()
             if elsewhere and not set(elsewhere).isdisjoint(awaited()):
                 raise _ElsewhereError
 

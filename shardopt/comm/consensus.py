@@ -31,7 +31,7 @@ _ERROR = -1  # in the place of a digest
 _MASK = (1 << 62) - 1
 _SPREAD = 0x9E3779B97F4A7C15  # odd, so that digests of different optimizers differ
 _CALL = "the call"
-_NO_NUMBER = 0, 0  # of an optimizer, which digests contain
+_NO_NUMBER = 0, 0  # in the place of the optimizer's number, which digests contain already
 
 Description = Mapping[str, object]
 """The values of a rank by name; names must read well in "<name> must be the same"."""

@@ -50,7 +50,8 @@ class Failure:
 class Arrivals:
     """How many collectives each rank of this node has entered, readable without its help.
 
-    What the ranks of a node wait for without MPI, all of them in the same calls, counts as one.
+    A meeting of the ranks of a node without MPI, which all of them enter in the same calls, counts
+    as a collective.
 
     Collective over the node: construction.
 
@@ -77,7 +78,7 @@ class Arrivals:
         self._flags.publish()
 
     def withdraw(self) -> None:
-        """Note that this rank has not come to what it has entered last."""
+        """Take back the last arrival, as this rank has left without having finished."""
         self._flags.mine[_ARRIVALS] -= 1
         self._flags.publish()
 
@@ -96,7 +97,7 @@ class Arrivals:
     def elsewhere(self) -> list[int]:
         """Return the ranks of this node that have entered another collective instead of this one.
 
-        Those that have come here and are ahead by now are among them.
+        Ranks that have been here and gone on are among them.
         """
         self._flags.acquire()
         flags, mine = self._flags.all, self._flags.mine

@@ -388,7 +388,7 @@ class Optimizer(Generic[P]):
             if parts.grads.are_averages or parts.grads.are_updates
             else None,
             sums_by_node=parts.policy.accumulate == "node",
-            has_row=parts.grads.are_averages,
+            has_averages=parts.grads.are_averages,
             has_late=parts.registry.adapter.reports_grads,
         )
 

@@ -15,6 +15,9 @@ import numpy as np
 from shardopt.policy import ShardPolicy
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+COMPUTE_DTYPE = "compute_dtype"
+"""The wire dtype that stands for the ``compute_dtype`` of the parameters, whatever that is."""
+
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -33,16 +36,14 @@ def is_floating(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype == _BFLOAT16
 
 
-COMPUTE_DTYPE = "compute_dtype"
-"""The wire dtype that stands for the ``compute_dtype`` of the parameters, whatever that is."""
-
-
 def wire_of(policy: ShardPolicy) -> str | None:
-    """Return the wire dtype of a policy's sums, for ``wire_dtype_of``.
+    """Return the wire dtype of a node's sums, for ``wire_dtype_of``.
+
+    If a node sums several backwards, the sum has more digits than 16-bit gradients can hold, even
+    on a node of one rank, so that it is sent in the dtype in which it was computed.
 
     Args:
-        policy: As it was given. If a node sums several backwards, those of a single rank are more
-            than its gradients hold.
+        policy: As it was given.
     """
     sums_by_node = policy.accumulate == "node"
     return policy.wire_dtype or (COMPUTE_DTYPE if sums_by_node else None)
@@ -54,7 +55,7 @@ def wire_dtype_of(dtype: str, node_size: int, wire_dtype: str | None) -> str:
     Args:
         dtype: Of the parameters.
         node_size: Ranks on a node: a single rank's gradients are the sum.
-        wire_dtype: As ``wire_of`` returns it; neither None nor ``COMPUTE_DTYPE`` loses a bit.
+        wire_dtype: As ``wire_of`` returns it; None and ``COMPUTE_DTYPE`` lose no bit.
     """
     if wire_dtype == COMPUTE_DTYPE:
         return compute_dtype(dtype)

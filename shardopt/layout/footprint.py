@@ -102,7 +102,7 @@ def plan_memory(
     placement: Placement = "cpu",
     ring: RingPlan | None = None,
     sums_by_node: bool = False,
-    has_row: bool = True,
+    has_averages: bool = True,
     has_late: bool = True,
 ) -> MemoryReport:
     """Compute the memory that ``partition`` takes on each node, padding included.
@@ -118,8 +118,8 @@ def plan_memory(
         ring: That of stage 2; None in stage 1.
         sums_by_node: Whether a node sums several backwards before it exchanges them; see
             ``ShardPolicy.accumulate``.
-        has_row: Whether stage 2 has averages, in a row or of the node's shards, as it has unless
-            backward updates.
+        has_averages: Whether stage 2 keeps averages, of all parameters or of the node's shards, as
+            it does unless backward updates.
         has_late: Whether gradients that find no room in the ring are kept for it alone, as they are
             where backward hands them over; see ``Adapter.reports_grads``.
     """
@@ -134,8 +134,8 @@ def plan_memory(
         params_nbytes += region.numel * itemsize
         grads_nbytes += trained_numel * itemsize
         averages_nbytes += trained_numel * np.dtype(compute_dtype(region.dtype)).itemsize
-        on_nodes = num_nodes > 1 and has_row
-        needs_sums = keeps_sums_apart(partition, number) and (ring is None or on_nodes)
+        averages_shards = num_nodes > 1 and has_averages
+        needs_sums = keeps_sums_apart(partition, number) and (ring is None or averages_shards)
         if needs_sums and (num_nodes > 1 or needs_norm):
             summed_numel = region.numel if num_nodes > 1 and not ring else trained_numel
             sums_nbytes += summed_numel * np.dtype(compute_dtype(region.dtype)).itemsize
@@ -151,7 +151,7 @@ def plan_memory(
     num_copies = partition.node_size if placement == "cuda" else 1
     num_rows = partition.node_size
     if ring is not None:
-        num_rows = int(has_row and (num_nodes == 1 or sums_by_node))
+        num_rows = int(has_averages and (num_nodes == 1 or sums_by_node))
     return MemoryReport(
         placement=placement,
         params_node_nbytes=params_nbytes * num_copies,

@@ -69,7 +69,7 @@ class Overlap(Protocol):
 
 
 class NoOverlap:
-    """No thread sends: communication is that of ``step``, and of hooks; see ``Overlap``."""
+    """No progress thread: the step communicates, and the hooks of stage 2 do; see ``Overlap``."""
 
     thread: ProgressThread | None = None
 
@@ -95,7 +95,7 @@ class NoOverlap:
 
 
 class ParamsOverlap(NoOverlap):
-    """A thread that sends parameters, while backward exchanges gradients itself; see ``Overlap``.
+    """A progress thread for parameters alone, as hooks exchange gradients; see ``Overlap``.
 
     Collective over the node: construction.
 
@@ -299,7 +299,7 @@ def make_overlap(
 ) -> Overlap:
     """Set up overlap if there are other nodes and all ranks can have it.
 
-    In stage 2 backward exchanges gradients by itself, and parameters may need a thread.
+    In stage 2 hooks of backward exchange gradients, and only ``prefetch_params`` needs a thread.
 
     Collective: every rank.
 

@@ -50,9 +50,9 @@ class Filling:
 class Fillings:
     """Copies gradients into buffers, as soon as one is free for their position.
 
-    Of the free ones the first is taken: as long as ranks go through positions together few are in
-    use. Copies go past the cache: other cores have read what was in the buffers before, and to take
-    each line of it from them takes three times as long as to write to memory.
+    The first free one is taken, so that few are in use as long as ranks go through positions
+    together. Copies go past the cache: other cores have read the buffers before, and fetching each
+    line from their caches takes three times as long as writing it to memory.
 
     Args:
         partition: The layout.

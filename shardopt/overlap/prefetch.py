@@ -127,8 +127,8 @@ class ForwardPrefetch:
     of ours that look at parameters wait for the whole, the next step first of all.
 
     In stage 2 hooks of the next backward exchange gradients beside the thread, which may still send
-    parameters that no forward has needed. Both share the transport alone, where tags tell their
-    messages apart. Once all parameters have arrived the thread does nothing until the next step.
+    parameters that no forward has needed. They share nothing but the transport, where tags tell
+    their messages apart. Once all parameters have arrived the thread rests until the next step.
 
     Nobody sees who else reads a parameter: ``wait_params`` is for such readers. A gradient that
     backward has made for a parameter none of whose modules was called gives one away, and the step

@@ -37,16 +37,16 @@ class State(enum.Enum):
 class ProgressThread:
     """Starts the buckets that all ranks of the node have announced, and keeps them moving.
 
-    It keeps parameters moving as well that ``BucketSync.publish_later`` has left to it; once all of
-    them are complete it leaves the all-gather to others.
+    It also keeps moving the parameters that ``BucketSync.publish_later`` has left to it. Once all
+    of them are complete, others may use the all-gather.
 
     Collective over the node: construction and ``free``.
 
     Args:
         memory: Where gradients are read from.
         sync: Sends them.
-        sends_grads: Whether it sends gradients at all. If not, it leaves the reduction to others,
-            who may use it at any time.
+        sends_grads: Whether it sends gradients. If not, it never touches the reduction, which
+            others may use at any time.
 
     Attributes:
         num_announced: Buckets that are ready on this rank, without a gap.
@@ -62,7 +62,7 @@ class ProgressThread:
         self._sync = sync
         self._sends_grads = sends_grads
         self._flags = NodeFlags(memory.arena, 2)
-        self._num_left = 0  # buckets of parameters
+        self._num_left = 0  # buckets of parameters that are still on their way
         self._num_sent = 0  # how often parameters have been sent; step numbers may come again
         self._step = 0
         self._wake, self._ended, self._lock = threading.Event(), threading.Event(), threading.Lock()
@@ -183,7 +183,7 @@ class ProgressThread:
     def _advance_params(self) -> None:
         """Make progress with parameters, and show it.
 
-        Whoever sees that all are complete may use the all-gather: nothing is done with it then.
+        Once it shows that all are complete it does not touch the all-gather, which others may use.
         """
         if self._num_left:
             num_published = self._sync.num_published

@@ -8,10 +8,10 @@ from shardopt.comm.node_memory.polling import announced_by_all, count_equal, las
 from shardopt.store.memory import Memory
 
 # Fields of the flags. The ends of two segments in a row are kept apart, by the segment's parity.
-_ANNOUNCED, _SUMMED, _CLOSED, _ENDED, _TOTAL, _HAS_MORE, _CONTENTS = 0, 1, 2, 4, 6, 8, 10
+_ANNOUNCED, _SUMMED, _CLOSED, _ENDED, _TOTAL, _END_CONTENTS, _CONTENTS = 0, 1, 2, 4, 6, 8, 10
 
 HAS_MORE = 1
-"""In the contents of the end of a segment: the rank has gradients for another one."""
+"""A bit in the contents of a segment's end: the rank has gradients for another segment."""
 
 _NOT_YET = -1  # of ``last_of_all``
 _NUM_BITS = 2  # of the contents of a position; those above are the number of a buffer
@@ -114,7 +114,7 @@ class RingBoard:
     def close(self, total: int, contents: int) -> None:
         """Note where this rank ends the segment, and what the others must know of its end."""
         parity = self.segment % 2
-        self._mine[_TOTAL + parity], self._mine[_HAS_MORE + parity] = total, contents
+        self._mine[_TOTAL + parity], self._mine[_END_CONTENTS + parity] = total, contents
         self._flags.publish()
         self._mine[_CLOSED + parity] = self.segment
         self._flags.publish()
@@ -129,7 +129,7 @@ class RingBoard:
     def my_end(self) -> tuple[int, int]:
         """Return what this rank has given to ``close``."""
         parity = self.segment % 2
-        return int(self._mine[_TOTAL + parity]), int(self._mine[_HAS_MORE + parity])
+        return int(self._mine[_TOTAL + parity]), int(self._mine[_END_CONTENTS + parity])
 
     def agree(self, total: int, *, has_more: bool) -> None:
         """Have the segment end elsewhere; see ``GradRing.extend_to``."""
@@ -151,7 +151,7 @@ class RingBoard:
 
     def end_contents(self) -> NDArray[np.int64]:
         """Return what each rank has noted about its end of the segment."""
-        contents: NDArray[np.int64] = self._all[:, _HAS_MORE + self.segment % 2]
+        contents: NDArray[np.int64] = self._all[:, _END_CONTENTS + self.segment % 2]
         return contents
 
     def have_closed(self) -> NDArray[np.bool_]:

@@ -8,13 +8,13 @@ from shardopt.comm.topology import Topology
 from shardopt.overlap.ring import GradRing, advance_all
 
 PHASE = "gradients"
-"""The phase of waits, for messages."""
+"""The phase that messages name while ranks wait for gradients."""
 
 
 def end_segment(
     ring: GradRing, consensus: Consensus, step: int, calls: str, *, has_more: bool
 ) -> int:
-    """End a segment with everything that is in it, on one node or several.
+    """End a segment once all that is in it has been dealt with, on one node or several.
 
     Collective: every rank.
 

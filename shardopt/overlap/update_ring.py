@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shardopt._typing import FloatArray
 
 _FAILED = 2  # in the contents of a position, or of the end of a segment
-_NUM_FLAGS = 2  # the bits of contents; behind them come those of gradients, see ``_known_of``
+_NUM_FLAGS = 2  # bits of contents, which those of gradients follow; see ``_known_of``
 _LATER, _HERE, _NEVER = 0, 1, 2  # a gradient of a rank
 
 
@@ -27,14 +27,14 @@ class UpdateRing(GradRing):
 
     [Note: updated in backward]
     A weight may be written once nobody reads it any more. All ranks of a node have the same bytes,
-    so it is written when *all* of them have its gradient; those of other nodes hand over theirs for
-    the same sum. Autograd hands a gradient over when all uses of the parameter have gone backward,
-    and each use reads the weight before that, or in the same node of the graph; what checkpoints of
-    activations compute again comes before, too. What reads it later has kept the weight without
-    asking for its gradient (``weight.detach()``), or goes backward for the second time. So the
-    weight's version is raised when its gradient arrives, as by a write: autograd refuses to use
-    what it has saved of it. Users must not read weights themselves between backward and step, such
-    as for a forward: nobody would notice.
+    so it is written when *all* of them have its gradient; ranks of other nodes have then sent
+    theirs for the same sum. Autograd hands a gradient over when all uses of the parameter have gone
+    backward, and each use reads the weight before that, or in the same node of the graph; what
+    checkpoints of activations compute again comes before, too. What reads it later has kept the
+    weight without asking for its gradient (``weight.detach()``), or goes backward for the second
+    time. So the weight's version is raised when its gradient arrives, as by a write: autograd
+    refuses to use what it has saved of it. Users must not read weights themselves between backward
+    and step, such as for a forward: nobody would notice.
 
     A gradient is used once. So it must be known that it is whole: that no rank has another part of
     it. With each position a rank announces for each parameter of the bucket whether its gradient is
@@ -48,7 +48,7 @@ class UpdateRing(GradRing):
     A rank that knows of an error marks what it announces. No rank updates a marked position.
 
     A position is *started* once all ranks of the node have announced it, and *settled* once all
-    nodes have: that is at once on one node. Only then its buffers are free. See
+    nodes have, which on one node is at once. Only then are its buffers free. See
     [Note: updated between nodes].
 
     Args:
@@ -75,7 +75,7 @@ class UpdateRing(GradRing):
         expected: Iterable[int],
     ) -> None:
         super().__init__(memory, partition, reduction, plan, expected)
-        self._updates, self._numels = reduction, [param.numel for param in partition.params]
+        self._updating, self._numels = reduction, [param.numel for param in partition.params]
         params_in = self._fillings.params_in
         self._masks = [sum(1 << index for index, _ in params) for params in params_in]
         self._all_here = [((1 << len(params)) - 1) << _NUM_FLAGS | FILLED for params in params_in]
@@ -160,17 +160,19 @@ class UpdateRing(GradRing):
         if self._summed >= ready:
             return
         self._memory.acquire()
-        while self._started < ready and self._updates.has_room():
+        while self._started < ready and self._updating.has_room():
             self._start(self._started)
             self._started += 1
-        while self._summed < self._started and (known := self._updates.heard()) is not None:
+        while (
+            self._summed < self._started and (known := self._updating.gathered_known()) is not None
+        ):
             self._settle(self._summed, known)
             self._summed += 1
             self._memory.publish()
             self._board.set_summed(self._summed)
 
     def _start(self, position: int) -> None:
-        """Hand over the gradients of a position, and what this node knows of them."""
+        """Hand the gradients of a position to the reduction, with what this node knows of them."""
         board, slots, place = self._board, self._slots, position % len(self._buckets)
         num_params = len(self._fillings.params_in[place])
         known = self._known[:, position % self._depth, :num_params]
@@ -187,10 +189,10 @@ class UpdateRing(GradRing):
                 filled = contents & FILLED != 0
                 rows = slots.rows(board.slots(position), place, filled.tolist())
         num_bits = _NUM_FLAGS + 2 * num_params
-        self._updates.start(self._buckets[place], rows, bits, (num_bits + 7) // 8)
+        self._updating.start(self._buckets[place], rows, bits, (num_bits + 7) // 8)
 
     def _settle(self, position: int, known: int) -> None:
-        """Have updated what can be of a position, and take out what cannot.
+        """Have the parameters of a position updated, and keep gradients that are not whole.
 
         Args:
             position: The position.
@@ -201,11 +203,11 @@ class UpdateRing(GradRing):
             present = self._masks[place]
         elif known & FILLED and not known & _FAILED:
             present = self._select(position, known)
-        self._updates.settle(present)
+        self._updating.settle(present)
         self.updated |= present
 
     def _select(self, position: int, known: int) -> int:
-        """Return what can be updated of a position, and take out what cannot."""
+        """Return a bit mask of what can be updated; keep gradients that are not whole."""
         params = self._fillings.params_in[position % len(self._buckets)]
         is_mine = self._mine[position % self._depth] == _HERE
         present, is_announced = 0, position < self._announced
@@ -233,7 +235,9 @@ class UpdateRing(GradRing):
 
 
 def _known_of(contents: NDArray[np.int64], known: NDArray[np.uint8]) -> int:
-    """Return what ranks have announced of a position as bits, which are united over nodes.
+    """Return what the ranks of this node have announced of a position, as bits.
+
+    Those of all nodes are united by a bitwise or.
 
     Args:
         contents: [num_ranks] of the position.

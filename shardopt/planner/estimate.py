@@ -215,7 +215,7 @@ def memory_of(partition: Partition, layout: Layout, model: Model | None = None) 
         placement=layout.placement,
         ring=plan_ring(partition, policy.ring_nbytes) if policy.stage == 2 else None,
         sums_by_node=policy.accumulate == "node",
-        has_row=not policy.update_in_backward,
+        has_averages=not policy.update_in_backward,
         has_late=model is None or model.has_hooks,
     )
 

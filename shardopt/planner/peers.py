@@ -1,11 +1,10 @@
 """The least memory, traffic and time of other ways to train the same model, by formula.
 
 None of it is measured. Times are lower bounds: bytes over bandwidth, with no latency and no cost
-per message. Within a node collectives count what they must at least read and write in the memory of
-its ranks, each of which has gradients and parameters of its own, and the link works at the same
-time. Moments and, for 16-bit
-parameters, float32 masters are counted as the product has them, since a run that is to be as
-accurate needs them, whatever a peer's default is.
+per message. Each rank has gradients and parameters of its own, and within a node collectives are
+counted with the least that they must read and write of these, while the link works at the same
+time. Moments and, for 16-bit parameters, float32 masters are counted as the product has them, since
+a run that is to be as accurate needs them, whatever a peer's default is.
 """
 
 from collections.abc import Sequence
@@ -90,7 +89,7 @@ def _replicated(model: Model, layout: Layout, machine: Machine) -> Peer:
     params, grads, state = _nbytes(model)
     rank_nbytes = params + grads + state
     updated = layout.node_size * _update_nbytes(model.trained_specs)
-    work = _Work(_ring(2 * grads, layout), _averaging(grads, layout), updated)
+    work = _Work(_ring_nbytes(2 * grads, layout), _averaging_nbytes(grads, layout), updated)
     return _peer("replicated NAdam", rank_nbytes, work, layout, machine)
 
 
@@ -107,10 +106,10 @@ def _zero_1(model: Model, layout: Layout, machine: Machine) -> Peer:
     most = _largest_share([spec.numel for spec in specs], layout.world_size)
     numel = sum(spec.numel for spec in specs)
     share = most / numel if numel else 0.0
-    sent = _ring(2 * grads, layout) + (grads if layout.num_nodes > 1 else 0)
+    sent = _ring_nbytes(2 * grads, layout) + (grads if layout.num_nodes > 1 else 0)
     rank_nbytes = params + grads + int(state * share)
     updated = int(layout.node_size * share * _update_nbytes(specs))
-    within = _averaging(grads, layout) + _gathering(grads, layout)
+    within = _averaging_nbytes(grads, layout) + _gathering_nbytes(grads, layout)
     work = _Work(sent, within, updated)
     return _peer("torch ZeRO-1", rank_nbytes, work, layout, machine)
 
@@ -130,8 +129,8 @@ def _fsdp2(model: Model, layout: Layout, machine: Machine, num_modules: int) -> 
     rank_nbytes = -(-(params + grads + state) // layout.world_size) + gathered
     updated = _update_nbytes(model.trained_specs) // layout.num_nodes
     scattered = (layout.node_size + 1) * grads if layout.node_size > 1 else 0
-    within = 2 * _gathering(params, layout) + scattered
-    work = _Work(_ring(2 * params + grads, layout), within, updated)
+    within = 2 * _gathering_nbytes(params, layout) + scattered
+    work = _Work(_ring_nbytes(2 * params + grads, layout), within, updated)
     return _peer("FSDP2", rank_nbytes, work, layout, machine)
 
 
@@ -164,12 +163,12 @@ def _update_nbytes(specs: Sequence[ParamSpec]) -> int:
     return nbytes + 2 * sum(map(_state_nbytes, specs))
 
 
-def _averaging(nbytes: int, layout: Layout) -> int:
+def _averaging_nbytes(nbytes: int, layout: Layout) -> int:
     """Return the bytes that a node's memory moves if ``nbytes`` of each rank become the average."""
     return 2 * layout.node_size * nbytes if layout.node_size > 1 else 0
 
 
-def _gathering(nbytes: int, layout: Layout) -> int:
+def _gathering_nbytes(nbytes: int, layout: Layout) -> int:
     """Return the bytes that a node's memory moves if each rank gets the ``nbytes`` of all ranks.
 
     They are read once, and every rank writes those of others.
@@ -179,7 +178,7 @@ def _gathering(nbytes: int, layout: Layout) -> int:
     return nbytes + layout.node_size * nbytes * (layout.world_size - 1) // layout.world_size
 
 
-def _ring(nbytes: int, layout: Layout) -> int:
+def _ring_nbytes(nbytes: int, layout: Layout) -> int:
     """Return the bytes that leave a node if ``nbytes`` go round a ring of all ranks."""
     return nbytes * (layout.world_size - 1) // layout.world_size if layout.num_nodes > 1 else 0
 

@@ -89,7 +89,8 @@ class _UpdatingAdapter(_AveragingAdapter):
     def bind_grad(self, param: Tensor, view: View) -> None:
         self._watch(param)
         spent: Any = self._averages.get(param)
-        with torch._C.DisableTorchFunctionSubclass():  # in hooks every call counts
+        # SpentGrad would look at each of these reads in Python, which takes time in a hook.
+        with torch._C.DisableTorchFunctionSubclass():
             fits = spent is not None and (spent.shape, spent.dtype) == (param.shape, param.dtype)
         if not fits:
             value = torch.full((), float("nan"), dtype=param.dtype)

@@ -44,21 +44,28 @@ def make_sync(
         sums_by_node: Whether nodes exchange once in a step, as ``ShardPolicy.accumulate`` says.
         updates: Updates shards if backward does; else None.
     """
-    place = topology.node, topology.node_rank
+    place, piece_numel = (topology.node, topology.node_rank), backend.kernel.piece_numel
     averages = AveragedGrads(backend, *place)
     if topology.num_nodes == 1:
-        on_node = RingReduction if has_one_row else InPlaceReduction
-        in_place = on_node(backend, place[1], trace)
-        if updates is not None:
-            in_place = UpdatingReduction(backend, place[1], updates, trace)
         all_gather = AllGather(LocalTransport(topology.rank), backend)
-        piece_numel = backend.kernel.piece_numel if copies.are_beside else None
-        return BucketSync(all_gather, in_place, averages, copies, collectives, piece_numel)
-    transport = MpiTransport(topology, collectives.number)
-    all_gather, piece_numel = AllGather(transport, backend, trace), backend.kernel.piece_numel
-    of_ring = NodeSums if sums_by_node else RingExchange
-    kind: type[RingExchange | ReduceScatter] = of_ring if has_one_row else ReduceScatter
-    reduction = kind(transport, backend, place, wire_dtype, trace)
+        in_place = _reduce_on_node(backend, place[1], trace, updates, has_one_row=has_one_row)
+        pieces = piece_numel if copies.are_beside else None
+        return BucketSync(all_gather, in_place, averages, copies, collectives, pieces)
+    all_gather = AllGather(MpiTransport(topology, collectives.number), backend, trace)
+    reduction: RingExchange | ReduceScatter
     if updates is not None:
         reduction = UpdatingExchange(all_gather, backend, place, wire_dtype, updates, trace)
+    else:
+        kind = (NodeSums if sums_by_node else RingExchange) if has_one_row else ReduceScatter
+        reduction = kind(all_gather.transport, backend, place, wire_dtype, trace)
     return BucketSync(all_gather, reduction, averages, copies, collectives, piece_numel)
+
+
+def _reduce_on_node(
+    backend: Backend, node_rank: int, trace: Trace, updates: Updates | None, *, has_one_row: bool
+) -> InPlaceReduction:
+    """Make the reduction of a job on one node; see ``make_sync``."""
+    if updates is not None:
+        return UpdatingReduction(backend, node_rank, updates, trace)
+    kind = RingReduction if has_one_row else InPlaceReduction
+    return kind(backend, node_rank, trace)

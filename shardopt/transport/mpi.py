@@ -47,7 +47,7 @@ class MpiTransport:
     """Sends whole chunks within a lane; see ``Transport``.
 
     Optimizers share the lane's communicator, and their progress threads send in any order, so that
-    tags tell their messages apart. A thread may post parameters while another posts gradients.
+    tags tell their messages apart. One thread may post parameters while another posts gradients.
 
     Args:
         topology: The ranks.

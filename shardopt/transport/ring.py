@@ -158,7 +158,9 @@ class RingReduction(InPlaceReduction):
         Args:
             spans: Of the flat index space, with their values.
         """
-        for plan in self.plans if spans else ():
+        if not spans:
+            return
+        for plan in self.plans:
             row = plan.sums
             for span, values in spans:
                 if part := span.intersect(plan.shard):

@@ -96,8 +96,8 @@ class UpdatingReduction(RingReduction):
     Implements ``Reduction``. The row of averages is never touched and takes no memory. Each update
     is the pass of a step: it reads the gradients of all ranks where they are.
 
-    Buckets are started and settled in the same order on all ranks. Between the two, all ranks come
-    to know what is known of the gradients of a bucket, and decide alike what to update.
+    Buckets are started and settled in the same order on all ranks. In between, ranks learn what all
+    nodes know of the gradients of a bucket, and decide alike what to update.
 
     Args:
         backend: Computes.
@@ -131,17 +131,21 @@ class UpdatingReduction(RingReduction):
         Args:
             bucket: Its number.
             rows: As in ``RingReduction.average``; they must not change before it is settled.
-            known: What the node knows of its gradients, as bits that are united over nodes.
-            nbytes: Bytes that hold these bits, the same on all nodes.
+            known: Bits that tell what the node knows of its gradients.
+            nbytes: Bytes that hold these bits, as many on all nodes.
         """
         self._started.append((bucket, rows, known))
 
-    def heard(self) -> int | None:
-        """Return what all nodes know of the first bucket that is not settled; None if not yet."""
+    def gathered_known(self) -> int | None:
+        """Return what the nodes know of the first bucket that is not settled: the union of bits.
+
+        Returns:
+            The bits; None until those of all nodes have arrived.
+        """
         return self._started[0][2]
 
     def settle(self, present: int) -> None:
-        """Update what has been decided of the first bucket that is not settled.
+        """Update the parameters that have been decided on in the first bucket not yet settled.
 
         Args:
             present: Bit mask of the parameters to update; the same on all ranks.

@@ -20,13 +20,13 @@ from shardopt.transport.updating import Updates, UpdatingReduction
 
 
 @dataclass
-class _Inquiry:
-    """What the nodes know of a bucket, on its way between them.
+class _NoteExchange:
+    """The exchange of notes about a bucket between nodes.
 
     Attributes:
-        known: What this node knows.
-        theirs: [nbytes] what each of the others does.
-        transfer: The notes.
+        known: The bits of this node.
+        theirs: [nbytes] the note of each other node, once it has arrived.
+        transfer: The messages.
     """
 
     known: int
@@ -41,14 +41,14 @@ class UpdatingExchange(RingExchange):
     Sums travel as in [Note: averages between nodes]. Ahead of those of a bucket each rank sends the
     others of its lane a *note* of what its node knows of the gradients in it. Once it has the notes
     of all nodes a rank knows what all ranks of the job have announced, and the bucket is *settled*:
-    all decide alike what to update, and the buffers of the ring are free again. The owner of a
-    shard updates it when the sums are there, too, and sends it to the other nodes right away, where
-    nobody reads these weights any more: they are settled for them as well, or will be. A node keeps
-    nothing of gradients but what is in the ring and in transit.
+    all decide alike what to update, and the buffers of the ring are free again. Once the sums have
+    arrived, too, the owner of a shard updates it and sends it to the other nodes right away. Those
+    receive it when they have settled the bucket themselves, so that nobody there reads these
+    weights any more. A node keeps nothing of gradients but what is in the ring and in transit.
 
     The average is rounded before it is used, as in the other stages on several nodes, so that the
-    bits are theirs. It takes the place of this node's sum, or, if that has 16 bits, other memory
-    for a moment.
+    bits are the same. It overwrites this node's sum or, if that has 16 bits, takes other memory
+    until the update is done.
 
     Args:
         all_gather: Sends shards to other nodes, over its transport.
@@ -73,9 +73,9 @@ class UpdatingExchange(RingExchange):
     ) -> None:
         super().__init__(all_gather.transport, backend, place, wire_dtype, trace)
         self.updates, self._all_gather = updates, all_gather
-        self._inquiries: deque[_Inquiry] = deque()  # of buckets that are not settled
-        self._notes: list[Transfer] = []  # of settled ones, as far as they have not left
-        self._settled: deque[int] = deque()  # what to update of buckets that are coming
+        self._noting: deque[_NoteExchange] = deque()  # about buckets that are not settled
+        self._leaving_notes: list[Transfer] = []  # about settled buckets
+        self._settled: deque[int] = deque()  # what to update in the buckets that are coming
 
     def lay_out(self, partition: Partition) -> None:
         """See ``RingReduction.lay_out``."""
@@ -94,12 +94,12 @@ class UpdatingExchange(RingExchange):
         receives = [(node, transport.post_receive_note(note, node)) for node, note in nodes]
         mine = np.frombuffer(known.to_bytes(nbytes, "little"), np.uint8)
         sends = [(node, transport.post_note(mine, node)) for node in transport.others]
-        self._inquiries.append(_Inquiry(known, theirs, Transfer(sends, receives)))
+        self._noting.append(_NoteExchange(known, theirs, Transfer(sends, receives)))
         self.average(bucket, rows)
 
-    def heard(self) -> int | None:
-        """See ``UpdatingReduction.heard``."""
-        first = self._inquiries[0]
+    def gathered_known(self) -> int | None:
+        """See ``UpdatingReduction.gathered_known``."""
+        first = self._noting[0]
         if not first.transfer.has_arrived():
             return None
         known = first.known
@@ -109,25 +109,27 @@ class UpdatingExchange(RingExchange):
 
     def settle(self, present: int) -> None:
         """Have a bucket updated as its sums arrive; see ``UpdatingReduction.settle``."""
-        self._notes.append(self._inquiries.popleft().transfer)
+        self._leaving_notes.append(self._noting.popleft().transfer)
         self._settled.append(present)
         self.progress()
 
     def progress(self) -> None:
         """See ``RingReduction.progress``."""
         super().progress()
-        self._notes = [transfer for transfer in self._notes if not transfer.is_done()]
+        self._leaving_notes = [
+            transfer for transfer in self._leaving_notes if not transfer.is_done()
+        ]
         self._all_gather.advance()
 
     @property
     def is_idle(self) -> bool:
         """See ``Reduction.is_idle``: nor are parameters on their way."""
-        are_told = not self._inquiries and not self._notes
+        are_told = not self._noting and not self._leaving_notes
         return are_told and super().is_idle and self._all_gather.is_idle
 
     def is_quiet(self) -> bool:
         """See ``Reduction.is_quiet``."""
-        transfers = [*(each.transfer for each in self._inquiries), *self._notes]
+        transfers = [*(each.transfer for each in self._noting), *self._leaving_notes]
         are_done = [transfer.is_done() for transfer in transfers]  # look at all
         return all([*are_done, super().is_quiet(), self._all_gather.is_quiet()])
 
@@ -140,9 +142,9 @@ class UpdatingExchange(RingExchange):
     def free(self) -> None:
         """See ``Reduction.free``; after an error messages may be in transit, and keep theirs."""
         super().free()
-        self._inquiries.clear()
+        self._noting.clear()
         self._settled.clear()
-        self._notes.clear()
+        self._leaving_notes.clear()
 
     def _may_add(self, first: InTransit) -> bool:
         return bool(self._settled) and super()._may_add(first)

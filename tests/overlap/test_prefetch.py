@@ -130,9 +130,8 @@ WAYS = [
 
 
 def with_stage(settings, stage, **policy):
-    """Settings of a job with more of its policy."""
-    more = {"stage": stage, **({} if stage == 1 else policy)}
-    return {**settings, "policy": {**settings.get("policy", {}), **more}}
+    """Return the settings of a job with more of its policy."""
+    return {**settings, "policy": {**settings.get("policy", {}), "stage": stage, **policy}}
 
 
 def sent_and_bits(comm, share, run, settings, *, prefetch):
@@ -143,14 +142,18 @@ def sent_and_bits(comm, share, run, settings, *, prefetch):
     return job.opt.last_step.sent_nbytes, job.finish()
 
 
-@pytest.mark.parametrize(("run", "settings"), WAYS)
-def test_the_bits_are_those_without_prefetch(comm, run, settings):
+def assert_bits_without_prefetch(comm, run, settings):
     for share in several_nodes(comm):
         alone, prefetched = (
             sent_and_bits(comm, share, run, settings, prefetch=prefetch)
             for prefetch in (False, True)
         )
         assert alone == prefetched
+
+
+@pytest.mark.parametrize(("run", "settings"), WAYS)
+def test_the_bits_are_those_without_prefetch(comm, run, settings):
+    assert_bits_without_prefetch(comm, run, settings)
 
 
 @pytest.mark.parametrize("settings", [{}, EIGHT_BITS])
@@ -169,13 +172,7 @@ def test_the_bits_of_stage_two_are_those_of_stage_one(comm, settings):
 def test_several_backwards_have_the_bits_without_prefetch(comm, settings, order):
     if "dtype" in settings and not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch takes gradients of the parameter's dtype only")
-    settings = with_stage(settings, 2, accumulate=order)
-    for share in several_nodes(comm):
-        alone, prefetched = (
-            sent_and_bits(comm, share, accumulate, settings, prefetch=prefetch)
-            for prefetch in (False, True)
-        )
-        assert alone == prefetched
+    assert_bits_without_prefetch(comm, accumulate, with_stage(settings, 2, accumulate=order))
 
 
 def test_gradients_are_exchanged_while_parameters_are_held_up(comm, monkeypatch):

@@ -1,8 +1,9 @@
 """The loss of a small language model with less of the optimizer's state, against float32.
 
-All contenders compute in float32, so that they differ only by what weights, gradients and state are
-kept in. Each piece of the work, a run of one contender with one seed, is added to a file once it is
-done, so that the case may be stopped and started again, or limited to a few pieces at a time.
+All contenders compute in float32, so that they differ only in the dtypes of the weights, gradients
+and state that they keep. Each piece of the work, a run of one contender with one seed, is added to
+a file once it is done, so that the case may be stopped and started again, or limited to a few
+pieces at a time.
 """
 
 from dataclasses import dataclass
@@ -56,5 +57,5 @@ CASE = Case(
         ),
         figure(lowest(NEAREST), Target(at_least=1e-6)),
     ),
-    quick="it needs hours",
+    quick="it needs more than an hour",
 )

@@ -101,7 +101,7 @@ class Run:
         self._num_steps = 0
 
     def take_rounds(self, rounds: int) -> float:
-        """Take rounds after some that warm up; return the share of the cores that others took."""
+        """Take rounds, after some to warm up; return the share of the cores that others took."""
         for _ in range(_NUM_WARMUPS):
             self.take_round(is_timed=False)
         with collecting_only_new():
@@ -111,7 +111,7 @@ class Run:
             return neighbours.share()
 
     def take_round(self, *, is_timed: bool = True) -> None:
-        """Take some steps by each contender, in an order of chance.
+        """Take some steps by each contender, in random order.
 
         Raises:
             RuntimeError: Losses differ.
@@ -122,7 +122,7 @@ class Run:
         works = {name: training(self.trainers[name], batches, learned[name]) for name in learned}
         works |= {name: _stepping(each, self.steps) for name, each in self.arrays.items()}
         order = random.Random(self._num_steps).sample(list(works), len(works))  # on all ranks
-        for name in order:  # another one in each round: what comes before leaves its traces
+        for name in order:  # a new one in each round, as each contender affects the next
             self._take(name, works[name], is_timed=is_timed)
         if any(losses != learned[THROUGH_TORCH] for losses in learned.values()):
             raise RuntimeError(f"stages must have the same bits; got losses {learned}.")

@@ -1,8 +1,8 @@
 """Copying past the cache: what is not read again soon should not push out what is.
 
 The C library does so from tens of megabytes on. Below, each line of the target is first read from
-memory to be overwritten, which makes a copy 1.7 times as long; and three times if another core has
-the line in its cache, as one that reads what this one writes over and over.
+memory to be overwritten, so that a copy takes 1.7 times as long, and three times as long if the
+line is in the cache of another core, such as one that reads what this core writes over and over.
 """
 
 from typing import Any
