@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from shardopt.comm.consensus import attempt
+from shardopt.comm.consensus import Outcome, attempt
 from shardopt.core.consensus import StepConsensus
 from shardopt.core.parts import Parts
 from shardopt.errors import CallOrderError, HyperparamsError
@@ -52,7 +52,7 @@ class Averaging:
         """The factor on the loss by which they have been divided already."""
         return 1.0 if self._loss_scale is None else self._loss_scale
 
-    def run(self, loss_scale: Any, step: int) -> None:
+    def run(self, loss_scale: Any, step: int, error: Exception | None = None) -> None:
         """Average the gradients of all ranks; do nothing if they are averaged.
 
         Collective: every rank.
@@ -60,6 +60,7 @@ class Averaging:
         Args:
             loss_scale: The factor on the loss before backward; the same on every rank.
             step: Number of the next step.
+            error: An error of this rank, which all ranks will raise, or None.
 
         Raises:
             CallOrderError: A backward has come after the last average.
@@ -68,7 +69,9 @@ class Averaging:
             RankMismatchError: Ranks have different loss scales or make different calls.
         """
         parts = self._parts
-        found = attempt(self._inspect, loss_scale, step)
+        found = attempt(self._inspect, loss_scale, step)  # takes gradients, whatever is wrong
+        if error is not None:
+            found = Outcome(None, error)
         parts.memory.publish()
         agreed = self._consensus.enter(found, step, _CALL)
         parts.memory.acquire()

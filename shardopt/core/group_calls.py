@@ -69,7 +69,9 @@ class GroupCalls:
         if self.are_edited():
             complete_groups(self._core.param_groups, self._core.defaults)
 
-    def take_over(self, call: str, *, is_step: bool = False) -> None:
+    def take_over(
+        self, call: str, *, is_step: bool = False, takes_grads: bool = False
+    ) -> Exception | None:
         """Take over groups that users have edited; see [Note: edited param groups].
 
         A step whose updates backward has made takes nothing over: an edit before its backward has
@@ -80,6 +82,12 @@ class GroupCalls:
         Args:
             call: The user's call, for messages.
             is_step: Whether it takes what backward has updated.
+            takes_grads: Whether it takes gradients next, for which all ranks meet before they agree
+                on anything.
+
+        Returns:
+            The error of this rank that is left for the agreement after gradients, if they are
+            taken; else None.
 
         Raises:
             CallOrderError: Backward has updated parameters, and this is no step.
@@ -91,14 +99,16 @@ class GroupCalls:
         """
         core = self._core
         core.require_open()
-        are_edited = self.are_edited()
+        are_edited = self.are_edited() and not (is_step and core.parts.grads.are_updates)
         error = attempt(core.arrive).error
         if error is None and not is_step:
             error = attempt(core.require_settled, call).error
+        if takes_grads and not are_edited:
+            return error
         if error is not None:
             core.enter_call(call, {}, error)  # the others meet it in whatever they agree on next
-        if not are_edited or (is_step and core.parts.grads.are_updates):
-            return
+        if not are_edited:
+            return None
         call = f"{call} with edited param_groups"
         lost = self._regrouping.take_over(RegroupCall(call, core.last_step.step, {}), core.defaults)
         core.averaging.repeat()
@@ -107,6 +117,7 @@ class GroupCalls:
             core.last_step = core.last_step.without_poison()
         if lost:
             tell(lost_state_warning(lost), aloud=core.topology.rank == 0)
+        return None
 
     def _settings(self) -> Description:
         """Return the settings that must be the same on every rank."""

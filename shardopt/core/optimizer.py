@@ -173,9 +173,9 @@ class Optimizer(Generic[P]):
                 calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.groups.take_over("step()", is_step=True)
+        late = self.groups.take_over("step()", is_step=True, takes_grads=True)
         before = self.last_step
-        call = StepCall(loss_scale, overflowed, error, num_writes)
+        call = StepCall(loss_scale, overflowed, late or error, num_writes)
         with self.parts.trace.span("step", step=before.step + 1):
             self.last_step, votes = self._step.run(call, before)
         warnings = list(self.last_step.warnings(before))
@@ -216,8 +216,8 @@ class Optimizer(Generic[P]):
             RankMismatchError: Ranks have different loss scales or make different calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        self.groups.take_over("average_grads()")
-        self.averaging.run(loss_scale, self.last_step.step + 1)
+        error = self.groups.take_over("average_grads()", takes_grads=True)
+        self.averaging.run(loss_scale, self.last_step.step + 1, error)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Zero this rank's gradients in place, or leave the parameters without.

@@ -346,8 +346,13 @@ def test_buckets_are_sent_in_the_order_of_the_last_forward_all_ranks_share(comm)
 
 
 @STAGES
-@pytest.mark.parametrize("found_by", ["forward", "step"])
-def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(comm, found_by, stage):
+@pytest.mark.parametrize(
+    ("found_by", "is_alone"),
+    [("forward", False), ("step", False), ("step", True), ("average_grads", True)],
+)
+def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(
+    comm, found_by, is_alone, stage
+):
     results = []
     for writes in (False, True):
         (model, opt), x = make_plain(comm, stage=stage), torch.ones(1, WIDE)
@@ -357,10 +362,11 @@ def test_a_write_to_a_parameter_on_its_way_is_taken_back_and_raises(comm, found_
             model(x + comm.rank, order).sum().backward()
             opt.step()
             if writes and step == 2:
-                layer = 3 if found_by == "step" else 0
-                find = {"forward": functools.partial(model, x), "step": opt.step}[found_by]
-                with torch.no_grad():
-                    model.layers[layer].weight.clamp_(-0.01, 0.01)
+                layer = 0 if found_by == "forward" else 3
+                find = functools.partial(model, x) if layer == 0 else getattr(opt, found_by)
+                if comm.rank == 0 or not is_alone:
+                    with torch.no_grad():
+                        model.layers[layer].weight.clamp_(-0.01, 0.01)
                 with pytest.raises(CallOrderError, match=rf"a write to .*'layers.{layer}.weight'"):
                     find()
         with torch.no_grad():
