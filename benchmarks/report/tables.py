@@ -88,7 +88,8 @@ def read_figures(folder: Path) -> Figures:
     found = {name: _claimed(case, folder) for name, case in CASES.items()}
     nodes: dict[int, list[Result]] = {}
     for result in found["nodes"]:
-        nodes.setdefault(result.settings["nodes"], []).append(result)
+        if result.has(SHARDOPT):  # those of ``--only`` leave out whole steps
+            nodes.setdefault(result.settings["nodes"], []).append(result)
     return Figures(
         steps=newest(found["step"]),
         training=newest(found["training"]),
