@@ -78,8 +78,8 @@ def why_not_stage(policy: ShardPolicy, job: Job) -> HyperparamsError | None:
     if policy.update_in_backward and checks_finite(policy, job.num_nodes, has_float16=False):
         return HyperparamsError(
             "policy.wire_dtype must be bfloat16 or None with policy.update_in_backward; got "
-            f"{policy.wire_dtype}. Sums overflow easily in float16, and must be looked at before "
-            "any update: use bfloat16, or check_finite=False if inf may be updated with."
+            f"{policy.wire_dtype}. Sums overflow easily in float16, and must be checked before "
+            "any update: use bfloat16, or set check_finite=False to accept overflows."
         )
     if policy.update_in_backward and job.shows_averages and not job.reports_grads:
         return HyperparamsError(

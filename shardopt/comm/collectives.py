@@ -215,15 +215,16 @@ class Collectives:
             if elsewhere and not set(elsewhere).isdisjoint(awaited()):
                 raise _ElsewhereError
 
+        is_done = False
         try:
             self._wait(test, Where(step, phase), awaited, require_all_here)
+            is_done = True
         except _ElsewhereError:
-            arrivals.withdraw()
-            return False
-        except BaseException:
-            arrivals.withdraw()
-            raise
-        return True
+            pass
+        finally:
+            if not is_done:
+                arrivals.withdraw()
+        return is_done
 
     @contextmanager
     def translate_mpi_errors(

@@ -173,9 +173,9 @@ class Optimizer(Generic[P]):
                 calls.
             RankFailureError: A rank stopped responding for ``policy.timeout_s``.
         """
-        late = self.groups.take_over("step()", is_step=True, takes_grads=True)
+        earlier = self.groups.take_over("step()", is_step=True, takes_grads=True)
         before = self.last_step
-        call = StepCall(loss_scale, overflowed, late or error, num_writes)
+        call = StepCall(loss_scale, overflowed, earlier or error, num_writes)
         with self.parts.trace.span("step", step=before.step + 1):
             self.last_step, votes = self._step.run(call, before)
         warnings = list(self.last_step.warnings(before))

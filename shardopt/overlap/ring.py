@@ -354,9 +354,13 @@ class GradRing:
                 self._reduction.forget()
                 self._restarts.pop(0)
             self._take(position)
-            self._summed = position + 1
-            self._memory.publish()
-            self._board.set_summed(self._summed)
+            self._end_position()
+
+    def _end_position(self) -> None:
+        """Note that this rank needs no buffer of the first position that is not summed any more."""
+        self._summed += 1
+        self._memory.publish()
+        self._board.set_summed(self._summed)
 
     def _contents(self, position: int, filling: Filling | None) -> int:
         """Return what the others must know of a position that is about to be announced."""

@@ -163,13 +163,12 @@ class UpdateRing(GradRing):
         while self._started < ready and self._updating.has_room():
             self._start(self._started)
             self._started += 1
-        while (
-            self._summed < self._started and (known := self._updating.gathered_known()) is not None
-        ):
+        while self._summed < self._started:
+            known = self._updating.gathered_known()
+            if known is None:
+                break
             self._settle(self._summed, known)
-            self._summed += 1
-            self._memory.publish()
-            self._board.set_summed(self._summed)
+            self._end_position()
 
     def _start(self, position: int) -> None:
         """Hand the gradients of a position to the reduction, with what this node knows of them."""

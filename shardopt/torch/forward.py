@@ -85,7 +85,7 @@ class ForwardHooks:
                 self._attach(module, weakref.ref(listener))
 
     def reach(self, param: Tensor) -> None:
-        """Tell the listener, if there is one, that backward has computed a gradient."""
+        """Report a parameter whose gradient backward has computed, if there is a listener."""
         if self._listener is not None and (listener := self._listener()) is not None:
             listener.reach(param)
 

@@ -54,7 +54,7 @@ class UpdatingExchange(RingExchange):
         all_gather: Sends shards to other nodes, over its transport.
         backend: Computes.
         place: The node and node rank of this rank.
-        wire_dtype: As in ``ShardPolicy``.
+        wire_dtype: As ``layout.dtypes.wire_of`` returns it.
         updates: Updates shards.
         trace: Shows buckets on their way, sums and updates.
 
@@ -87,7 +87,7 @@ class UpdatingExchange(RingExchange):
         return 0
 
     def start(self, bucket: int, rows: Rows | None, known: int, nbytes: int) -> None:
-        """Tell the other nodes of a bucket, and send its sums; see ``UpdatingReduction.start``."""
+        """Send a note about a bucket, and its sums; see ``UpdatingReduction.start``."""
         transport = self._transport
         theirs = [np.zeros(nbytes, np.uint8) for _ in transport.others]
         nodes = list(zip(transport.others, theirs, strict=True))
